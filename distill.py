@@ -1,0 +1,133 @@
+"""Step 4: distil the teacher into a student with fewer layers (SLMRec).
+
+python distill.py                                     4 layers from the 8 of outputs/ml-100k/teacher-8
+python distill.py --lambda_ms 0 --output_dir outputs/ml-100k/student-cos-norm
+python distill.py --norm_form squared --block_reduction mean      the loss as the paper prints it
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from models.llm_rec import block_ends, build_llm_rec, count_parameters, load_llm_rec
+from models.slmrec import SLMRec
+from utils import assets, cli
+from utils.checkpoint import read_json, sha256, whole_file
+from utils.data import Examples, Sequences, check_same_dataset, sorted_batches, training_examples
+from utils.report import closing_table
+from utils.train import Run
+
+INHERITED = ["base_model", "layer_selection", "train_strategy", "lora_r", "lora_alpha", "lora_dropout"]
+INHERITED += ["lora_target_modules", "max_seq_length", "train_targets", "dtype", "hidden_size", "table_sha256"]
+
+
+def teacher_states(folder: Path, base: str, examples: Examples, ends: list[int], run: Run) -> np.ndarray:
+    """The frozen teacher's response states after layers `ends`: (targets, len(ends), h) float32, memory-mapped.
+
+    They depend on nothing that trains, so they are computed once and kept in the teacher's folder, under a name made
+    from all that they depend on.
+    """
+    config = read_json(folder / "config.json", "")
+    weights = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*.safetensors"))}
+    inputs = [np.ascontiguousarray(part) for part in (examples.start, examples.first, examples.end, examples.items)]
+    key = [config, weights, ends, [hashlib.sha256(part).hexdigest() for part in inputs]]
+    path = folder / "states" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npy"
+    shape = (int(examples.asked.sum()), len(ends), config["base_shape"]["hidden_size"])
+    run.print(f"teacher states: {4 * np.prod(shape, dtype=float) / 2**20:.0f} MiB in {path}")
+    if not path.exists() and run.accelerator.is_main_process:
+        teacher = load_llm_rec(folder, base).to(run.accelerator.device)
+        with whole_file(path) as part:
+            states = np.lib.format.open_memmap(part, "w+", np.float32, shape)
+            batches = list(sorted_batches(examples.lengths, run.config["eval_batch_size"]))
+            for index in tqdm(batches, desc="teacher states", unit="batch"):
+                batch = {name: value.to(run.accelerator.device) for name, value in examples.batch(index).items()}
+                with torch.inference_mode(), run.accelerator.autocast():
+                    found = teacher.states(batch["histories"], batch["targets"] != 0, ends)
+                states[examples.target_rows(index)] = found.float().cpu().numpy()
+            states.flush()
+    run.accelerator.wait_for_everyone()
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def main(
+    *,
+    dataset: str = "ml-100k",
+    teacher: str | None = None,
+    num_layers: int = 4,
+    num_blocks: int = 4,
+    lambda_cos: float = 1.0,
+    lambda_norm: float = 0.1,
+    lambda_ms: float = 1.0,
+    norm_form: Literal["l2", "squared"] = "l2",
+    block_reduction: Literal["sum", "mean"] = "sum",
+    mode: Literal["offline"] = "offline",
+    base_model: str | None = None,
+    layer_selection: Literal["first", "interval"] | None = None,
+    train_strategy: Literal["lora", "full", "frozen"] | None = None,
+    lora_r: int | None = None,
+    lora_alpha: float | None = None,
+    lora_dropout: float | None = None,
+    lora_target_modules: str | None = None,
+    max_seq_length: int | None = None,
+    train_targets: str | None = None,
+    batch_size: int = 256,
+    micro_batch_size: int | None = None,
+    eval_batch_size: int = 512,
+    num_epochs: float = 3.0,
+    max_steps: int = -1,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.0,
+    warmup_steps: int = 50,
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine",
+    max_grad_norm: float = 1.0,
+    eval_steps: int = 100,
+    seed: int = 42,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    output_dir: str | None = None,
+    resume: Literal["auto", "never"] = "never",
+    report_to: Literal["none", "tensorboard", "wandb"] = "none",
+) -> None:
+    config = dict(locals()) | {"kind": "student"}
+    data = Sequences.load(assets.dataset_folder(dataset))
+    source = Path(teacher or cli.ROOT / "outputs" / data.name / "teacher-8")
+    make = f"{source} holds no finished teacher; make it: python finetune.py --dataset {dataset}"
+    taught, measured = (read_json(source / name, make) for name in ("config.json", "metrics.json"))
+    if taught.get("kind") != "teacher":
+        raise cli.UserError(f"--teacher {source} is no run of finetune.py")
+    check_same_dataset(data, taught["dataset_fingerprint"], source)
+    cli.inherit(config, taught, INHERITED, str(source))
+    depth = taught["num_layers"]
+    if num_layers > depth:
+        raise cli.UserError(f"--num_layers {num_layers}: the teacher has {depth} layers, a student needs no more")
+    block_ends(num_layers, num_blocks)
+    ends = block_ends(depth, num_blocks)
+    base = assets.base_model_path(config["base_model"])
+    config |= {"teacher": str(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
+    config |= {"title": f"SLMRec-{num_layers}<-{depth}", "teacher_step": measured["best_step"]}
+    examples = training_examples(data, config["train_targets"], config["max_seq_length"])
+    item_table = load_llm_rec(source, base).item_table
+
+    run = Run(config, data, default_dir=f"student-{num_layers}from{depth}")
+    if not run.finished:
+        student = SLMRec(
+            build_llm_rec(config, base, item_table),
+            num_blocks=num_blocks,
+            lambda_cos=lambda_cos,
+            lambda_norm=lambda_norm,
+            lambda_ms=lambda_ms,
+            norm_form=norm_form,
+            block_reduction=block_reduction,
+        )
+        extra = {"teacher_states": teacher_states(source, base, examples, ends, run)} if student.needs_teacher else {}
+        state = run.fit(student, examples, extra)
+        run.finish(student, state, count_parameters(student), student.student.save_pretrained)
+    run.print(closing_table(run.folder.parent))
+
+
+if __name__ == "__main__":
+    cli.run(main, section="student")

@@ -1,0 +1,74 @@
+"""Step 3: train the teacher, a decoder language model that reads item vectors (E4SRec).
+
+python finetune.py                                    8 layers of SmolLM2-135M on MovieLens-100K
+python finetune.py --base_model Qwen/Qwen3-0.6B --num_layers 8 --dtype bfloat16
+python finetune.py --num_layers 4 --output_dir outputs/ml-100k/teacher-4
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from models.llm_rec import base_config, base_shape, build_llm_rec, count_parameters, select_layers
+from utils import assets, cli
+from utils.checkpoint import load_tensors, read_json
+from utils.data import Sequences, check_same_dataset, training_examples
+from utils.report import closing_table
+from utils.train import Run
+
+
+def main(
+    *,
+    dataset: str = "ml-100k",
+    base_model: str = "smollm2-135m",
+    item_embeddings: str | None = None,
+    num_layers: int = 8,
+    layer_selection: Literal["first", "interval"] = "first",
+    train_strategy: Literal["lora", "full", "frozen"] = "lora",
+    lora_r: int = 16,
+    lora_alpha: float = 16.0,
+    lora_dropout: float = 0.05,
+    lora_target_modules: str = "gate_proj,up_proj,down_proj",
+    max_seq_length: int = 30,
+    train_targets: str = "last",
+    batch_size: int = 256,
+    micro_batch_size: int | None = None,
+    eval_batch_size: int = 512,
+    num_epochs: float = 3.0,
+    max_steps: int = -1,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.0,
+    warmup_steps: int = 50,
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine",
+    max_grad_norm: float = 1.0,
+    eval_steps: int = 100,
+    seed: int = 42,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    output_dir: str | None = None,
+    resume: Literal["auto", "never"] = "never",
+    report_to: Literal["none", "tensorboard", "wandb"] = "none",
+) -> None:
+    config = dict(locals()) | {"kind": "teacher", "title": f"Teacher-{num_layers}"}
+    data = Sequences.load(assets.dataset_folder(dataset))
+    source = Path(item_embeddings or cli.ROOT / "outputs" / data.name / "item_embeddings")
+    extracted = read_json(
+        source / "config.json", f"{source} is missing; make it: python extract_emb.py --dataset {dataset}"
+    )
+    check_same_dataset(data, extracted["dataset_fingerprint"], source)
+    cli.inherit(config, extracted, ["table_sha256", "hidden_size"], str(source))
+    base = assets.base_model_path(base_model)
+    shape = base_config(base)
+    select_layers(num_layers, shape.num_hidden_layers, layer_selection)
+    config |= {"item_embeddings": str(source), "base_shape": base_shape(shape)}
+    item_table = load_tensors(source / "item_embeddings.safetensors")["item_table"]
+    examples = training_examples(data, train_targets, max_seq_length)
+
+    run = Run(config, data, default_dir=f"teacher-{num_layers}")
+    if not run.finished:
+        teacher = build_llm_rec(config, base, item_table)
+        state = run.fit(teacher, examples)
+        run.finish(teacher, state, count_parameters(teacher), teacher.save_pretrained)
+    run.print(closing_table(run.folder.parent))
+
+
+if __name__ == "__main__":
+    cli.run(main, section="teacher")

@@ -1,0 +1,345 @@
+"""Teacher and student alike: a decoder language model that reads item vectors and answers with a user vector.
+
+Input, as embeddings: prompt prefix tokens | one vector a history item (frozen item table -> `input_proj`) | response
+tokens. The last position of the last layer through `score` is the user vector; item scores are its dot products with
+the frozen item table (PAPER, step 3).
+
+Computation. The prefix is the same for everybody and attention is causal, so its keys and values are computed once
+with batch 1 and expanded over the batch; the gradient flows through. Histories come trimmed to the longest in the
+batch, and explicit position ids keep every item at the position that it has in the released layout, where each
+sample is left-padded to `max_length` items between prefix and response. Several targets of one history share it.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, DynamicCache
+from transformers.utils import logging as transformers_logging
+
+from models.losses import catalogue_cross_entropy
+from utils.checkpoint import load_tensors, read_json, save_tensors
+from utils.cli import UserError
+
+PREFIX = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nGiven the user's purchase history, predict next possible item to be purchased.\n\n### Input:\n"
+)
+RESPONSE = "\n### Response:\n"
+HEADS_FILE, ADAPTER_FOLDER, DECODER_FILE = "rec_heads.safetensors", "adapter", "decoder.safetensors"
+
+
+def select_layers(num_layers: int, base_layers: int, layer_selection: str) -> list[int]:
+    """Which of the base's layers are kept, in order: the first ones, or `num_layers` at an even interval."""
+    if not 1 <= num_layers <= base_layers:
+        raise UserError(f"--num_layers {num_layers}: the base model has {base_layers} layers; choose 1..{base_layers}")
+    if layer_selection == "first":
+        return list(range(num_layers))
+    return [index * base_layers // num_layers for index in range(num_layers)]
+
+
+def block_ends(num_layers: int, num_blocks: int) -> list[int]:
+    """Block k of a stack ends after layer k * num_layers / num_blocks, counted from 1 (PAPER, step 4)."""
+    if num_blocks < 1 or num_layers % num_blocks:
+        raise UserError(f"--num_blocks {num_blocks} does not divide the {num_layers} layers; choose a divisor")
+    return [k * num_layers // num_blocks for k in range(1, num_blocks + 1)]
+
+
+def base_config(base_model: str | Path) -> AutoConfig:
+    """Configuration of a decoder in a local folder or on the hub; UserError where there is none."""
+    try:
+        config = AutoConfig.from_pretrained(base_model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--base_model {base_model}: no model found there ({reason}); give a folder or hub id"
+        ) from error
+    if not getattr(config, "num_hidden_layers", None):
+        raise UserError(f"--base_model {base_model}: a {config.model_type} model is no decoder-only language model")
+    return config
+
+
+def truncated(config: AutoConfig, num_layers: int) -> AutoConfig:
+    """The same architecture with `num_layers` layers."""
+    config = copy.deepcopy(config)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    config.num_hidden_layers = num_layers
+    return config
+
+
+def load_decoder(base_model: str | Path, num_layers: int, layer_selection: str, dtype: torch.dtype) -> nn.Module:
+    """The base's embedding, the selected layers and the final norm, without a language-modelling head."""
+    config = base_config(base_model)
+    layers = select_layers(num_layers, config.num_hidden_layers, layer_selection)
+    # weights of the layers above are not in the model that is built: transformers would warn of each
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        decoder = AutoModel.from_pretrained(base_model, config=truncated(config, layers[-1] + 1), dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--base_model {base_model}: the weights cannot be read ({reason})") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise UserError(f"--base_model {base_model}: {type(decoder).__name__} has no list of decoder layers")
+    return keep_layers(decoder, layers)
+
+
+def keep_layers(decoder: nn.Module, layers: list[int]) -> nn.Module:
+    """Drop all layers but `layers`, and renumber what is left for the key-value cache."""
+    decoder.layers = nn.ModuleList(decoder.layers[index] for index in layers)
+    for index, layer in enumerate(decoder.layers):
+        layer.self_attn.layer_idx = index
+    types = getattr(decoder.config, "layer_types", None)
+    decoder.config = truncated(decoder.config, len(layers))
+    if types:
+        decoder.config.layer_types = [types[index] for index in layers]
+    return decoder
+
+
+def prompt_ids(base_model: str | Path) -> dict[str, list[int]]:
+    """Token ids of the prompt: the prefix with the tokenizer's start token if it has one, the response without."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--base_model {base_model}: its tokenizer cannot be read") from error
+    return {
+        "prefix_ids": tokenizer(PREFIX).input_ids,
+        "response_ids": tokenizer(RESPONSE, add_special_tokens=False).input_ids,
+    }
+
+
+class LLMRec(nn.Module):
+    """A decoder with a frozen item table, two trained maps and, by `train_strategy`, what else trains.
+
+    decoder: as `load_decoder` returns it. item_table: (V + 1, d), row 0 the padding.
+    train_strategy: "lora" trains adapters on `lora["target_modules"]`; "full" all decoder layers and the final norm;
+    "frozen" neither. `input_proj` and `score` always train; token embeddings and item table never.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        item_table: torch.Tensor,
+        *,
+        prefix_ids: list[int],
+        response_ids: list[int],
+        max_length: int,
+        train_strategy: str = "lora",
+        lora: dict | None = None,
+    ):
+        super().__init__()
+        hidden, dim = decoder.config.hidden_size, item_table.shape[1]
+        self.max_length, self.train_strategy = max_length, train_strategy
+        self.num_layers, self.hidden_size = len(decoder.layers), hidden
+        self.input_proj = nn.Linear(dim, hidden)
+        self.score = nn.Linear(hidden, dim, bias=False)
+        self.register_buffer("item_table", item_table.float())
+        self.register_buffer("prefix_ids", torch.tensor([prefix_ids]), persistent=False)
+        self.register_buffer("response_ids", torch.tensor([response_ids]), persistent=False)
+        decoder.requires_grad_(train_strategy == "full")
+        decoder.get_input_embeddings().requires_grad_(False)
+        read_only_some(decoder.layers[-1].mlp, lambda: self._read)
+        self.decoder = get_peft_model(decoder, LoraConfig(**lora)) if train_strategy == "lora" else decoder
+
+    @property
+    def base(self) -> nn.Module:
+        """The decoder itself, under the adapter if there is one."""
+        return self.decoder.get_base_model() if isinstance(self.decoder, PeftModel) else self.decoder
+
+    def states(self, histories: torch.Tensor, asked: torch.Tensor, ends: list[int]) -> torch.Tensor:
+        """Response states after layers `ends`, counted from 1, for every asked position.
+
+        histories (B, T), left-padded; asked (B, T) bool: after which items a user vector is wanted. Returns
+        (N, len(ends), h), N = asked.sum(), row-major. Those of the top layer are after the final norm, as
+        transformers' `hidden_states` are.
+
+        A history runs once. Behind it hangs one branch of response tokens for each asked position t, which sees the
+        prefix, items up to t and itself, at the positions right after t: what a copy of the history cut after t
+        would compute there.
+        """
+        B, T = histories.shape
+        embed = self.base.get_input_embeddings()
+        prefix, response = embed(self.prefix_ids), embed(self.response_ids)  # (1, P, h), (1, R, h)
+        P, R = prefix.shape[1], response.shape[1]
+        row, column = asked.nonzero(as_tuple=True)  # (N,)
+        slot = (asked.cumsum(1) - 1)[row, column]  # which of its history's branches
+        n = int(slot.max()) + 1
+        after = torch.zeros(B, n, dtype=torch.long, device=histories.device)  # the item a branch follows
+        after[row, slot] = column
+
+        cache = DynamicCache(config=self.base.config)
+        self._read = slice(0, 0)  # of the prefix only keys and values are used
+        self.decoder(inputs_embeds=prefix, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(B)
+        items = self.input_proj(self.item_table[histories]).to(prefix.dtype)  # (B, T, h)
+        first = P + self.max_length - T
+        position = torch.arange(first, first + T, device=histories.device).expand(B, -1)  # (B, T)
+        branch_position = first + 1 + after[:, :, None] + torch.arange(R, device=histories.device)  # (B, n, R)
+        self._read = slice(T + R - 1, None, R)  # the last token of each branch
+        output = self.decoder(
+            inputs_embeds=torch.cat([items, response.expand(B, n, -1, -1).flatten(1, 2)], dim=1),  # (B, T + n R, h)
+            attention_mask=branch_mask(histories, after, P, R, prefix.dtype),
+            position_ids=torch.cat([position, branch_position.flatten(1)], dim=1),
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=ends != [self.num_layers],
+        )
+        layers = [output.last_hidden_state] if ends == [self.num_layers] else [output.hidden_states[e] for e in ends]
+        return torch.stack([layer[:, self._read][row, slot] for layer in layers], dim=1)  # (N, K, h)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Loss terms of a batch: histories (B, T), targets (B, T), 0 where nothing is asked."""
+        asked = batch["targets"] != 0
+        vectors = self.head(self.states(batch["histories"], asked, [self.num_layers])[:, 0])
+        return {"ce": catalogue_cross_entropy(vectors, self.item_table, batch["targets"][asked])}
+
+    def user_vectors(self, histories: torch.Tensor) -> torch.Tensor:
+        asked = torch.zeros_like(histories, dtype=torch.bool)
+        asked[:, -1] = True
+        return self.head(self.states(histories, asked, [self.num_layers])[:, 0])  # (B, d)
+
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """User vectors from top-layer states: (B, h) -> (B, d)."""
+        return self.score(states.to(self.score.weight.dtype))
+
+    def item_vectors(self) -> torch.Tensor:
+        return self.item_table  # (V + 1, d)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write what the base model does not have: heads with the item table, and the adapter or trained decoder."""
+        heads = {f"input_proj.{name}": value for name, value in self.input_proj.state_dict().items()}
+        heads |= {"score.weight": self.score.weight, "item_table": self.item_table}
+        save_tensors(heads, folder / HEADS_FILE)
+        if self.train_strategy == "lora":
+            self.decoder.save_pretrained(folder / ADAPTER_FOLDER)
+        elif self.train_strategy == "full":
+            trained = {name: value for name, value in self.decoder.named_parameters() if value.requires_grad}
+            save_tensors(trained, folder / DECODER_FILE)
+
+
+def branch_mask(histories: torch.Tensor, after: torch.Tensor, P: int, R: int, dtype: torch.dtype) -> torch.Tensor:
+    """Who sees whom, as an additive mask (B, 1, T + n R, P + T + n R); rows are items then branches, keys prefix first.
+
+    histories (B, T); after (B, n): branch j sees items up to after[:, j]. Padding is seen by nobody.
+    """
+    (B, T), n, device = histories.shape, after.shape[1], histories.device
+    real = (histories != 0)[:, None, :]  # (B, 1, T)
+    column = torch.arange(T, device=device)
+    sees = torch.zeros(B, T + n * R, P + T + n * R, dtype=torch.bool, device=device)
+    sees[:, :, :P] = True
+    sees[:, :T, P : P + T] = real & (column <= column[:, None])
+    sees[:, T:, P : P + T] = (real & (column <= after[:, :, None])).repeat_interleave(R, dim=1)
+    causal = torch.ones(R, R, device=device).tril()
+    sees[:, T:, P + T :] = torch.kron(torch.eye(n, device=device), causal).bool()
+    return torch.where(sees, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+
+def read_only_some(mlp: nn.Module, positions: Callable[[], slice]) -> None:
+    """Make the last layer's MLP, which looks at one position at a time, run at the positions that are read only."""
+
+    def gather(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (args[0][:, positions()],)
+
+    def scatter(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        full = output.new_zeros(output.shape[0], module.full_length, output.shape[2])
+        full[:, positions()] = output
+        return full
+
+    def remember(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        module.full_length = args[0].shape[1]
+
+    mlp.register_forward_pre_hook(remember)
+    mlp.register_forward_pre_hook(gather)
+    mlp.register_forward_hook(scatter)
+
+
+def build_llm_rec(config: dict, base_model: str | Path, item_table: torch.Tensor) -> LLMRec:
+    """A model with fresh heads and adapters from resolved flags; `base_model` is where the base's files are."""
+    dtype = torch.float32 if config["train_strategy"] == "full" else getattr(torch, config["dtype"])
+    decoder = load_decoder(base_model, config["num_layers"], config["layer_selection"], dtype)
+    targets = [name.strip() for name in config["lora_target_modules"].split(",")]
+    missing = [name for name in targets if not any(part.endswith(f".{name}") for part, _ in decoder.named_modules())]
+    if missing and config["train_strategy"] == "lora":
+        raise UserError(f"--lora_target_modules: the base model has no module named {', '.join(missing)}")
+    return LLMRec(
+        decoder,
+        item_table,
+        **prompt_ids(base_model),
+        max_length=config["max_seq_length"],
+        train_strategy=config["train_strategy"],
+        lora={
+            "r": config["lora_r"],
+            "lora_alpha": config["lora_alpha"],
+            "lora_dropout": config["lora_dropout"],
+            "target_modules": targets,
+        },
+    )
+
+
+def load_llm_rec(folder: Path, base_model: str | Path) -> LLMRec:
+    """A saved teacher or student from its run folder and its base model, with identical scores, in eval mode.
+
+    Raises UserError where files are missing or damaged, or belong to a base of another shape or depth.
+    """
+    config = read_json(folder / "config.json", f"{folder} is no run folder: it has no config.json")
+    shape, found = config["base_shape"], base_shape(base_config(base_model))
+    if shape != found:
+        raise UserError(f"{folder} was trained on a base with {shape}, but {base_model} has {found}")
+    heads = load_tensors(folder / HEADS_FILE)
+    model = build_llm_rec(config, base_model, heads.pop("item_table"))
+    parts = [(model, heads, HEADS_FILE)]
+    if config["train_strategy"] == "lora":
+        check_adapter(folder / ADAPTER_FOLDER, config)
+        saved = load_tensors(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
+        adapter = {f"decoder.{_with_adapter_name(name)}": value for name, value in saved.items()}
+        parts.append((model, adapter, ADAPTER_FOLDER))
+    elif config["train_strategy"] == "full":
+        parts.append((model.decoder, load_tensors(folder / DECODER_FILE), DECODER_FILE))
+    for module, tensors, file in parts:
+        own = module.state_dict()
+        wrong = [name for name, value in tensors.items() if name not in own or own[name].shape != value.shape]
+        trained = {name for name, p in module.named_parameters() if p.requires_grad}
+        absent = [name for name in trained if name not in tensors and ("lora_" in name) == (file == ADAPTER_FOLDER)]
+        if wrong or absent:
+            raise UserError(f"{folder / file} does not fit this base model and depth: {(wrong + absent)[0]}")
+        module.load_state_dict(tensors, strict=False)
+    return model.eval()
+
+
+def _with_adapter_name(name: str) -> str:
+    """PEFT writes `...lora_A.weight` and holds it as `...lora_A.default.weight`."""
+    return name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
+
+
+def check_adapter(folder: Path, config: dict) -> None:
+    """PEFT only warns when an adapter meets a decoder of another depth; here it is an error."""
+    adapter = read_json(folder / "adapter_config.json", f"{folder} holds no adapter")
+    if adapter["r"] != config["lora_r"]:
+        raise UserError(f"{folder}: adapter of rank {adapter['r']}, config.json says {config['lora_r']}")
+
+
+def base_shape(config: AutoConfig) -> dict:
+    """What an adapter must find again in its base."""
+    return {
+        "model_type": config.model_type,
+        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters at inference (PAPER, table 7: embedding, kept layers, adapter, heads), and those that train."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    return {"total": total, "trained": trained, "lora": lora}

@@ -1,0 +1,67 @@
+"""SLMRec: a shallow student with the distillation terms that pull it towards a deep, frozen teacher (PAPER, step 4)."""
+
+import torch
+from torch import nn
+
+from models.llm_rec import LLMRec, block_ends
+from models.losses import catalogue_cross_entropy, cosine_similarity, norm_distance, reduce_blocks
+
+
+class SLMRec(nn.Module):
+    """A student and its loss, L_ce + lambda_cos (1 - D_cos) + lambda_norm D_norm + lambda_ms L_ms.
+
+    A term with weight 0 is neither computed nor logged, so with all weights 0 this is plain training. `ms_heads` are
+    L_ms's adapters (hidden -> d), one for each block but the last; they serve training only.
+    """
+
+    def __init__(
+        self,
+        student: LLMRec,
+        *,
+        num_blocks: int,
+        lambda_cos: float,
+        lambda_norm: float,
+        lambda_ms: float,
+        norm_form: str,
+        block_reduction: str,
+    ):
+        super().__init__()
+        self.student = student
+        self.ends = block_ends(student.num_layers, num_blocks)
+        self.lambda_cos, self.lambda_norm, self.lambda_ms = lambda_cos, lambda_norm, lambda_ms
+        self.norm_form, self.block_reduction = norm_form, block_reduction
+        dim = student.item_table.shape[1]
+        heads = num_blocks - 1 if lambda_ms else 0
+        self.ms_heads = nn.ModuleList(nn.Linear(student.hidden_size, dim, bias=False) for _ in range(heads))
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.lambda_cos or self.lambda_norm)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weighted loss terms: histories (B, T), targets (B, T), 0 where nothing is asked; N targets are asked.
+
+        teacher_states (N, K, h), if a term needs them, row-major over the asked targets.
+        """
+        needs_blocks = self.needs_teacher or self.lambda_ms
+        asked = batch["targets"] != 0
+        states = self.student.states(batch["histories"], asked, self.ends if needs_blocks else self.ends[-1:])
+        items, targets = self.student.item_table, batch["targets"][asked]  # states (N, K, h), targets (N,)
+        terms = {"ce": catalogue_cross_entropy(self.student.head(states[:, -1]), items, targets)}
+        if self.lambda_cos:
+            distance = 1 - cosine_similarity(batch["teacher_states"], states)  # (K,)
+            terms["cos"] = self.lambda_cos * reduce_blocks(distance, self.block_reduction)
+        if self.lambda_norm:
+            distance = norm_distance(batch["teacher_states"], states, self.norm_form)  # (K,)
+            terms["norm"] = self.lambda_norm * reduce_blocks(distance, self.block_reduction)
+        if self.lambda_ms and len(self.ms_heads):
+            vectors = [head(states[:, k].to(head.weight.dtype)) for k, head in enumerate(self.ms_heads)]
+            losses = torch.stack([catalogue_cross_entropy(v, items, targets) for v in vectors])  # (K - 1,)
+            terms["ms"] = self.lambda_ms * reduce_blocks(losses, self.block_reduction)
+        return terms
+
+    def user_vectors(self, histories: torch.Tensor) -> torch.Tensor:
+        return self.student.user_vectors(histories)
+
+    def item_vectors(self) -> torch.Tensor:
+        return self.student.item_vectors()

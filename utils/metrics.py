@@ -1,0 +1,137 @@
+"""Candidates, ranks and metrics: written once for every recommender.
+
+A recommender is anything with `user_vectors(histories) -> (B, d)` for left-padded item ids (B, T), and
+`item_vectors() -> (V + 1, d)`, row 0 the padding; the score of item i for a user is the dot product.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils.cli import RunError
+from utils.data import Sequences, sorted_batches, split_examples
+
+NUM_NEGATIVES = 999
+CANDIDATE_SEED = 20240527  # candidates have a seed of their own: a run's --seed never changes who is ranked
+SPLITS = ("valid", "test")
+
+
+class Recommender(Protocol):
+    def user_vectors(self, histories: torch.Tensor) -> torch.Tensor: ...
+
+    def item_vectors(self) -> torch.Tensor: ...
+
+
+def draw_negatives(data: Sequences, split: str, num: int = NUM_NEGATIVES, seed: int = CANDIDATE_SEED) -> np.ndarray:
+    """Draw `num` negatives a kept user, uniform without replacement over the items outside the user's sequence.
+
+    Returns (users, num) int32. Depends on the data, the split and the seed alone, so every model is ranked on the
+    same candidates. A user with fewer unseen items gets all of them, and 0 in the places left over.
+
+    Ids are drawn with replacement and kept in order when neither seen nor drawn before, which is the same
+    distribution; `first` remembers, per user and item, the position of the first draw (or that it was seen).
+    """
+    rows_at_once = max(1, 2**24 // (data.num_items + 1))
+    out = np.zeros((len(data.users), num), np.int32)
+    for block, low in enumerate(range(0, len(data.users), rows_at_once)):
+        users = data.users[low : low + rows_at_once]
+        rng = np.random.default_rng([seed, SPLITS.index(split), block])
+        seen_row, seen_item = seen_pairs(data, users, data.offsets[users + 1])
+        first = np.full((len(users), data.num_items + 1), -1, np.int32)  # -1: not drawn
+        first[seen_row, seen_item] = -2
+        unseen = (first[:, 1:] == -1).sum(1)
+        wanted = np.minimum(unseen, num)
+        filled = np.zeros(len(users), np.int64)
+        rows = np.arange(len(users))
+        drawn = 0
+        while len(rows):
+            draws = rng.integers(1, data.num_items + 1, (len(rows), num + num // 8 + 8), dtype=np.int32)
+            position = drawn + np.arange(draws.shape[1], dtype=np.int32)
+            known = first[rows[:, None], draws]
+            # of equal ids in a row the one written last stays: write right to left, so that the leftmost stays
+            first[rows[:, None], draws[:, ::-1]] = np.where(known == -1, position, known)[:, ::-1]
+            fresh = first[rows[:, None], draws] == position  # (rows, draws)
+            slot = filled[rows][:, None] + np.cumsum(fresh, 1) - 1
+            take = fresh & (slot < wanted[rows][:, None])
+            row_of, col_of = np.nonzero(take)
+            out[low + rows[row_of], slot[row_of, col_of]] = draws[row_of, col_of]
+            filled[rows] += take.sum(1)
+            drawn += draws.shape[1]
+            rows = rows[filled[rows] < wanted[rows]]
+    return out
+
+
+def seen_pairs(data: Sequences, users: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and item ids of all that `users` touched before position `stop` of the flat array: two (pairs,) arrays."""
+    counts = stop - data.offsets[users]
+    row = np.repeat(np.arange(len(users)), counts)
+    position = np.arange(counts.sum()) + np.repeat(data.offsets[users] - (np.cumsum(counts) - counts), counts)
+    return row, data.items[position]
+
+
+def ranks_from_scores(positive: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """rank = number of other candidates with score >= the positive's, so 0 is best and a tie counts against.
+
+    positive (B,), others (B, C) with -inf where there is no candidate. Returns (B,) int64.
+    """
+    return (others >= positive[:, None]).sum(1)
+
+
+def metrics_from_ranks(ranks: np.ndarray) -> dict[str, float]:
+    """HR@1/5/10, NDCG@5/10 and MRR: means over users; ranks (users,) from 0."""
+    gain = 1.0 / np.log2(ranks + 2.0)
+    result = {f"HR@{k}": float((ranks < k).mean()) for k in (1, 5, 10)}
+    result |= {f"NDCG@{k}": float(np.where(ranks < k, gain, 0.0).mean()) for k in (5, 10)}
+    return result | {"MRR": float((1.0 / (ranks + 1.0)).mean())}
+
+
+@torch.inference_mode()
+def rank_users(
+    recommender: Recommender,
+    data: Sequences,
+    split: str,
+    negatives: np.ndarray,
+    *,
+    max_length: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    autocast: Callable = torch.no_grad,
+    progress: bool = False,
+) -> tuple[dict[str, np.ndarray], float]:
+    """Rank every kept user's held-out item, among `negatives` (sampled) and in the whole catalogue (full).
+
+    In the full ranking the items of the user's history are masked. Returns {"sampled": (users,), "full": (users,)}
+    and the seconds it took. Raises RunError on a score that is not finite.
+    """
+    examples = split_examples(data, split, max_length)
+    ranks = {kind: np.zeros(len(examples), np.int64) for kind in ("sampled", "full")}
+    begun = time.perf_counter()
+    item_vectors = recommender.item_vectors().float()
+    batches = list(sorted_batches(examples.lengths, batch_size))
+    for index in tqdm(batches, desc=f"rank {split}", unit="batch", disable=not progress, leave=False):
+        histories = examples.batch(index)["histories"].to(device)
+        with autocast():
+            vectors = recommender.user_vectors(histories)
+        scores = vectors.float() @ item_vectors.T  # (B, V + 1)
+        if not torch.isfinite(scores[:, 1:]).all():
+            raise RunError(f"scores on {split} are not finite: the model has diverged; lower --learning_rate")
+        scores[:, 0] = -torch.inf  # padding is no candidate
+        target = torch.from_numpy(data.items[examples.end[index]].astype(np.int64)).to(device)  # (B,)
+        positive = scores.gather(1, target[:, None])[:, 0]
+        candidates = torch.from_numpy(negatives[index].astype(np.int64)).to(device)  # (B, 999)
+        ranks["sampled"][index] = ranks_from_scores(positive, scores.gather(1, candidates)).cpu()
+        row, item = seen_pairs(data, data.users[index], examples.end[index])
+        scores[torch.from_numpy(row).to(device), torch.from_numpy(item.astype(np.int64)).to(device)] = -torch.inf
+        scores[torch.arange(len(index), device=device), target] = -torch.inf
+        ranks["full"][index] = ranks_from_scores(positive, scores).cpu()
+    return ranks, time.perf_counter() - begun
+
+
+def evaluate(recommender: Recommender, data: Sequences, split: str, negatives: np.ndarray, **how) -> tuple[dict, float]:
+    """`rank_users` turned into {"sampled": {...}, "full": {...}}, with the seconds it took."""
+    ranks, seconds = rank_users(recommender, data, split, negatives, **how)
+    return {kind: metrics_from_ranks(values) for kind, values in ranks.items()}, seconds

@@ -1,0 +1,169 @@
+"""What a run leaves for people: environment, card, curve, and the table that puts the recommenders side by side."""
+
+import json
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from utils.checkpoint import read_json
+from utils.cli import ROOT
+from utils.data import Sequences
+from utils.metrics import CANDIDATE_SEED, NUM_NEGATIVES
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy")
+ORDER = ("sr", "teacher", "student")
+
+
+def git_commit() -> str:
+    """The checkout's commit, marked -dirty if tracked files differ from it; 'unknown' outside a git checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def environment(accelerator) -> dict:
+    """All that a figure must be traceable to."""
+    device = accelerator.device
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    script = Path(sys.argv[0]).name
+    return {
+        "command": shlex.join(["python", script, *sys.argv[1:]]),
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+    }
+
+
+def protocol(data: Sequences, max_length: int) -> dict:
+    return {
+        "split": "leave-one-out: the last item tests, the one before validates",
+        "users": len(data.users),
+        "items": data.num_items,
+        "sampled": f"1 positive and {NUM_NEGATIVES} negatives the user never touched, seed {CANDIDATE_SEED}",
+        "full": "the whole catalogue, items of the history masked",
+        "rank": "number of other candidates with score >= the positive's: ties count against",
+        "max_seq_length": max_length,
+    }
+
+
+def peak_memory() -> int:
+    """Bytes: of the device if it is a GPU, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def plot_curve(folder: Path) -> None:
+    """Loss terms and the validation metric over the steps, from log.jsonl to curve.png."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "valid" in row]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    skipped = {"step", "grad_norm", "lr", "samples_per_second"}
+    names = [name for name in (steps[0] if steps else {}) if name not in skipped]
+    names = [name for name in names if len(names) > 2 or name == "loss"]  # a single term is the loss itself
+    window = max(1, len(steps) // 50)
+    for name in names:
+        smooth = np.convolve([row[name] for row in steps], np.ones(window) / window, "valid")
+        left.plot([row["step"] for row in steps[window - 1 :]], smooth, label=name)
+    left.set(xlabel="step", ylabel=f"loss, mean of {window} steps")
+    for name in ("HR@10", "NDCG@10"):
+        values = [row["valid"]["sampled"][name] for row in evaluations]
+        right.plot([row["step"] for row in evaluations], values, marker="o", label=f"sampled {name}")
+    right.set(xlabel="step", ylabel="validation")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(folder / "curve.png", dpi=100)
+    plt.close(figure)
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Aligned Markdown: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]], *rows]
+    cells = [
+        [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)] for row in lines
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def metric_rows(metrics: dict) -> list[list[str]]:
+    names = list(metrics["test"]["sampled"])
+    rows = []
+    for split in ("valid", "test"):
+        for kind in ("sampled", "full"):
+            rows.append([f"{split}, {kind}"] + [f"{metrics[split][kind][name]:.4f}" for name in names])
+    return [["split, candidates", *names], *rows]
+
+
+def card(config: dict, metrics: dict) -> str:
+    """The run folder's README.md."""
+    header, *rows = metric_rows(metrics)
+    flags = markdown_table(["flag", "value"], [[name, str(value)] for name, value in config.items()])
+    run = metrics["environment"]
+    return f"""# {config["title"]} on {metrics["protocol"]["users"]:,} users of {config["dataset"]}
+
+{markdown_table(header, rows)}
+
+Weights of step {metrics["best_step"]} of {metrics["steps"]}, chosen on validation ({metrics["selected_by"]}).
+Sampled: {metrics["protocol"]["sampled"]}. Full: {metrics["protocol"]["full"]}.
+Parameters: {metrics["parameters"]["total"]:,} at inference, {metrics["parameters"]["trained"]:,} trained.
+
+    {run["command"]}
+
+Commit {run["git_commit"]}, Python {run["python"]}, {", ".join(f"{k} {v}" for k, v in run["packages"].items())}, \
+{run["hardware"]} with {run["threads"]} threads. `metrics.json` and `config.json` hold all figures and flags,
+`log.jsonl` every step, `curve.png` the curves.
+
+![curves](curve.png)
+
+{flags}
+"""
+
+
+def finished_runs(folder: Path) -> list[tuple[dict, dict]]:
+    """(config, metrics) of every finished run below a dataset's output folder: traditional, teachers, students."""
+    found = []
+    for path in sorted(folder.glob("*/metrics.json")):
+        config = read_json(path.parent / "config.json", f"{path.parent} has no config.json; run its step again")
+        if "kind" in config:
+            found.append((config, read_json(path, "")))
+    return sorted(found, key=lambda run: (ORDER.index(run[0]["kind"]), run[0]["title"]))
+
+
+def closing_table(folder: Path) -> str:
+    """Every finished run of a dataset, test users: sampled and full metrics, parameters, seconds."""
+    header = ["test users", "HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR", "full HR@10", "full NDCG@10"]
+    header += ["params", "trained", "s/epoch", "s to score"]
+
+    def row(title: str, test: dict, total: int, trained: int, epoch: str, score: float) -> list[str]:
+        figures = [f"{test['sampled'][name]:.4f}" for name in header[1:7]]
+        figures += [f"{test['full'][name]:.4f}" for name in ("HR@10", "NDCG@10")]
+        return [title, *figures, f"{total / 1e6:.2f} M", f"{trained / 1e6:.2f} M", epoch, f"{score:.1f}"]
+
+    rows = {}
+    for config, metrics in finished_runs(folder):
+        for name, floor in metrics["floor"].items():
+            rows[name] = row(name, floor["test"], 0, 0, "-", floor["score_test_seconds"])
+        seconds, sizes = metrics["seconds"], metrics["parameters"]
+        figures = (sizes["total"], sizes["trained"], f"{seconds['train_epoch']:.1f}", seconds["score_test"])
+        title = f"{config['title']} ({Path(config['output_dir']).name})"
+        rows[title] = row(title, metrics["test"], *figures)
+    return markdown_table(header, list(rows.values()))

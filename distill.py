@@ -19,7 +19,7 @@ from models.slmrec import SLMRec
 from utils import assets, cli
 from utils.checkpoint import read_json, sha256, whole_file
 from utils.data import Examples, Sequences, check_same_dataset, sorted_batches, training_examples
-from utils.report import closing_table
+from utils.report import comparison, finished_runs
 from utils.train import Run
 
 INHERITED = ["base_model", "layer_selection", "train_strategy", "lora_r", "lora_alpha", "lora_dropout"]
@@ -100,14 +100,14 @@ def main(
     if taught.get("kind") != "teacher":
         raise cli.UserError(f"--teacher {source} is no run of finetune.py")
     check_same_dataset(data, taught["dataset_fingerprint"], source)
-    cli.inherit(config, taught, INHERITED, str(source))
+    cli.inherit(config, taught, INHERITED, cli.shown(source))
     depth = taught["num_layers"]
     if num_layers > depth:
         raise cli.UserError(f"--num_layers {num_layers}: the teacher has {depth} layers, a student needs no more")
     block_ends(num_layers, num_blocks)
     ends = block_ends(depth, num_blocks)
     base = assets.base_model_path(config["base_model"])
-    config |= {"teacher": str(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
+    config |= {"teacher": cli.shown(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
     config |= {"title": f"SLMRec-{num_layers}<-{depth}", "teacher_step": measured["best_step"]}
     examples = training_examples(data, config["train_targets"], config["max_seq_length"])
     item_table = load_llm_rec(source, base).item_table
@@ -125,8 +125,9 @@ def main(
         )
         extra = {"teacher_states": teacher_states(source, base, examples, ends, run)} if student.needs_teacher else {}
         state = run.fit(student, examples, extra)
-        run.finish(student, state, count_parameters(student), student.student.save_pretrained)
-    run.print(closing_table(run.folder.parent))
+        size = count_parameters(student) | {"total": count_parameters(student.student)["total"]}  # ms_heads only train
+        run.finish(student, state, size, student.student.save_pretrained)
+    run.print(comparison(finished_runs(run.folder.parent)))
 
 
 if __name__ == "__main__":

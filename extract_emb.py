@@ -53,7 +53,7 @@ def main(
     config = {
         "dataset": dataset,
         "dataset_fingerprint": data.fingerprint,
-        "sr_dir": str(source),
+        "sr_dir": cli.shown(source),
         "sr_weights_sha256": sha256(weights),
         "sr_test_sampled_NDCG@10": metrics["test"]["sampled"]["NDCG@10"],
         "model": trained["model"],

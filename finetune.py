@@ -12,7 +12,7 @@ from models.llm_rec import base_config, base_shape, build_llm_rec, count_paramet
 from utils import assets, cli
 from utils.checkpoint import load_tensors, read_json
 from utils.data import Sequences, check_same_dataset, training_examples
-from utils.report import closing_table
+from utils.report import comparison, finished_runs
 from utils.train import Run
 
 
@@ -54,11 +54,11 @@ def main(
         source / "config.json", f"{source} is missing; make it: python extract_emb.py --dataset {dataset}"
     )
     check_same_dataset(data, extracted["dataset_fingerprint"], source)
-    cli.inherit(config, extracted, ["table_sha256", "hidden_size"], str(source))
+    cli.inherit(config, extracted, ["table_sha256", "hidden_size"], cli.shown(source))
     base = assets.base_model_path(base_model)
     shape = base_config(base)
     select_layers(num_layers, shape.num_hidden_layers, layer_selection)
-    config |= {"item_embeddings": str(source), "base_shape": base_shape(shape)}
+    config |= {"item_embeddings": cli.shown(source), "base_shape": base_shape(shape)}
     item_table = load_tensors(source / "item_embeddings.safetensors")["item_table"]
     examples = training_examples(data, train_targets, max_seq_length)
 
@@ -67,7 +67,7 @@ def main(
         teacher = build_llm_rec(config, base, item_table)
         state = run.fit(teacher, examples)
         run.finish(teacher, state, count_parameters(teacher), teacher.save_pretrained)
-    run.print(closing_table(run.folder.parent))
+    run.print(comparison(finished_runs(run.folder.parent)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from models.sr.sasrec import SASRec
 from utils import assets, cli
 from utils.checkpoint import save_tensors
 from utils.data import Sequences, training_counts, training_examples
-from utils.report import closing_table
+from utils.report import comparison, finished_runs
 from utils.train import Run
 
 MODELS = {"sasrec": SASRec}
@@ -72,7 +72,7 @@ def main(
             save=lambda folder: save_tensors(recommender.state_dict(), folder / "model.safetensors"),
             floor={"Popularity": Popularity(torch.from_numpy(training_counts(data)))},
         )
-    run.print(closing_table(run.folder.parent))
+    run.print(comparison(finished_runs(run.folder.parent)))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ sample is left-padded to `max_length` items between prefix and response. Several
 """
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, DynamicCache
 from transformers.utils import logging as transformers_logging
@@ -82,7 +84,7 @@ def load_decoder(base_model: str | Path, num_layers: int, layer_selection: str, 
     transformers_logging.disable_progress_bar()
     try:
         decoder = AutoModel.from_pretrained(base_model, config=truncated(config, layers[-1] + 1), dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--base_model {base_model}: the weights cannot be read ({reason})") from error
     finally:
@@ -294,37 +296,21 @@ def load_llm_rec(folder: Path, base_model: str | Path) -> LLMRec:
     shape, found = config["base_shape"], base_shape(base_config(base_model))
     if shape != found:
         raise UserError(f"{folder} was trained on a base with {shape}, but {base_model} has {found}")
-    heads = load_tensors(folder / HEADS_FILE)
-    model = build_llm_rec(config, base_model, heads.pop("item_table"))
-    parts = [(model, heads, HEADS_FILE)]
-    if config["train_strategy"] == "lora":
-        check_adapter(folder / ADAPTER_FOLDER, config)
-        saved = load_tensors(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
-        adapter = {f"decoder.{_with_adapter_name(name)}": value for name, value in saved.items()}
-        parts.append((model, adapter, ADAPTER_FOLDER))
-    elif config["train_strategy"] == "full":
-        parts.append((model.decoder, load_tensors(folder / DECODER_FILE), DECODER_FILE))
-    for module, tensors, file in parts:
-        own = module.state_dict()
-        wrong = [name for name, value in tensors.items() if name not in own or own[name].shape != value.shape]
-        trained = {name for name, p in module.named_parameters() if p.requires_grad}
-        absent = [name for name in trained if name not in tensors and ("lora_" in name) == (file == ADAPTER_FOLDER)]
-        if wrong or absent:
-            raise UserError(f"{folder / file} does not fit this base model and depth: {(wrong + absent)[0]}")
-        module.load_state_dict(tensors, strict=False)
+    saved = load_tensors(folder / HEADS_FILE)
+    model = build_llm_rec(config, base_model, saved.pop("item_table"))
+    if model.train_strategy == "lora":
+        adapter = load_tensors(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
+        for name, value in adapter.items():  # PEFT writes lora_A.weight for what it holds as lora_A.default.weight
+            saved["decoder." + re.sub(r"(lora_[AB])", r"\1.default", name)] = value
+    elif model.train_strategy == "full":
+        saved |= {f"decoder.{name}": value for name, value in load_tensors(folder / DECODER_FILE).items()}
+    trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: value.shape for name, value in saved.items()}
+    if trained != found:
+        odd = min(name for name in trained.keys() | found.keys() if trained.get(name) != found.get(name))
+        raise UserError(f"{folder}: its weights do not fit {config['num_layers']} layers of {base_model}: {odd}")
+    model.load_state_dict(saved, strict=False)
     return model.eval()
-
-
-def _with_adapter_name(name: str) -> str:
-    """PEFT writes `...lora_A.weight` and holds it as `...lora_A.default.weight`."""
-    return name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
-
-
-def check_adapter(folder: Path, config: dict) -> None:
-    """PEFT only warns when an adapter meets a decoder of another depth; here it is an error."""
-    adapter = read_json(folder / "adapter_config.json", f"{folder} holds no adapter")
-    if adapter["r"] != config["lora_r"]:
-        raise UserError(f"{folder}: adapter of rank {adapter['r']}, config.json says {config['lora_r']}")
 
 
 def base_shape(config: AutoConfig) -> dict:

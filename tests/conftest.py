@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import AutoModel, LlamaConfig
 
 from models.llm_rec import LLMRec, keep_layers
@@ -58,3 +59,10 @@ def make_sequences(users: int = 60, num_items: int = 40, seed: int = 0, low: int
 @pytest.fixture
 def sequences() -> Sequences:
     return make_sequences()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps precision and devices in a process-wide singleton."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

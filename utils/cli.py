@@ -8,6 +8,7 @@ wrong and the exit code is 2.
 import difflib
 import inspect
 import math
+import re
 import sys
 import types
 import typing
@@ -65,7 +66,6 @@ FLAGS: dict[str, tuple[str, str]] = {
     "norm_form": ("D_norm as the released code has it (l2) or as the paper prints it (squared)", ""),
     "block_reduction": ("over blocks: sum as in the released code, or mean as printed", ""),
     "mode": ("offline: a frozen teacher, whose states are computed once", ""),
-    "record": ("also write the run records to results/runs/", ""),
 }
 
 
@@ -126,7 +126,11 @@ def collect(argv: list[str]) -> dict[str, str]:
 
     if {"-", "--"} & set(argv):
         raise UserError("stray '-' on the command line; see --help")
-    fire.Fire(gather, command=list(argv))
+    # a flag without a value is given fire's own True, before fire takes --nonsense for a negated --nsense
+    bare = [word.startswith("--") and "=" not in word for word in argv]
+    ends = [at + 1 == len(argv) or argv[at + 1].startswith("--") for at in range(len(argv))]
+    words = [f"{word}=True" if bare[at] and ends[at] else word for at, word in enumerate(argv)]
+    fire.Fire(gather, command=words)
     return found
 
 
@@ -136,9 +140,9 @@ def coerce(source: str, value: object, annotation: object, name: str) -> object:
     if type(None) in options and str(value).lower() == "none":
         return None
     wanted = next(option for option in options if option is not type(None))
-    if typing.get_origin(wanted) is typing.Literal:
-        if value not in typing.get_args(wanted):
-            raise UserError(f"{source} {value}: expected one of {', '.join(typing.get_args(wanted))}")
+    if choices(wanted):
+        if value not in choices(wanted):
+            raise UserError(f"{source} {value}: expected one of {', '.join(choices(wanted))}")
         return value
     if wanted is str:
         if value is None or str(value) in ("True", ""):  # what fire makes of a flag without a value
@@ -166,6 +170,12 @@ def within(number: float, limits: str) -> bool:
     return number > float(bound) if sign == ">" else number >= float(bound)
 
 
+def choices(annotation: object) -> tuple[str, ...]:
+    """The values of a Literal annotation, optional or not; () for any other."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((typing.get_args(o) for o in options if typing.get_origin(o) is typing.Literal), ())
+
+
 def suggest(name: str, known: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean --{close[0]}?)" if close else ""
@@ -180,11 +190,15 @@ def recipe(dataset: str, section: str, parameters: typing.Mapping[str, inspect.P
         sections = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no YAML: {error}") from error
+    if not isinstance(sections, dict):
+        raise UserError(f"{path}: expected sections, one of {', '.join(RECIPE_SECTIONS)}")
     values = {}
     for title, entries in sections.items():
         if title not in RECIPE_SECTIONS:
             raise UserError(f"{path}: unknown section {title}; expected {', '.join(RECIPE_SECTIONS)}")
-        for name, value in (entries or {}).items():
+        if not isinstance(entries, dict):
+            raise UserError(f"{path}: section {title}: expected name: value lines")
+        for name, value in entries.items():
             if name not in (FLAGS if title != section else parameters):
                 raise UserError(f"{path}: unknown key {title}.{name}{suggest(name, FLAGS)}")
             if title in ("data", section) and name in parameters:
@@ -199,9 +213,20 @@ def help_text(main: Callable, script: str) -> str:
     lines = [inspect.getdoc(sys.modules[main.__module__]) or "", "", "Args:"]
     for name in inspect.signature(main).parameters:
         meaning, limits = FLAGS[name]
+        parameter = inspect.signature(main).parameters[name]
+        limits = limits or ", ".join(choices(parameter.annotation))
+        if len(str(parameter.default)) > 20:  # fire cuts long defaults short
+            limits = f"default: {parameter.default}"
         lines.append(f"    {name}: {meaning}" + (f" ({limits})" if limits else ""))
     main.__doc__ = "\n".join(lines)
-    return helptext.HelpText(main, trace=fire_trace.FireTrace(main, name=script))
+    text = helptext.HelpText(main, trace=fire_trace.FireTrace(main, name=script))
+    return re.sub(r"(?m)^    -\w, --", "    --", text)  # fire's one-letter flags are not accepted here
+
+
+def shown(path: Path) -> str:
+    """A path as configurations hold it: relative to the checkout where it lies inside, so that records are portable."""
+    path = path.absolute()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def inherit(config: dict, source: dict, names: list[str], where: str) -> None:

@@ -49,11 +49,13 @@ def draw_negatives(data: Sequences, split: str, num: int = NUM_NEGATIVES, seed: 
         rows = np.arange(len(users))
         drawn = 0
         while len(rows):
-            draws = rng.integers(1, data.num_items + 1, (len(rows), num + num // 8 + 8), dtype=np.int32)
-            position = drawn + np.arange(draws.shape[1], dtype=np.int32)
+            # Of equal ids in a row the one written last stays. Draws are numbered from the right, and drawn in that
+            # order, so that it is the first one drawn.
+            draws = rng.integers(1, data.num_items + 1, (len(rows), num + num // 8 + 8), dtype=np.int32)[:, ::-1].copy()
+            position = drawn + np.arange(draws.shape[1], dtype=np.int32)[::-1]
             known = first[rows[:, None], draws]
-            # of equal ids in a row the one written last stays: write right to left, so that the leftmost stays
-            first[rows[:, None], draws[:, ::-1]] = np.where(known == -1, position, known)[:, ::-1]
+            first[rows[:, None], draws] = np.where(known == -1, position, known)
+            draws, position = draws[:, ::-1], position[::-1]
             fresh = first[rows[:, None], draws] == position  # (rows, draws)
             slot = filled[rows][:, None] + np.cumsum(fresh, 1) - 1
             take = fresh & (slot < wanted[rows][:, None])

@@ -138,18 +138,17 @@ Commit {run["git_commit"]}, Python {run["python"]}, {", ".join(f"{k} {v}" for k,
 """
 
 
-def finished_runs(folder: Path) -> list[tuple[dict, dict]]:
-    """(config, metrics) of every finished run below a dataset's output folder: traditional, teachers, students."""
-    found = []
+def finished_runs(folder: Path) -> list[dict]:
+    """{"config", "metrics"} of every finished run below a dataset's output folder."""
+    runs = []
     for path in sorted(folder.glob("*/metrics.json")):
         config = read_json(path.parent / "config.json", f"{path.parent} has no config.json; run its step again")
-        if "kind" in config:
-            found.append((config, read_json(path, "")))
-    return sorted(found, key=lambda run: (ORDER.index(run[0]["kind"]), run[0]["title"]))
+        runs.append({"config": config, "metrics": read_json(path, "")})
+    return runs
 
 
-def closing_table(folder: Path) -> str:
-    """Every finished run of a dataset, test users: sampled and full metrics, parameters, seconds."""
+def comparison(runs: list[dict]) -> str:
+    """The closing table, test users: sampled and full metrics, parameters, seconds. Traditional models come first."""
     header = ["test users", "HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR", "full HR@10", "full NDCG@10"]
     header += ["params", "trained", "s/epoch", "s to score"]
 
@@ -159,7 +158,7 @@ def closing_table(folder: Path) -> str:
         return [title, *figures, f"{total / 1e6:.2f} M", f"{trained / 1e6:.2f} M", epoch, f"{score:.1f}"]
 
     rows = {}
-    for config, metrics in finished_runs(folder):
+    for config, metrics in sorted((run.values() for run in runs), key=lambda run: ORDER.index(run[0]["kind"])):
         for name, floor in metrics["floor"].items():
             rows[name] = row(name, floor["test"], 0, 0, "-", floor["score_test_seconds"])
         seconds, sizes = metrics["seconds"], metrics["parameters"]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from utils.checkpoint import load_tensors, read_json, save_tensors, whole_folder, write_json
-from utils.cli import ROOT, RunError, UserError, print_config
+from utils.cli import ROOT, RunError, UserError, print_config, shown
 from utils.data import Examples, Sequences, shuffled_batches
 from utils.metrics import SPLITS, Recommender, draw_negatives, evaluate
 from utils.report import card, environment, peak_memory, plot_curve, protocol
@@ -43,7 +43,7 @@ class Run:
 
     def __init__(self, config: dict, data: Sequences, default_dir: str) -> None:
         self.folder = Path(config["output_dir"] or ROOT / "outputs" / data.name / default_dir)
-        self.config = config | {"output_dir": str(self.folder), "dataset_fingerprint": data.fingerprint}
+        self.config = config | {"output_dir": shown(self.folder), "dataset_fingerprint": data.fingerprint}
         self.data = data
         self.checkpoints = self.folder / "checkpoints"
         tracker = config.get("report_to", "none")

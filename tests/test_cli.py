@@ -1,0 +1,153 @@
+"""Command lines: what is refused, in one line, with exit code 2, before any work."""
+
+import importlib
+import inspect
+import typing
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from utils import cli
+from utils.cli import FLAGS, RECIPE_SECTIONS, UserError, resolve
+
+SCRIPTS = {"train_sr_trad": "sr", "extract_emb": "extract", "finetune": "teacher", "distill": "student"}
+CALLED = []
+
+
+def main(
+    *,
+    dataset: str = "none-such",
+    learning_rate: float = 1e-3,
+    num_layers: int = 4,
+    lora_r: int | None = None,
+    resume: typing.Literal["auto", "never"] = "never",
+    dropout: float = 0.1,
+    output_dir: str | None = None,
+) -> None:
+    """Unused."""
+    CALLED.append(dict(locals()))
+
+
+def one_line(capsys, argv: list[str]) -> str:
+    CALLED.clear()
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, "sr", argv)
+    assert stop.value.code == 2 and not CALLED
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--learning_rte", "1"], "did you mean --learning_rate"),
+        (["--nonsense"], "unknown flag --nonsense"),
+        (["stray"], "stray word 'stray'"),
+        (["--num_layers", "4", "8"], "stray word '8'"),
+        (["-"], "stray"),
+        (["--num_layers", "0"], ">= 1"),
+        (["--num_layers", "2.5"], "whole number"),
+        (["--num_layers", "1e3"], "whole number"),
+        (["--num_layers"], "whole number"),
+        (["--num_layers", "four"], "whole number"),
+        (["--learning_rate", "-1"], "> 0"),
+        (["--learning_rate", "0"], "> 0"),
+        (["--learning_rate", "nan"], "> 0"),
+        (["--learning_rate", "inf"], "> 0"),
+        (["--dropout", "1"], "0..1"),
+        (["--resume", "maybe"], "auto, never"),
+        (["--dataset"], "needs a value"),
+        (["--lora_r", "0"], ">= 1"),
+    ],
+)
+def test_wrong_flags_are_refused_before_main_runs(argv, words, capsys):
+    assert words in one_line(capsys, argv)
+
+
+def test_values_arrive_with_their_annotated_types():
+    cli.run(main, "sr", ["--learning-rate", "1e-4", "--dataset=7", "--lora_r", "none", "--num_layers=3"])
+    got = CALLED[-1]
+    assert got["learning_rate"] == 1e-4 and got["dataset"] == "7" and got["lora_r"] is None and got["num_layers"] == 3
+    assert got["resume"] == "never"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_every_flag_with_type_default_and_meaning(name, capsys):
+    module = importlib.import_module(name)
+    cli.run(module.main, SCRIPTS[name], ["--help"])
+    text = capsys.readouterr().out
+    for flag, parameter in inspect.signature(module.main).parameters.items():
+        part = text[text.index(f"--{flag}=") :].split("\n    --")[0]
+        assert "Type:" in part and FLAGS[flag][0] in part
+        if parameter.default is not None:
+            assert str(parameter.default) in part
+
+
+def test_every_documented_flag_is_one_of_some_script():
+    used = {p for name in SCRIPTS for p in inspect.signature(importlib.import_module(name).main).parameters}
+    assert used == set(FLAGS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_is_read(name):
+    """Fault 6: flags that nothing reads. Each is named in the script's body, or read from `config` further down."""
+    source = (ROOT / f"{name}.py").read_text().split("-> None:")[-1]
+    readers = [ROOT / "utils/train.py", ROOT / "models/llm_rec.py", ROOT / "distill.py"]
+    shared = "".join(path.read_text() for path in readers)
+    for flag in inspect.signature(importlib.import_module(name).main).parameters:
+        assert flag in source or f'config["{flag}"]' in shared or f'config.get("{flag}"' in shared, flag
+
+
+def recipe_file(tmp_path, monkeypatch, text: str) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text(text)
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+
+
+def test_recipe_stands_between_defaults_and_flags(tmp_path, monkeypatch, capsys):
+    text = "data: {dropout: 0.3}\nsr: {learning_rate: 0.5, num_layers: 2}\nteacher: {num_layers: 9}\n"
+    recipe_file(tmp_path, monkeypatch, text)
+    got = resolve(main, "sr", ["--dataset", "mine", "--num_layers", "7"])
+    assert (got["learning_rate"], got["num_layers"], got["dropout"], got["resume"]) == (0.5, 7, 0.3, "never")
+    assert "learning_rate=0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sr: {learning_rte: 1}", "unknown key sr.learning_rte"),
+        ("se: {learning_rate: 1}", "unknown section se"),
+        ("sr: {num_layers: 2.5}", "whole number"),
+        ("sr: [", "no YAML"),
+        ("sr: 3", "expected name: value"),
+        ("- sr", "expected sections"),
+    ],
+)
+def test_bad_recipes_are_refused(text, words, tmp_path, monkeypatch):
+    recipe_file(tmp_path, monkeypatch, text)
+    with pytest.raises(UserError, match=words):
+        resolve(main, "sr", ["--dataset", "mine"])
+
+
+def test_all_recipes_resolve_for_every_step():
+    recipes = sorted((ROOT / "recipes").glob("*.yaml"))
+    assert {"ml-100k", "cloth", "movie", "music", "sport"} <= {path.stem for path in recipes}
+    for path in recipes:
+        assert set(yaml.safe_load(path.read_text())) <= set(RECIPE_SECTIONS)
+        assert path.read_text().startswith("#"), "a recipe opens with where its values come from"
+        for name, section in SCRIPTS.items():
+            assert resolve(importlib.import_module(name).main, section, ["--dataset", path.stem])
+
+
+def test_paper_recipes_hold_table_8():
+    finetune, distill = importlib.import_module("finetune"), importlib.import_module("distill")
+    expected = {"cloth": (0.003, 1500, 50, 1.0), "movie": (0.001, -1, 50, 1.0), "music": (0.002, 800, 100, 0.01)}
+    for name, (rate, steps, warmup, lambda_ms) in (expected | {"sport": (0.002, 2000, 50, 0.1)}).items():
+        for module, section in ((finetune, "teacher"), (distill, "student")):
+            got = resolve(module.main, section, ["--dataset", name])
+            assert (got["learning_rate"], got["max_steps"], got["warmup_steps"]) == (rate, steps, warmup)
+            assert got["lr_scheduler"] == "cosine" and got["max_grad_norm"] == 1.0 and got["batch_size"] == 256
+        assert (got["lambda_cos"], got["lambda_norm"], got["lambda_ms"]) == (1.0, 0.1, lambda_ms)
+        assert (got["num_blocks"], got["norm_form"], got["block_reduction"]) == (4, "l2", "sum")

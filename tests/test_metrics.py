@@ -1,0 +1,158 @@
+"""Candidates, ranks and metrics against naive loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_sequences, tiny_llm_rec
+
+from models.sr.popularity import Popularity
+from models.sr.sasrec import SASRec
+from utils.cli import RunError
+from utils.data import training_counts
+from utils.metrics import draw_negatives, evaluate, metrics_from_ranks, rank_users
+
+
+class Table:
+    """Scores that are a fixed function of user and item; the user is told by the newest item of the history."""
+
+    def __init__(self, scores: np.ndarray):
+        self.scores = torch.from_numpy(scores).float()  # (V + 1, V + 1)
+
+    def user_vectors(self, histories):
+        return torch.nn.functional.one_hot(histories[:, -1], len(self.scores)).float()
+
+    def item_vectors(self):
+        return self.scores.T
+
+
+def naive_ranks(data, scores, split, negatives):
+    ranks = {"sampled": [], "full": []}
+    for n, u in enumerate(data.users):
+        sequence = data.items[data.offsets[u] : data.offsets[u + 1]].tolist()
+        cut = {"valid": -2, "test": -1}[split]
+        history, target = sequence[:cut], sequence[cut]
+        row = scores[history[-1]]
+        ranks["sampled"].append(sum(row[i] >= row[target] for i in negatives[n].tolist() if i))
+        others = set(range(1, data.num_items + 1)) - set(history) - {target}
+        ranks["full"].append(sum(row[i] >= row[target] for i in others))
+    return ranks
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_ranks_and_metrics_equal_a_naive_loop(sequences, split):
+    rng = np.random.default_rng(1)
+    scores = rng.integers(0, 12, (41, 41)).astype(float)  # many ties
+    negatives = draw_negatives(sequences, split, num=9)
+    naive = naive_ranks(sequences, scores, split, negatives)
+    got, _ = rank_users(Table(scores), sequences, split, negatives, max_length=30, batch_size=7)
+    assert got["sampled"].tolist() == naive["sampled"] and got["full"].tolist() == naive["full"]
+    metrics, _ = evaluate(Table(scores), sequences, split, negatives, max_length=30, batch_size=64)
+    for kind, ranks in naive.items():
+        for k in (1, 5, 10):
+            assert metrics[kind][f"HR@{k}"] == pytest.approx(sum(r < k for r in ranks) / len(ranks))
+        for k in (5, 10):
+            expected = sum(1 / math.log2(r + 2) for r in ranks if r < k) / len(ranks)
+            assert metrics[kind][f"NDCG@{k}"] == pytest.approx(expected)
+        assert metrics[kind]["MRR"] == pytest.approx(sum(1 / (r + 1) for r in ranks) / len(ranks))
+
+
+def test_a_constant_scorer_hits_nothing(sequences):
+    """Fault 8: in the released code equal scores for all give HR@1 = 1."""
+    negatives = draw_negatives(sequences, "test", num=19)
+    metrics, _ = evaluate(Table(np.ones((41, 41))), sequences, "test", negatives, max_length=30, batch_size=8)
+    assert metrics["sampled"]["HR@1"] == metrics["full"]["HR@1"] == 0
+    assert metrics["sampled"]["HR@10"] == metrics["full"]["HR@10"] == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_are_an_error(sequences, bad):
+    scores = np.ones((41, 41))
+    scores[:, 17] = bad
+    negatives = draw_negatives(sequences, "test", num=9)
+    with pytest.raises(RunError, match="not finite"):
+        rank_users(Table(scores), sequences, "test", negatives, max_length=30, batch_size=8)
+
+
+def test_candidates_are_distinct_unseen_and_everybody_gets_the_same(sequences):
+    """Fault 4: redrawn at every access, unseeded."""
+    negatives = draw_negatives(sequences, "test", num=20)
+    assert (negatives == draw_negatives(sequences, "test", num=20)).all()
+    assert (negatives != draw_negatives(sequences, "valid", num=20)).any()
+    assert (negatives != draw_negatives(sequences, "test", num=20, seed=1)).any()
+    for n, u in enumerate(sequences.users):
+        seen = set(sequences.items[sequences.offsets[u] : sequences.offsets[u + 1]].tolist())
+        row = negatives[n].tolist()
+        assert len(set(row)) == 20 and not seen & set(row) and min(row) >= 1 and max(row) <= 40
+    torch.manual_seed(3)
+    np.random.seed(3)
+    assert (negatives == draw_negatives(sequences, "test", num=20)).all()
+
+
+def test_candidates_are_uniform_over_unseen_items():
+    data = make_sequences(users=4000, num_items=30, low=5, high=5)
+    data.items[:] = np.tile([3, 7, 11, 19, 30], 4000)  # everybody saw the same five
+    unseen = np.delete(np.arange(30), [2, 6, 10, 18, 29])
+    everywhere, first = [], []
+    for seed in range(20):
+        negatives = draw_negatives(data, "test", num=6, seed=seed)
+        counts = np.bincount(negatives.ravel(), minlength=31)[1:]
+        assert counts.sum() == counts[unseen].sum() == 24000
+        everywhere.append(((counts[unseen] - 960) ** 2).sum() / (960 * (1 - 6 / 25)) * 24 / 25)
+        first.append(((np.bincount(negatives[:, 0], minlength=31)[1:][unseen] - 160) ** 2).sum() / 160)
+    # chi-squared with 24 degrees of freedom: mean 24, of which a mean of 20 strays by 1.55
+    assert abs(np.mean(everywhere) - 24) < 5 and abs(np.mean(first) - 24) < 5
+
+
+def test_users_with_few_unseen_items_get_all_of_them():
+    data = make_sequences(users=10, num_items=14, low=6, high=10)
+    negatives = draw_negatives(data, "test", num=999)
+    for n, u in enumerate(data.users):
+        seen = set(data.items[data.offsets[u] : data.offsets[u + 1]].tolist())
+        row = negatives[n][negatives[n] != 0].tolist()
+        assert sorted(row) == sorted(set(range(1, 15)) - seen)
+
+
+def sasrec(data, **kwargs) -> SASRec:
+    torch.manual_seed(0)
+    options = {"dim": 16, "max_length": 30, "num_layers": 2, "num_heads": 2, "dropout": 0.5} | kwargs
+    return SASRec(data.num_items, **options).eval()
+
+
+@pytest.mark.parametrize("make", [sasrec, lambda data: tiny_llm_rec().eval(), lambda d: counted(d)])
+def test_batch_size_changes_no_rank(sequences, make):
+    """Fault 6: and every recommender answers the same interface."""
+    model = make(sequences)
+    negatives = draw_negatives(sequences, "test", num=19)
+    results = [rank_users(model, sequences, "test", negatives, max_length=30, batch_size=b)[0] for b in (1, 7, 64)]
+    for other in results[1:]:
+        assert (other["sampled"] == results[0]["sampled"]).all() and (other["full"] == results[0]["full"]).all()
+
+
+def counted(data) -> Popularity:
+    return Popularity(torch.from_numpy(training_counts(data)))
+
+
+def test_metrics_are_means_over_users_not_over_batches():
+    ranks = np.array([0] * 10 + [500])
+    assert metrics_from_ranks(ranks)["HR@1"] == pytest.approx(10 / 11)
+
+
+def test_sasrec_padding_is_attended_by_nobody(sequences):
+    """Fault 5: the released mask compares embeddings with 0, so padding takes part."""
+    model = sasrec(sequences)
+    short = torch.tensor([[5, 8, 13]])
+    padded = torch.nn.functional.pad(short, (27, 0))
+    assert torch.allclose(model.user_vectors(short), model.user_vectors(padded), atol=1e-6)
+    before = model.user_vectors(padded)
+    with torch.no_grad():
+        model.items.weight[0] = 100.0
+    assert torch.allclose(model.user_vectors(padded), before, atol=1e-6)
+
+
+def test_sasrec_never_looks_ahead(sequences):
+    model = sasrec(sequences)
+    a, b = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 2, 3, 9]])
+    assert torch.allclose(model.states(a)[:, :3], model.states(b)[:, :3], atol=1e-6)
+    assert not torch.allclose(model.states(a)[:, 3], model.states(b)[:, 3], atol=1e-3)

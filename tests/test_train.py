@@ -1,0 +1,219 @@
+"""The training loop: resuming, accumulation, selection, schedules, refusals. Real kills are in test_pipeline.py."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_sequences
+from transformers import get_scheduler
+
+from models.sr.sasrec import SASRec
+from utils.checkpoint import load_tensors, save_tensors
+from utils.cli import RunError, UserError
+from utils.data import training_examples
+from utils.train import Run, gradient_shares
+
+CONFIG = {
+    "dataset": "synthetic",
+    "max_seq_length": 8,
+    "batch_size": 16,
+    "micro_batch_size": None,
+    "eval_batch_size": 64,
+    "num_epochs": 4.0,
+    "max_steps": -1,
+    "learning_rate": 1e-2,
+    "weight_decay": 0.0,
+    "warmup_steps": 3,
+    "lr_scheduler": "cosine",
+    "max_grad_norm": 1.0,
+    "eval_steps": 4,
+    "seed": 7,
+    "dtype": "float32",
+    "resume": "never",
+    "report_to": "none",
+    "kind": "sr",
+    "title": "SASRec",
+}
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Model(SASRec):
+    """SASRec with a fuse: raises, or spoils its loss, in the given training step."""
+
+    def __init__(self, dropout: float = 0.3, raise_at: int = -1, spoil_at: int = -1):
+        super().__init__(40, dim=16, max_length=8, num_layers=1, num_heads=2, dropout=dropout)
+        self.calls, self.raise_at, self.spoil_at = 0, raise_at, spoil_at
+
+    def forward(self, batch):
+        self.calls += 1
+        if self.calls == self.raise_at:
+            raise Interrupted
+        terms = super().forward(batch)
+        return {"ce": terms["ce"], "other": terms["ce"] * (torch.nan if self.calls == self.spoil_at else 0.5)}
+
+
+def train(folder, model_options=None, **changes):
+    data = make_sequences(users=80)
+    run = Run(CONFIG | {"output_dir": str(folder)} | changes, data, "unused")
+    model = Model(**(model_options or {}))
+    state = run.fit(model, training_examples(data, "all", 8))
+    return run, model, state
+
+
+def finish(run, model, state):
+    run.finish(
+        model, state, {"total": 1, "trained": 1}, lambda f: save_tensors(model.state_dict(), f / "model.safetensors")
+    )
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+@pytest.mark.parametrize("at", [2, 4, 5, 9, 19])
+def test_an_interrupted_run_continues_exactly(at, tmp_path):
+    _, whole, expected = train(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "cut", {"raise_at": at})
+    _, resumed, state = train(tmp_path / "cut", resume="auto")
+    assert same(whole, resumed) and resumed.calls == expected["step"] - (at - 1) // 4 * 4
+    assert state["evaluations"] == expected["evaluations"] and state["best_step"] == expected["best_step"]
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "cut")]
+    rows = [[json.loads(line) | {"samples_per_second": 0} for line in log] for log in logs]
+    assert rows[0] == rows[1]
+
+
+def test_a_kill_between_checkpoint_and_evaluation_loses_nothing(tmp_path, monkeypatch):
+    _, whole, expected = train(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_select", lambda *args: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            train(tmp_path / "cut")
+    _, resumed, state = train(tmp_path / "cut", resume="auto")
+    assert same(whole, resumed) and state["evaluations"] == expected["evaluations"]
+
+
+def test_two_runs_with_one_seed_are_identical_and_other_seeds_differ(tmp_path):
+    _, a, _ = train(tmp_path / "a")
+    _, b, _ = train(tmp_path / "b")
+    _, c, _ = train(tmp_path / "c", seed=8)
+    assert same(a, b) and not same(a, c)
+
+
+def test_batch_size_takes_effect(tmp_path):
+    """Fault 6: in the released code batch_size has none."""
+    steps = {size: train(tmp_path / str(size), batch_size=size, num_epochs=1.0)[2]["step"] for size in (8, 16, 100)}
+    examples = len(training_examples(make_sequences(users=80), "all", 8))
+    assert steps == {size: -(-examples // size) for size in steps}
+
+
+@pytest.mark.parametrize("micro", [1, 5])
+def test_accumulation_keeps_the_global_batch(micro, tmp_path):
+    """Micro-batches with unequal numbers of targets add up to the gradient of the mean over the whole batch."""
+    examples = training_examples(make_sequences(users=80), "all", 8)
+    index = np.arange(16)
+    assert len(set(examples.asked[index])) > 3
+    found = []
+    for size in (None, micro):
+        run = Run(CONFIG | {"output_dir": str(tmp_path / "a"), "micro_batch_size": size}, make_sequences(), "unused")
+        model = Model(dropout=0.0)
+        trained = dict(model.named_parameters())
+        terms = run._backward(model, trained, examples, index, {}, 0, False)
+        found.append((terms, torch.cat([p.grad.flatten() for p in trained.values()])))
+    (whole_terms, whole), (terms, gradient) = found
+    assert terms == pytest.approx(whole_terms) and (gradient - whole).norm() < 1e-5 * whole.norm()
+
+
+def test_the_weights_that_did_best_on_validation_are_left_in_the_model(tmp_path):
+    run, model, state = train(tmp_path / "a", learning_rate=0.1)
+    values = {e["step"]: e["metrics"]["sampled"]["NDCG@10"] for e in state["evaluations"]}
+    assert state["best_step"] == max(values, key=values.get) and len(values) == -(-state["step"] // 4)
+    metrics, _ = run.evaluate(model, "valid")
+    assert metrics["sampled"]["NDCG@10"] == max(values.values())
+
+
+def test_schedule_is_warm_up_and_cosine(tmp_path):
+    _, _, state = train(tmp_path / "a")
+    rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    rates = [row["lr"] for row in rows if "lr" in row]
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-2)
+    schedule = get_scheduler("cosine", optimizer, 3, state["step"])
+    expected = []
+    for _ in range(state["step"]):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(expected) and max(rates) == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize(("at", "saved"), [(2, "none yet"), (7, "step-00000004")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(at, saved, tmp_path):
+    with pytest.raises(RunError) as stop:
+        train(tmp_path / "a", {"spoil_at": at})
+    message = str(stop.value)
+    assert f"step {at}:" in message and "term other" in message and saved in message
+    if at > 4:
+        saved_weights = load_tensors(tmp_path / "a" / "checkpoints" / saved / "model.safetensors")
+        assert all(torch.isfinite(value).all() for value in saved_weights.values())
+
+
+def test_every_term_is_logged_by_name_with_its_share_of_the_gradient(tmp_path):
+    train(tmp_path / "a")
+    rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert all(row["loss"] == pytest.approx(row["ce"] + row["other"]) for row in steps)
+    shares = [row["gradient_share"] for row in rows if "gradient_share" in row]
+    assert shares and all(s["ce"] == pytest.approx(2 / 3, abs=1e-4) for s in shares)
+
+
+def test_gradient_shares_equal_the_norms():
+    a, b = torch.nn.Parameter(torch.tensor([3.0])), torch.nn.Parameter(torch.tensor([1.0]))
+    terms = {"one": 3 * a.sum() + 4 * b.sum(), "two": 15 * a.sum()}
+    assert gradient_shares(terms, {"a": a, "b": b}) == pytest.approx({"one": 0.25, "two": 0.75})
+
+
+def test_a_finished_run_is_left_alone_and_another_configuration_is_refused(tmp_path):
+    finish(*train(tmp_path / "a"))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    assert {"config.json", "metrics.json", "model.safetensors", "log.jsonl", "curve.png", "README.md"} == set(before)
+    data = make_sequences(users=80)
+    config = CONFIG | {"output_dir": str(tmp_path / "a"), "resume": "auto"}
+    assert Run(config, data, "unused").finished
+    with pytest.raises(UserError, match=r"learning_rate=0.01, not 0.5"):
+        Run(config | {"learning_rate": 0.5}, data, "unused")
+    with pytest.raises(UserError, match="dataset_fingerprint"):
+        Run(config, make_sequences(users=80, seed=1).__class__(**(vars(data) | {"fingerprint": "x"})), "unused")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    assert not Run(config | {"resume": "never"}, data, "unused").finished
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="no run"):
+        train(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        train(tmp_path / "thesis.tex")
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_no_training_example_is_refused_before_anything_is_written(tmp_path):
+    data = make_sequences(users=5, low=3, high=3)
+    run = Run(CONFIG | {"output_dir": str(tmp_path / "a")}, data, "unused")
+    with pytest.raises(UserError, match="no training example"):
+        run.fit(Model(), training_examples(data, "last", 8))
+    assert not (tmp_path / "a").exists()
+
+
+def test_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        train(tmp_path / "a", report_to="wandb")
+
+
+def test_bfloat16_trains(tmp_path):
+    _, model, state = train(tmp_path / "a", dtype="bfloat16", num_epochs=1.0)
+    assert state["step"] > 2 and all(p.dtype == torch.float32 for p in model.parameters())

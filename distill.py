@@ -7,6 +7,7 @@ python distill.py --norm_form squared --block_reduction mean      the loss as th
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -14,13 +15,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models.llm_rec import block_ends, build_llm_rec, count_parameters, load_llm_rec
+from models.llm_rec import HEADS_FILE, block_ends, build_llm_rec, count_parameters, load_llm_rec
 from models.slmrec import SLMRec
 from utils import assets, cli
-from utils.checkpoint import read_json, sha256, whole_file
+from utils.checkpoint import load_tensors, read_json, sha256, whole_file
 from utils.data import Examples, Sequences, check_same_dataset, sorted_batches, training_examples
 from utils.report import comparison, finished_runs
-from utils.train import Run
+from utils.train import Run, remove
 
 INHERITED = ["base_model", "layer_selection", "train_strategy", "lora_r", "lora_alpha", "lora_dropout"]
 INHERITED += ["lora_target_modules", "max_seq_length", "train_targets", "dtype", "hidden_size", "table_sha256"]
@@ -33,9 +34,15 @@ def teacher_states(folder: Path, base: str, examples: Examples, ends: list[int],
     from all that they depend on.
     """
     config = read_json(folder / "config.json", "")
-    weights = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*.safetensors"))}
     inputs = [np.ascontiguousarray(part) for part in (examples.start, examples.first, examples.end, examples.items)]
-    key = [config, weights, ends, [hashlib.sha256(part).hexdigest() for part in inputs]]
+    key = [
+        config,
+        run.config["teacher_sha256"],
+        run.config["dtype"],
+        ends,
+        [hashlib.sha256(part).hexdigest() for part in inputs],
+    ]
+    remove((folder / "states").glob(".*.part"))  # what a kill left half-written
     path = folder / "states" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npy"
     shape = (int(examples.asked.sum()), len(ends), config["base_shape"]["hidden_size"])
     run.print(f"teacher states: {4 * np.prod(shape, dtype=float) / 2**20:.0f} MiB in {path}")
@@ -43,6 +50,8 @@ def teacher_states(folder: Path, base: str, examples: Examples, ends: list[int],
         teacher = load_llm_rec(folder, base).to(run.accelerator.device)
         with whole_file(path) as part:
             states = np.lib.format.open_memmap(part, "w+", np.float32, shape)
+            with open(part, "r+b") as file:  # take the space now: a full disk is an error here, a crash later
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
             batches = list(sorted_batches(examples.lengths, run.config["eval_batch_size"]))
             for index in tqdm(batches, desc="teacher states", unit="batch"):
                 batch = {name: value.to(run.accelerator.device) for name, value in examples.batch(index).items()}
@@ -95,22 +104,25 @@ def main(
     config = dict(locals()) | {"kind": "student"}
     data = Sequences.load(assets.dataset_folder(dataset))
     source = Path(teacher or cli.ROOT / "outputs" / data.name / "teacher-8")
-    make = f"{source} holds no finished teacher; make it: python finetune.py --dataset {dataset}"
-    taught, measured = (read_json(source / name, make) for name in ("config.json", "metrics.json"))
+    make = f"{source} holds no finished teacher; make it: python finetune.py --dataset {dataset} --num_layers 8"
+    taught, _ = (read_json(source / name, make) for name in ("config.json", "metrics.json"))
     if taught.get("kind") != "teacher":
         raise cli.UserError(f"--teacher {source} is no run of finetune.py")
-    check_same_dataset(data, taught["dataset_fingerprint"], source)
+    check_same_dataset(data, taught.get("dataset_fingerprint"), source)
     cli.inherit(config, taught, INHERITED, cli.shown(source))
     depth = taught["num_layers"]
     if num_layers > depth:
         raise cli.UserError(f"--num_layers {num_layers}: the teacher has {depth} layers, a student needs no more")
+    if config["max_seq_length"] > taught["max_seq_length"]:
+        raise cli.UserError(f"--max_seq_length {max_seq_length}: the teacher reads {taught['max_seq_length']} items")
     block_ends(num_layers, num_blocks)
     ends = block_ends(depth, num_blocks)
     base = assets.base_model_path(config["base_model"])
     config |= {"teacher": cli.shown(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
-    config |= {"title": f"SLMRec-{num_layers}<-{depth}", "teacher_step": measured["best_step"]}
+    hashes = {str(p.relative_to(source)): sha256(p) for p in sorted(source.rglob("*.safetensors"))}
+    config |= {"title": f"SLMRec-{num_layers}<-{depth}", "teacher_sha256": hashes}
     examples = training_examples(data, config["train_targets"], config["max_seq_length"])
-    item_table = load_llm_rec(source, base).item_table
+    item_table = load_tensors(source / HEADS_FILE)["item_table"]
 
     run = Run(config, data, default_dir=f"student-{num_layers}from{depth}")
     if not run.finished:

@@ -9,12 +9,11 @@ from typing import Literal
 
 import torch
 
-from models.sr.sasrec import SASRec
+from models.sr import MODELS
 from utils import assets, cli
 from utils.checkpoint import load_tensors, read_json, save_tensors, sha256, whole_folder, write_json
 from utils.data import Sequences, check_same_dataset
 
-MODELS = {"sasrec": SASRec}
 TABLE_FILE = "item_embeddings.safetensors"
 
 
@@ -42,7 +41,9 @@ def main(
     target = Path(output_dir or cli.ROOT / "outputs" / data.name / "item_embeddings")
     train = f"{source} holds no finished run; make it: python train_sr_trad.py --dataset {dataset} --model {model}"
     trained, metrics = (read_json(source / name, train) for name in ("config.json", "metrics.json"))
-    check_same_dataset(data, trained["dataset_fingerprint"], source)
+    if trained.get("kind") != "sr":
+        raise cli.UserError(f"--sr_dir {source} is no run of train_sr_trad.py")
+    check_same_dataset(data, trained.get("dataset_fingerprint"), source)
     if target.exists() and any(target.iterdir()) and not (target / TABLE_FILE).exists():
         raise cli.UserError(f"--output_dir {target} holds something else; choose another folder")
 
@@ -51,6 +52,7 @@ def main(
     if len(table) != data.num_items + 1:
         raise cli.UserError(f"{weights} has {len(table) - 1} items, dataset {data.name} has {data.num_items}")
     config = {
+        "kind": "item_embeddings",
         "dataset": dataset,
         "dataset_fingerprint": data.fingerprint,
         "sr_dir": cli.shown(source),

@@ -53,7 +53,9 @@ def main(
     extracted = read_json(
         source / "config.json", f"{source} is missing; make it: python extract_emb.py --dataset {dataset}"
     )
-    check_same_dataset(data, extracted["dataset_fingerprint"], source)
+    if extracted.get("kind") != "item_embeddings":
+        raise cli.UserError(f"--item_embeddings {source} was not written by extract_emb.py")
+    check_same_dataset(data, extracted.get("dataset_fingerprint"), source)
     cli.inherit(config, extracted, ["table_sha256", "hidden_size"], cli.shown(source))
     base = assets.base_model_path(base_model)
     shape = base_config(base)

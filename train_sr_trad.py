@@ -9,15 +9,13 @@ from typing import Literal
 
 import torch
 
+from models.sr import MODELS
 from models.sr.popularity import Popularity
-from models.sr.sasrec import SASRec
 from utils import assets, cli
 from utils.checkpoint import save_tensors
 from utils.data import Sequences, training_counts, training_examples
 from utils.report import comparison, finished_runs
 from utils.train import Run
-
-MODELS = {"sasrec": SASRec}
 
 
 def main(

@@ -6,12 +6,14 @@ Stand-alone: it imports nothing of this project, and nothing imports it. dataset
 """
 
 import argparse
+import csv
 import hashlib
 import json
 import os
 import shutil
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +36,19 @@ def read_table(path: Path, columns: dict[str, str | None]) -> pd.DataFrame:
         raise BadInput(f"{path} cannot be read ({error}); give a CSV or TSV file in UTF-8") from error
     if not header:
         raise BadInput(f"{path} is empty; it needs a header line and one interaction a line")
-    separator = "\t" if "\t" in header else ","
-    names = [name.split(":")[0] for name in header.split(separator)]
+    separator, quoting = ("\t", csv.QUOTE_NONE) if "\t" in header else (",", csv.QUOTE_MINIMAL)
+    names = [name.split(":")[0] for name in next(csv.reader([header], delimiter=separator, quoting=quoting))]
     missing = [name for name in columns.values() if name and name not in names]
     if missing:
         raise BadInput(f"{path} has no column {missing[0]!r}; it has {', '.join(names)}: name yours with the flags")
+    if len(set(names)) < len(names):
+        raise BadInput(f"{path} has two columns of one name: {', '.join(names)}")
+    how = {"sep": separator, "quoting": quoting, "names": names, "skiprows": 1, "dtype": str, "keep_default_na": False}
     try:
-        table = pd.read_csv(path, sep=separator, names=names, skiprows=1, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # more fields than columns: data would be lost
+            table = pd.read_csv(path, index_col=False, **how)
+    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be parsed: {error}") from error
     return pd.DataFrame({wanted: table[name] for wanted, name in columns.items() if name})
 
@@ -56,7 +63,7 @@ def interactions(args: argparse.Namespace) -> dict:
         raise BadInput(f"{args.input}, line {empty[0] + 2}: user or item is empty")
     if args.timestamp:
         time = pd.to_numeric(table["timestamp"], errors="coerce")
-        bad = np.flatnonzero(~np.isfinite(time.to_numpy(float)))
+        bad = np.flatnonzero(~(time.abs().to_numpy(float) < 2**63))
         if len(bad):
             raise BadInput(f"{args.input}, line {bad[0] + 2}: timestamp {table['timestamp'][bad[0]]!r} is no number")
         time = time.to_numpy().astype(np.int64)

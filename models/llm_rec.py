@@ -12,7 +12,6 @@ sample is left-padded to `max_length` items between prefix and response. Several
 
 import copy
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -83,15 +82,27 @@ def load_decoder(base_model: str | Path, num_layers: int, layer_selection: str, 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        decoder = AutoModel.from_pretrained(base_model, config=truncated(config, layers[-1] + 1), dtype=dtype)
+        decoder, loading = AutoModel.from_pretrained(
+            base_model,
+            config=truncated(config, layers[-1] + 1),
+            dtype=dtype,
+            use_safetensors=True,  # anything else is a pickle
+            output_loading_info=True,
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--base_model {base_model}: the weights cannot be read ({reason})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise UserError(f"--base_model {base_model}: {type(decoder).__name__} has no list of decoder layers")
+    top = list(getattr(decoder, "layers", None) or [None])[-1]
+    if not hasattr(getattr(top, "self_attn", None), "layer_idx") or not hasattr(top, "mlp"):
+        raise UserError(
+            f"--base_model {base_model}: the layers of {type(decoder).__name__} are not a LLaMA-like decoder's"
+        )
+    lacking = sorted(loading["missing_keys"]) + [str(key) for key in loading["mismatched_keys"]]
+    if lacking:
+        raise UserError(f"--base_model {base_model}: its weights lack {len(lacking)} tensors, {lacking[0]} for one")
     return keep_layers(decoder, layers)
 
 
@@ -149,7 +160,10 @@ class LLMRec(nn.Module):
         self.register_buffer("response_ids", torch.tensor([response_ids]), persistent=False)
         decoder.requires_grad_(train_strategy == "full")
         decoder.get_input_embeddings().requires_grad_(False)
-        read_only_some(decoder.layers[-1].mlp, lambda: self._read)
+        read_only_some(decoder.layers[-1].mlp)
+        window = getattr(decoder.config, "sliding_window", None)
+        if window and window < len(prefix_ids) + max_length + len(response_ids):
+            raise UserError(f"--max_seq_length {max_length}: history and prompt exceed the base's window of {window}")
         self.decoder = get_peft_model(decoder, LoraConfig(**lora)) if train_strategy == "lora" else decoder
 
     @property
@@ -169,6 +183,8 @@ class LLMRec(nn.Module):
         would compute there.
         """
         B, T = histories.shape
+        if self.max_length < T:
+            raise ValueError(f"histories of {T} items, the model reads {self.max_length}")
         embed = self.base.get_input_embeddings()
         prefix, response = embed(self.prefix_ids), embed(self.response_ids)  # (1, P, h), (1, R, h)
         P, R = prefix.shape[1], response.shape[1]
@@ -179,14 +195,15 @@ class LLMRec(nn.Module):
         after[row, slot] = column
 
         cache = DynamicCache(config=self.base.config)
-        self._read = slice(0, 0)  # of the prefix only keys and values are used
+        mlp = self.base.layers[-1].mlp
+        mlp.read = slice(0, 0)  # of the prefix only keys and values are used
         self.decoder(inputs_embeds=prefix, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(B)
         items = self.input_proj(self.item_table[histories]).to(prefix.dtype)  # (B, T, h)
         first = P + self.max_length - T
         position = torch.arange(first, first + T, device=histories.device).expand(B, -1)  # (B, T)
         branch_position = first + 1 + after[:, :, None] + torch.arange(R, device=histories.device)  # (B, n, R)
-        self._read = slice(T + R - 1, None, R)  # the last token of each branch
+        mlp.read = slice(T + R - 1, None, R)  # the last token of each branch
         output = self.decoder(
             inputs_embeds=torch.cat([items, response.expand(B, n, -1, -1).flatten(1, 2)], dim=1),  # (B, T + n R, h)
             attention_mask=branch_mask(histories, after, P, R, prefix.dtype),
@@ -196,7 +213,7 @@ class LLMRec(nn.Module):
             output_hidden_states=ends != [self.num_layers],
         )
         layers = [output.last_hidden_state] if ends == [self.num_layers] else [output.hidden_states[e] for e in ends]
-        return torch.stack([layer[:, self._read][row, slot] for layer in layers], dim=1)  # (N, K, h)
+        return torch.stack([layer[:, mlp.read][row, slot] for layer in layers], dim=1)  # (N, K, h)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Loss terms of a batch: histories (B, T), targets (B, T), 0 where nothing is asked."""
@@ -245,21 +262,19 @@ def branch_mask(histories: torch.Tensor, after: torch.Tensor, P: int, R: int, dt
     return torch.where(sees, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
 
 
-def read_only_some(mlp: nn.Module, positions: Callable[[], slice]) -> None:
-    """Make the last layer's MLP, which looks at one position at a time, run at the positions that are read only."""
+def read_only_some(mlp: nn.Module) -> None:
+    """Make the last layer's MLP, which looks at one position at a time, run at the positions `mlp.read` only."""
+    mlp.read = slice(None)
 
     def gather(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (args[0][:, positions()],)
+        module.full_length = args[0].shape[1]
+        return (args[0][:, module.read],)
 
     def scatter(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         full = output.new_zeros(output.shape[0], module.full_length, output.shape[2])
-        full[:, positions()] = output
+        full[:, module.read] = output
         return full
 
-    def remember(module: nn.Module, args: tuple[torch.Tensor]) -> None:
-        module.full_length = args[0].shape[1]
-
-    mlp.register_forward_pre_hook(remember)
     mlp.register_forward_pre_hook(gather)
     mlp.register_forward_hook(scatter)
 
@@ -269,9 +284,10 @@ def build_llm_rec(config: dict, base_model: str | Path, item_table: torch.Tensor
     dtype = torch.float32 if config["train_strategy"] == "full" else getattr(torch, config["dtype"])
     decoder = load_decoder(base_model, config["num_layers"], config["layer_selection"], dtype)
     targets = [name.strip() for name in config["lora_target_modules"].split(",")]
-    missing = [name for name in targets if not any(part.endswith(f".{name}") for part, _ in decoder.named_modules())]
+    linear = {part.rsplit(".", 1)[-1] for part, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    missing = [name for name in targets if name not in linear]
     if missing and config["train_strategy"] == "lora":
-        raise UserError(f"--lora_target_modules: the base model has no module named {', '.join(missing)}")
+        raise UserError(f"--lora_target_modules: the base model has no linear module named {', '.join(missing)}")
     return LLMRec(
         decoder,
         item_table,

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 def catalogue_cross_entropy(vectors: torch.Tensor, items: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """L_ce: cross-entropy over the whole catalogue, mean over the examples.
 
-    vectors (N, d); items (V + 1, d), row 0 the padding, which is no class; targets (N,) in 1..V.
+    vectors (N, d); items (V + 1, d), row 0 the padding, which is no class; targets (N,) in 1..V. In float32 also under
+    autocast, as the scores at evaluation are.
     """
-    logits = vectors.float() @ items[1:].float().T  # (N, V)
-    return F.cross_entropy(logits, targets - 1)
+    with torch.autocast(vectors.device.type, enabled=False):
+        logits = vectors.float() @ items[1:].float().T  # (N, V)
+        return F.cross_entropy(logits, targets - 1)
 
 
 def cosine_similarity(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,8 @@ def main(
     lora_r: int | None = None,
     resume: typing.Literal["auto", "never"] = "never",
     dropout: float = 0.1,
+    max_steps: int = -1,
+    dtype: typing.Literal["float32", "bfloat16"] | None = None,
     output_dir: str | None = None,
 ) -> None:
     """Unused."""
@@ -60,6 +62,8 @@ def one_line(capsys, argv: list[str]) -> str:
         (["--resume", "maybe"], "auto, never"),
         (["--dataset"], "needs a value"),
         (["--lora_r", "0"], ">= 1"),
+        (["--max_steps", "0"], "-1 or >= 1"),
+        (["--dtype", "float64"], "float32, bfloat16"),
     ],
 )
 def test_wrong_flags_are_refused_before_main_runs(argv, words, capsys):
@@ -71,6 +75,19 @@ def test_values_arrive_with_their_annotated_types():
     got = CALLED[-1]
     assert got["learning_rate"] == 1e-4 and got["dataset"] == "7" and got["lora_r"] is None and got["num_layers"] == 3
     assert got["resume"] == "never"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_can_be_given(name):
+    """Its default, or a value of its annotated type where the default is None, comes back as given."""
+    function = importlib.import_module(name).main
+    samples = {int: 3, float: 0.25, str: "text"}
+    for flag, parameter in inspect.signature(function).parameters.items():
+        value = parameter.default
+        if value is None:
+            value = (cli.choices(parameter.annotation) or [samples[cli.alternatives(parameter.annotation)[0]]])[-1]
+        argv = [f"--{flag}", str(value)] + ([] if flag == "dataset" else ["--dataset", "none-such"])
+        assert resolve(function, SCRIPTS[name], argv)[flag] == value
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

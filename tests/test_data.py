@@ -156,6 +156,9 @@ def test_csv_without_times_keeps_file_order(tmp_path):
         ("user_id,item_id,timestamp\n1,2,3\n1,,4\n", "line 3: user or item is empty"),
         ("user_id,item_id,timestamp\n1,2,soon\n", "line 2: timestamp 'soon' is no number"),
         ("user_id,item_id,timestamp\n1,2,3\n1,2,3,4,5\n", "cannot be parsed"),
+        ("user_id,item_id,timestamp\n1,2,3,\n1,4,5,\n", "cannot be parsed"),
+        ("user_id,item_id,timestamp,item_id\n1,2,3,4\n", "two columns of one name"),
+        ("user_id,item_id,timestamp\n1,2,1e30\n", "line 2: timestamp"),
         (None, "cannot be read"),
         (b"\xff\xfe\x00user", "cannot be read"),
     ],
@@ -171,6 +174,17 @@ def test_bad_interaction_files_leave_nothing_and_touch_nothing(text, words, tmp_
     assert done.returncode == 2 and len(lines) == 1 and words in lines[0], done.stderr
     assert [p.name for p in place.iterdir()] == ["dataset.json"] and (place / "dataset.json").read_text() == "{}"
     assert {p.name for p in tmp_path.iterdir()} <= {"raw.csv", "toy"}
+
+
+def test_quotes(tmp_path):
+    """A quote is a character like others in a TSV, and quotes a field in a CSV."""
+    (tmp_path / "a.tsv").write_text('user_id\titem_id\na\t"x\na\ty\na\tz\n')
+    (tmp_path / "b.csv").write_text('"user_id","item_id"\na,"x, y"\na,y\na,z\n')
+    for source, first in (("a.tsv", '"x'), ("b.csv", "x, y")):
+        done = process("interactions", "--input", tmp_path / source, "--name", "q", "--output", tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert Sequences.load(tmp_path / "q").items.tolist() == [1, 2, 3]
+        assert (tmp_path / "q" / "items.tsv").read_text().splitlines()[1].split("\t")[0] == first
 
 
 def folder(path, **changes):

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, BertConfig, LlamaConfig
 
 from models.llm_rec import load_llm_rec
@@ -227,8 +228,6 @@ def edit(path: Path, **changes) -> None:
 
 
 def spoil_table(path: Path, value: float | None) -> None:
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(path)
     table = tensors["items.weight"]
     torch.nn.init.trunc_normal_(table, std=0.02) if value is None else table[3].fill_(value)
@@ -262,7 +261,7 @@ BAD = {
     ),
     "no such base model": ("finetune", ["--base_model", "/no/such/model"], NONE, "no model found"),
     "too many layers": ("finetune", ["--num_layers", 31], NONE, "the base model has 30 layers"),
-    "no such module": ("finetune", ["--lora_target_modules", "gate_proj,up"], NONE, "no module named up"),
+    "no such module": ("finetune", ["--lora_target_modules", "gate_proj,up"], NONE, "no linear module named up"),
     "bad targets": ("finetune", ["--train_targets", "some"], NONE, "last, all or a number"),
     "no teacher": ("distill", [], lambda p: shutil.rmtree(p / "teacher"), "finetune.py"),
     "a recommender for a teacher": ("distill", ["--teacher", "sasrec"], NONE, "no run of finetune.py"),
@@ -281,6 +280,10 @@ BAD = {
     ),
     "student deeper than its teacher": ("distill", ["--num_layers", 8], NONE, "the teacher has 4 layers"),
     "blocks do not divide": ("distill", ["--num_blocks", 3], NONE, "does not divide"),
+    "output is the teacher": ("distill", ["--output_dir", "teacher"], NONE, "no run of this step"),
+    "longer than the teacher": ("distill", ["--max_seq_length", 31], NONE, "the teacher reads 30 items"),
+    "a teacher for a recommender": ("extract_emb", ["--sr_dir", "teacher"], NONE, "no run of train_sr_trad.py"),
+    "no item table there": ("finetune", ["--item_embeddings", "sasrec"], NONE, "not written by extract_emb.py"),
     "output is a file": ("train_sr_trad", ["--output_dir", "small.tsv"], NONE, "is a file"),
     "output holds other things": ("train_sr_trad", ["--output_dir", "small"], NONE, "no run"),
     "table over other things": ("extract_emb", ["--output_dir", "sasrec"], NONE, "holds something else"),
@@ -315,7 +318,12 @@ def test_base_models_that_are_damaged_or_no_decoders_are_refused(work, tiny_base
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
     AutoModel.from_config(BertConfig(vocab_size=99, **sizes)).save_pretrained(encoder)
     usual = [*steps(work)["teacher"][1][:-2], "--num_layers", 2, "--output_dir", tmp_path / "new"]
-    for base, words in ((damaged, "cannot be read"), (encoder, "no list of decoder layers")):
+    foreign = tmp_path / "foreign"
+    shutil.copytree(tiny_base, foreign)
+    tensors = load_file(foreign / "model.safetensors")
+    save_file({f"strange.{name}": value for name, value in tensors.items()}, foreign / "model.safetensors")
+    words_of = {damaged: "cannot be read", foreign: "its weights lack", encoder: "not a LLaMA-like decoder"}
+    for base, words in words_of.items():
         arguments = [*usual, "--base_model", base]
         refused("finetune", *arguments, place=work, words=words, capsys=capsys, monkeypatch=monkeypatch)
     assert not (tmp_path / "new").exists()
@@ -326,15 +334,20 @@ def small_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 1024, 100 * 1024))
 
 
-@pytest.mark.parametrize("name", ["sasrec", "items", "teacher"])
+@pytest.mark.parametrize("name", ["sasrec", "items", "teacher", "student"])
 def test_a_full_disk_gets_one_line_and_leaves_no_broken_file(name, work, tmp_path):
     script, arguments = steps(work)[name]
+    if name == "student":  # its first large file are the teacher's states, beside the teacher
+        shutil.copytree(work / "teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("states"))
+        before = tree(tmp_path)
+        arguments = [*arguments[:-1], tmp_path / "teacher"]
     process = start(script, *arguments, "--output_dir", tmp_path / "new", cwd=tmp_path, preexec_fn=small_files)
     _, err = process.communicate()
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith(f"{script}.py")]
     assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in err, err
     assert "free space" in lines[0]
-    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.part"))
+    assert tree(tmp_path) == before if name == "student" else not list(tmp_path.rglob("*.safetensors"))
 
 
 # --- installation and downloads ---

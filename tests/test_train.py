@@ -12,6 +12,7 @@ from models.sr.sasrec import SASRec
 from utils.checkpoint import load_tensors, save_tensors
 from utils.cli import RunError, UserError
 from utils.data import training_examples
+from utils.report import comparison, finished_runs
 from utils.train import Run, gradient_shares
 
 CONFIG = {
@@ -181,6 +182,13 @@ def test_a_finished_run_is_left_alone_and_another_configuration_is_refused(tmp_p
     before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
     assert {"config.json", "metrics.json", "model.safetensors", "log.jsonl", "curve.png", "README.md"} == set(before)
     data = make_sequences(users=80)
+    record = finished_runs(tmp_path)
+    (tmp_path / "stranger").mkdir()
+    for name in ("config.json", "metrics.json"):
+        (tmp_path / "stranger" / name).write_text("{}")
+    assert len(record) == 1 and finished_runs(tmp_path) == record
+    figure = f"{record[0]['metrics']['test']['sampled']['NDCG@10']:.4f}"
+    assert "SASRec (a)" in comparison(record) and figure in comparison(record)
     config = CONFIG | {"output_dir": str(tmp_path / "a"), "resume": "auto"}
     assert Run(config, data, "unused").finished
     with pytest.raises(UserError, match=r"learning_rate=0.01, not 0.5"):
@@ -195,6 +203,10 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="no run"):
         train(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="no run of this step"):
+        train(tmp_path / "model")
     with pytest.raises(UserError, match="is a file"):
         train(tmp_path / "thesis.tex")
     assert (tmp_path / "thesis.tex").read_text() == "precious"

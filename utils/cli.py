@@ -48,7 +48,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "micro_batch_size": ("examples at once on a device (default: all of them); the rest is accumulated", ">= 1"),
     "eval_batch_size": ("users scored at once", ">= 1"),
     "num_epochs": ("passes over the training examples", "> 0"),
-    "max_steps": ("optimiser steps, instead of num_epochs; -1: by num_epochs", ">= -1"),
+    "max_steps": ("optimiser steps, instead of num_epochs; -1: by num_epochs", "-1 or >= 1"),
     "learning_rate": ("peak learning rate of AdamW", "> 0"),
     "weight_decay": ("weight decay of AdamW", ">= 0"),
     "warmup_steps": ("steps of linear warm-up", ">= 0"),
@@ -136,7 +136,7 @@ def collect(argv: list[str]) -> dict[str, str]:
 
 def coerce(source: str, value: object, annotation: object, name: str) -> object:
     """`value` as the annotated type, within the flag's range; anything else is a UserError naming `source`."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    options = alternatives(annotation)
     if type(None) in options and str(value).lower() == "none":
         return None
     wanted = next(option for option in options if option is not type(None))
@@ -164,16 +164,25 @@ def coerce(source: str, value: object, annotation: object, name: str) -> object:
 
 
 def within(number: float, limits: str) -> bool:
+    """Whether `number` is in a range of FLAGS: "0..1" (1 excluded), "> 0", ">= 1", "-1 or >= 1"."""
     if limits == "0..1":
         return 0 <= number < 1
+    alone, _, limits = limits.rpartition(" or ")
     sign, bound = limits.split()
+    if alone and number == float(alone):
+        return True
     return number > float(bound) if sign == ">" else number >= float(bound)
+
+
+def alternatives(annotation: object) -> tuple:
+    """The members of a union, or the annotation alone."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
 
 
 def choices(annotation: object) -> tuple[str, ...]:
     """The values of a Literal annotation, optional or not; () for any other."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next((typing.get_args(o) for o in options if typing.get_origin(o) is typing.Literal), ())
+    return next((typing.get_args(o) for o in alternatives(annotation) if typing.get_origin(o) is typing.Literal), ())
 
 
 def suggest(name: str, known: typing.Iterable[str]) -> str:

@@ -47,7 +47,7 @@ class Sequences:
             raise UserError(f"dataset {folder} cannot be read ({error}); {remake}") from error
         if items.ndim != 1 or offsets.ndim != 1 or not len(items):
             raise UserError(f"dataset {folder} is empty; {remake}")
-        if offsets[0] != 0 or offsets[-1] != len(items) or (np.diff(offsets) < 0).any():
+        if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(items) or (np.diff(offsets) < 0).any():
             raise UserError(f"dataset {folder}: offsets.npy does not fit items.npy; {remake}")
         low, high = int(items.min()), int(items.max())
         if low < 1 or high > num_items:
@@ -179,7 +179,7 @@ def training_counts(data: Sequences) -> np.ndarray:
     return np.bincount(data.items[used], minlength=data.num_items + 1)
 
 
-def check_same_dataset(data: Sequences, fingerprint: str, where: Path) -> None:
+def check_same_dataset(data: Sequences, fingerprint: str | None, where: Path) -> None:
     """Raise UserError unless the run in `where` was made from these very sequences."""
     if fingerprint != data.fingerprint:
         raise UserError(f"{where} was made from another dataset than {data.name} as it is now; run its step again")

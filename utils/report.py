@@ -139,11 +139,12 @@ Commit {run["git_commit"]}, Python {run["python"]}, {", ".join(f"{k} {v}" for k,
 
 
 def finished_runs(folder: Path) -> list[dict]:
-    """{"config", "metrics"} of every finished run below a dataset's output folder."""
+    """{"config", "metrics"} of every finished run of a training script below a folder; other things are passed over."""
     runs = []
     for path in sorted(folder.glob("*/metrics.json")):
-        config = read_json(path.parent / "config.json", f"{path.parent} has no config.json; run its step again")
-        runs.append({"config": config, "metrics": read_json(path, "")})
+        config = path.parent / "config.json"
+        if config.exists() and read_json(config, "").get("kind") in ORDER:
+            runs.append({"config": read_json(config, ""), "metrics": read_json(path, "")})
     return runs
 
 
@@ -158,7 +159,8 @@ def comparison(runs: list[dict]) -> str:
         return [title, *figures, f"{total / 1e6:.2f} M", f"{trained / 1e6:.2f} M", epoch, f"{score:.1f}"]
 
     rows = {}
-    for config, metrics in sorted((run.values() for run in runs), key=lambda run: ORDER.index(run[0]["kind"])):
+    for run in sorted(runs, key=lambda run: ORDER.index(run["config"]["kind"])):
+        config, metrics = run["config"], run["metrics"]
         for name, floor in metrics["floor"].items():
             rows[name] = row(name, floor["test"], 0, 0, "-", floor["score_test_seconds"])
         seconds, sizes = metrics["seconds"], metrics["parameters"]

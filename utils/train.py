@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -30,7 +30,8 @@ from utils.report import card, environment, peak_memory, plot_curve, protocol
 
 SELECTION_METRIC = ("sampled", "NDCG@10")
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-RUN_FILES = ("config.json", "metrics.json", "log.jsonl", "curve.png", "README.md")
+RUN_FILES = ("config.json", "metrics.json", "log.jsonl", "curve.png", "README.md", "checkpoints")
+WEIGHTS = ("model.safetensors", "rec_heads.safetensors", "decoder.safetensors", "adapter", "states")
 NOT_COMPARED = ("resume", "report_to", "output_dir")  # flags that do not change what is trained
 
 
@@ -51,6 +52,7 @@ class Run:
             raise UserError(f"--report_to {tracker}: the package is not installed (pip install {tracker})")
         self.finished = self._open_folder()
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
             mixed_precision="bf16" if config["dtype"] == "bfloat16" else "no",
             log_with=None if tracker == "none" else tracker,
             project_dir=self.folder,
@@ -58,7 +60,7 @@ class Run:
         if self.accelerator.is_main_process:
             print_config(self.config)
             print(data.describe(), flush=True)
-        torch.manual_seed(config["seed"])
+        torch.manual_seed(config["seed"] % 2**63)
 
     def _open_folder(self) -> bool:
         """Check what stands in the folder; True if it is this very run, finished."""
@@ -67,8 +69,12 @@ class Run:
             raise UserError(f"--output_dir {self.folder} is a file; choose a folder")
         if self.folder.is_dir() and any(self.folder.iterdir()) and not earlier.exists():
             raise UserError(f"--output_dir {self.folder} holds something that is no run; choose another folder")
+        old = read_json(earlier, "") if earlier.exists() else {}
+        if earlier.exists() and old.get("kind") != self.config["kind"]:
+            raise UserError(
+                f"--output_dir {self.folder} holds something that is no run of this step; choose another folder"
+            )
         if earlier.exists() and self.config["resume"] == "auto":
-            old = read_json(earlier, "")
             names = [name for name in self.config if name not in NOT_COMPARED]
             changed = [name for name in names if old.get(name) != json.loads(json.dumps(self.config[name]))]
             if changed:
@@ -82,18 +88,17 @@ class Run:
 
     def start(self) -> None:
         """Make the folder this run's: after this, what an earlier run left there is gone unless it is continued."""
-        if not self.accelerator.is_main_process:
-            return
-        if self.config["resume"] == "never" and self.folder.exists():
-            for name in RUN_FILES:
-                (self.folder / name).unlink(missing_ok=True)
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-        write_json(self.config, self.folder / "config.json")
+        if self.accelerator.is_main_process:
+            remove(self.folder.rglob(".*.part"))  # what a kill left half-written
+            if self.config["resume"] == "never":
+                remove(self.folder / name for name in (*RUN_FILES, *WEIGHTS))
+            write_json(self.config, self.folder / "config.json")
+        self.accelerator.wait_for_everyone()
 
     def evaluate(self, model: Recommender, split: str, progress: bool = False) -> tuple[dict, float]:
         """Metrics of `model` on a split, and the seconds it took to score and rank its users."""
         if isinstance(model, nn.Module):
-            model.eval()
+            model.to(self.accelerator.device).eval()
         if not hasattr(self, "negatives"):
             self.negatives = {name: draw_negatives(self.data, name) for name in SPLITS}
         return evaluate(
@@ -183,7 +188,7 @@ class Run:
         """
         accelerator, config = self.accelerator, self.config
         rank, world = accelerator.process_index, accelerator.num_processes
-        torch.manual_seed((config["seed"] * 1_000_003 + step) * world + rank)
+        torch.manual_seed(((config["seed"] * 1_000_003 + step) * world + rank) % 2**63)
         model.train()
         asked = examples.asked
         own = index[rank::world]
@@ -279,10 +284,15 @@ class Run:
             return
         path = self.folder / "log.jsonl"
         lines = path.read_text().splitlines() if path.exists() and step else []
-        # a line that a kill cut off has no closing brace; the checkpoint's own evaluation is made again
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        kept = [line for line in kept if json.loads(line)["step"] < step or "valid" not in json.loads(line)]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        kept = []
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut off by a kill
+                continue
+            if row["step"] < step or (row["step"] == step and "valid" not in row):  # that evaluation is made again
+                kept.append(f"{line}\n")
+        path.write_text("".join(kept))
         if self.accelerator.log_with:
             flat = {name: value for name, value in self.config.items() if isinstance(value, int | float | str | bool)}
             self.accelerator.init_trackers("slmrec", config=flat)
@@ -307,28 +317,30 @@ class Run:
         save: Callable[[Path], None],
         floor: dict[str, Recommender] | None = None,
     ) -> None:
-        """Measure the chosen weights on both splits, save them and every report; metrics.json comes last.
+        """Measure the chosen weights on test, save them and every report; metrics.json comes last.
 
         floor: recommenders without training that are measured beside this one.
         """
-        results, seconds = {}, {}
-        for split in SPLITS:
-            results[split], seconds[split] = self.evaluate(model, split, progress=True)
+        chosen = next(e for e in state["evaluations"] if e["step"] == state["best_step"])
+        test, seconds = self.evaluate(model, "test", progress=True)
+        if self.accelerator.is_main_process:
+            save(self.folder)
         below = {}
         for name, other in (floor or {}).items():
             measured = {split: self.evaluate(other, split) for split in SPLITS}
             below[name] = {split: measured[split][0] for split in SPLITS} | {"score_test_seconds": measured["test"][1]}
         epochs = state["step"] / state["steps_per_epoch"]
         if self.accelerator.is_main_process:
-            save(self.folder)
-            metrics = results | {
+            metrics = {
+                "valid": chosen["metrics"],
+                "test": test,
                 "best_step": state["best_step"],
                 "steps": state["step"],
                 "selected_by": "valid " + " ".join(SELECTION_METRIC),
                 "seconds": {
                     "train": state["train_seconds"],
                     "train_epoch": state["train_seconds"] / epochs,
-                    "score_test": seconds["test"],
+                    "score_test": seconds,
                 },
                 "parameters": parameters,
                 "peak_memory_bytes": peak_memory(),
@@ -339,14 +351,27 @@ class Run:
             plot_curve(self.folder)
             (self.folder / "README.md").write_text(card(self.config, metrics))
             write_json(metrics, self.folder / "metrics.json")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         if self.accelerator.log_with:
             self.accelerator.end_training()
-        self.accelerator.wait_for_everyone()
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Delete files and folders; what is not there is passed over."""
+    for path in list(paths):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def gradient_shares(terms: dict[str, torch.Tensor], trained: dict[str, nn.Parameter]) -> dict[str, float]:
-    """Each term's gradient norm over the sum of all terms' norms: who really steers the step."""
+    """Each term's gradient norm over the sum of all terms' norms: who really steers the step.
+
+    An estimate where a batch is split over micro-batches or devices: the main process's last micro-batch speaks.
+    """
     norms = {}
     for name, value in terms.items():
         gradients = torch.autograd.grad(value, list(trained.values()), retain_graph=True, allow_unused=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -56,6 +56,7 @@ class Run:
             mixed_precision="bf16" if config["dtype"] == "bfloat16" else "no",
             log_with=None if tracker == "none" else tracker,
             project_dir=self.folder,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the item table never changes
         )
         if self.accelerator.is_main_process:
             print_config(self.config)

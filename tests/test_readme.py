@@ -1,0 +1,45 @@
+"""What the README and the records claim."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+from utils.report import comparison
+
+README = (ROOT / "README.md").read_text()
+RECORDS = sorted((ROOT / "results" / "runs").glob("ml-100k-*.json"))
+
+
+def test_the_results_table_is_that_of_the_committed_records():
+    runs = [json.loads(path.read_text()) for path in RECORDS]
+    assert {run["config"]["kind"] for run in runs} == {"sr", "teacher", "student"}
+    assert comparison(runs) in README
+    for run in runs:
+        assert re.fullmatch(r"[0-9a-f]{40}", run["metrics"]["environment"]["git_commit"]), "a clean, committed tree"
+
+
+def test_the_recommenders_do_what_the_readme_says():
+    found = {}
+    for path in RECORDS:
+        run = json.loads(path.read_text())
+        found[run["config"]["kind"]] = run["metrics"]["test"]["sampled"]["NDCG@10"]
+        for floor in run["metrics"]["floor"].values():
+            found["floor"] = floor["test"]["sampled"]["NDCG@10"]
+    assert min(found[kind] for kind in ("sr", "teacher", "student")) >= 0.110 > 1.5 * found["floor"]
+
+
+@pytest.mark.parametrize("name", re.findall(r"`([a-z_/]+\.(?:py|yaml|md))`", README))
+def test_files_that_the_readme_names_exist(name):
+    assert "mine" in name or any((ROOT / place / name).exists() for place in ("", "models", "utils", "recipes", "datasets")), name
+
+
+def test_commands_in_the_readme_use_flags_that_exist():
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+    for line in lines:
+        found = re.match(r"python ([a-z_]+)\.py(.*)", line)
+        if found:
+            source = (ROOT / f"{found[1]}.py").read_text()
+            for flag in re.findall(r"--([a-z_]+)", found[2].split("#")[0]):
+                assert f"    {flag}: " in source, line

@@ -306,7 +306,8 @@ def build_llm_rec(config: dict, base_model: str | Path, item_table: torch.Tensor
 def load_llm_rec(folder: Path, base_model: str | Path) -> LLMRec:
     """A saved teacher or student from its run folder and its base model, in eval mode, with identical scores.
 
-    A bfloat16 run computed under autocast: use the model under it too. Raises UserError where files are missing or damaged, or belong to a base of another shape or depth.
+    A bfloat16 run computed under autocast: use the model under it too. Raises UserError where files are missing or
+    damaged, or belong to a base of another shape or depth.
     """
     config = read_json(folder / "config.json", f"{folder} is no run folder: it has no config.json")
     shape, found = config["base_shape"], base_shape(base_config(base_model))

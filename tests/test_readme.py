@@ -32,7 +32,8 @@ def test_the_recommenders_do_what_the_readme_says():
 
 @pytest.mark.parametrize("name", re.findall(r"`([a-z_/]+\.(?:py|yaml|md))`", README))
 def test_files_that_the_readme_names_exist(name):
-    assert "mine" in name or any((ROOT / place / name).exists() for place in ("", "models", "utils", "recipes", "datasets")), name
+    places = ("", "models", "utils", "recipes", "datasets")
+    assert "mine" in name or any((ROOT / place / name).exists() for place in places), name
 
 
 def test_commands_in_the_readme_use_flags_that_exist():

@@ -134,38 +134,36 @@ class Run:
         state = self._resume(trained, optimizer)
         wrapped = accelerator.prepare_model(model)
         self._open_log(state["step"])
-        bar = tqdm(
-            total=total, initial=state["step"], unit="step", disable=not accelerator.is_main_process, mininterval=1
-        )
-        epoch, batches = -1, []
-        while True:
-            step = state["step"]
-            if step and (step % config["eval_steps"] == 0 or step == total) and state["evaluated"] < step:
-                self._save(state, trained, optimizer)
-                self._select(state, model, trained)
-            if step == total:
-                break
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                batches = shuffled_batches(examples.lengths, config["batch_size"], config["seed"], epoch)
-            begun = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = config["learning_rate"] * learning_rate_factor(step)
-            index = batches[step % per_epoch]
-            shares = (step + 1) % config["eval_steps"] == 0
-            terms = self._backward(wrapped, trained, examples, index, extra or {}, step, shares)
-            norm = nn.utils.clip_grad_norm_(trained.values(), config["max_grad_norm"]).item()
-            self._check_finite(terms, norm, step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seconds = time.perf_counter() - begun
-            state["step"] += 1
-            state["train_seconds"] += seconds
-            rate = len(index) / seconds
-            bar.update()
-            bar.set_postfix(loss=f"{terms['loss']:.4f}", samples_per_s=f"{rate:.1f}", refresh=False)
-            self._log({"step": step + 1, **terms, "grad_norm": norm, "lr": group["lr"], "samples_per_second": rate})
-        bar.close()
+        shown = {"total": total, "initial": state["step"], "unit": "step", "mininterval": 1}
+        with tqdm(**shown, disable=not accelerator.is_main_process) as bar:
+            epoch, batches = -1, []
+            while True:
+                step = state["step"]
+                if step and (step % config["eval_steps"] == 0 or step == total) and state["evaluated"] < step:
+                    self._save(state, trained, optimizer)
+                    self._select(state, model, trained)
+                if step == total:
+                    break
+                if step // per_epoch != epoch:
+                    epoch = step // per_epoch
+                    batches = shuffled_batches(examples.lengths, config["batch_size"], config["seed"], epoch)
+                begun = time.perf_counter()
+                for group in optimizer.param_groups:
+                    group["lr"] = config["learning_rate"] * learning_rate_factor(step)
+                index = batches[step % per_epoch]
+                shares = (step + 1) % config["eval_steps"] == 0
+                terms = self._backward(wrapped, trained, examples, index, extra or {}, step, shares)
+                norm = nn.utils.clip_grad_norm_(trained.values(), config["max_grad_norm"]).item()
+                self._check_finite(terms, norm, step)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                seconds = time.perf_counter() - begun
+                state["step"] += 1
+                state["train_seconds"] += seconds
+                rate = len(index) / seconds
+                bar.update()
+                bar.set_postfix(loss=f"{terms['loss']:.4f}", samples_per_s=f"{rate:.1f}", refresh=False)
+                self._log({"step": step + 1, **terms, "grad_norm": norm, "lr": group["lr"], "samples_per_second": rate})
         best = load_tensors(self.checkpoints / "best" / "model.safetensors")
         with torch.no_grad():
             for name, parameter in trained.items():

@@ -151,7 +151,7 @@ def test_csv_without_times_keeps_file_order(tmp_path):
     ("text", "words"),
     [
         ("", "is empty"),
-        ("user_id,item_id,timestamp\n", "no interaction"),
+        ("user_id,item_id,timestamp\n", "no row"),
         ("user,item_id,timestamp\n1,2,3\n", "no column 'user_id'"),
         ("user_id,item_id,timestamp\n1,2,3\n1,,4\n", "line 3: user or item is empty"),
         ("user_id,item_id,timestamp\n1,2,soon\n", "line 2: timestamp 'soon' is no number"),

@@ -1,0 +1,372 @@
+"""datasets/process.py: every format, filter and command, against independent counts in plain Python."""
+
+import ast
+import csv
+import gzip
+import http.server
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+PROCESS = ROOT / "datasets" / "process.py"
+SHARED = ROOT.parent / "shared" / "data"
+RAW = SHARED / "amazon2018_raw"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the sample files in ../shared/data are not here")
+
+
+def process(*arguments: object, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(PROCESS), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def make(place: Path, kind: str, name: str = "made", *flags: object) -> dict:
+    """Process, and read back what was written: info, and each user's [(item id, time)] by user id."""
+    done = process(kind, "--name", name, "--output", place, *flags)
+    assert done.returncode == 0, done.stderr
+    return read(place / name) | {"printed": done.stdout, "err": done.stderr}
+
+
+def read(folder: Path) -> dict:
+    items, offsets, times = (np.load(folder / f"{n}.npy").tolist() for n in ("items", "offsets", "timestamps"))
+    users = (folder / "user_ids.txt").read_text().splitlines()
+    rows = [line.split("\t") for line in (folder / "items.tsv").read_text().splitlines()[1:]]
+    info = json.loads((folder / "dataset.json").read_text())
+    assert min(items) == 1 and max(items) == len(rows) == info["items"] and len(users) == info["users"]
+    found = {}
+    for user, low, high in zip(users, offsets[:-1], offsets[1:], strict=True):
+        found[user] = [(rows[i - 1][0], t) for i, t in zip(items[low:high], times[low:high], strict=True)]
+    return {"info": info, "users": found, "titles": dict(rows)}
+
+
+def reviews(name: str) -> list[tuple[str, str, float, int]]:
+    with gzip.open(RAW / f"{name}.json.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    return [(row["reviewerID"], row["asin"], row["overall"], row["unixReviewTime"]) for row in rows]
+
+
+def counts(rows) -> tuple[int, int, int, int]:
+    return len(rows), len({r[0] for r in rows}), len({r[1] for r in rows}), len({r[:2] for r in rows})
+
+
+def frequent(rows, place: int, k: int):
+    number = Counter(r[place] for r in rows)
+    return [r for r in rows if number[r[place]] >= k]
+
+
+def distinct(rows):
+    seen, kept = set(), []
+    for row in rows:
+        if row[:2] not in seen:
+            seen.add(row[:2])
+            kept.append(row)
+    return kept
+
+
+def naive_funnel(rows, kind: str) -> list[tuple]:
+    """The steps of both filters in plain Python; rows are in time order already."""
+    trail = [rows]
+    if kind == "paper":
+        trail.append([r for r in trail[-1] if r[2] >= 3])
+        for place, k in ((0, 5), (1, 20), (0, 5)):
+            trail.append(frequent(trail[-1], place, k))
+        trail.append(distinct(trail[-1]))
+        trail.append(frequent(trail[-1], 0, 5))
+        return trail
+    trail.append(distinct(trail[-1]))
+    while True:
+        users, items = (Counter(r[place] for r in trail[-1]) for place in (0, 1))
+        kept = [r for r in trail[-1] if users[r[0]] >= 5 and items[r[1]] >= 5]
+        if len(kept) == len(trail[-1]):
+            return trail
+        trail.append(kept)
+
+
+@needs_shared
+@pytest.mark.parametrize("kind", ["paper", "kcore"])
+@pytest.mark.parametrize("name", ["Gift_Cards_5", "AMAZON_FASHION_5"])
+def test_filters_equal_an_independent_count_after_each_step(name, kind, tmp_path):
+    rows = sorted(reviews(name), key=lambda r: r[3])  # stable: ties keep file order
+    trail = naive_funnel(rows, kind)
+    if not trail[-1]:
+        pytest.fail("the sample filters to nothing")
+    made = make(tmp_path, "amazon2018", "made", "--input", RAW / f"{name}.json.gz", "--filter", kind)
+    steps = [(s["rows"], s["users"], s["items"], s["interactions"]) for s in made["info"]["funnel"]]
+    assert steps == [counts(rows) for rows in trail]
+    expected = {}
+    for user, item, _, time in trail[-1]:
+        expected.setdefault(user, []).append((item, time))
+    assert made["users"] == expected
+    assert all(times == sorted(times) for times in ([t for _, t in s] for s in made["users"].values()))
+    for step in made["info"]["funnel"]:
+        assert f"{step['rows']:,}" in made["printed"]
+
+
+@needs_shared
+def test_gift_cards_titles_and_order(tmp_path):
+    raw, flags = RAW / "Gift_Cards_5.json.gz", ["--filter", "none"]
+    meta = ["--meta", RAW / "meta_Gift_Cards.json.gz"]
+    made = make(tmp_path, "amazon2018", "made", "--input", raw, *meta, *flags)
+    info = made["info"]
+    assert (info["users"], info["items"], info["interactions"]) == (458, 148, 2965)
+    assert info["titles_before_filtering"] == info["items_with_title"] == 148
+    assert info["sources"].keys() == {"Gift_Cards_5.json.gz", "meta_Gift_Cards.json.gz"}
+    by_file = make(tmp_path, "amazon2018", "file", "--input", raw, "--order", "file", *flags)
+    expected: dict[str, list] = {}
+    for user, item, _, time in distinct(reviews("Gift_Cards_5")):
+        expected.setdefault(user, []).append((item, time))
+    assert by_file["users"] == expected and by_file["info"]["order"] == "file"  # the released behaviour, exactly
+    chronological = [[t for _, t in s] == sorted(t for _, t in s) for s in by_file["users"].values()]
+    assert sum(chronological) == 176  # of 458: fault 3
+    everything = make(tmp_path, "amazon2018", "all", "--input", raw, "--repeats", "all", *flags)
+    assert everything["info"]["interactions"] == 2972
+
+
+@needs_shared
+def test_appliances_filters_to_nothing_and_writes_nothing(tmp_path):
+    done = process("amazon2018", "--input", RAW / "Appliances_5.json.gz", "--name", "made", "--output", tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nothing is left" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    made = make(tmp_path, "amazon2018", "kept", "--input", RAW / "Appliances_5.json.gz", "--filter", "none")
+    assert (made["info"]["users"], made["info"]["items"], made["info"]["interactions"]) == (47, 48, 183)
+
+
+@needs_shared
+def test_files_of_other_formats_have_the_published_counts(tmp_path):
+    beauty, clothing, movielens = SHARED / "amazon2014_beauty", SHARED / "amazon2014_clothing", SHARED / "movielens_1m"
+    titles = ["--titles", beauty / "titles.tsv.gz"]
+    made = make(tmp_path, "sequences", "beauty", "--input", beauty / "Beauty.txt.gz", *titles)
+    with gzip.open(beauty / "Beauty.txt.gz", "rt") as file:
+        lines = [line.split() for line in file]
+    assert {user: [item for item, _ in s] for user, s in made["users"].items()} == {line[0]: line[1:] for line in lines}
+    assert (made["info"]["users"], made["info"]["items"], made["info"]["interactions"]) == (22363, 12101, 198502)
+    assert made["info"]["items_with_title"] == 12101 - 7 and made["info"]["timestamp_ties"] is None
+    for folder, expected, ties in ((clothing, (39230, 22948, 277534), 0.42), (movielens, (6040, 3416, 999611), 0.53)):
+        flags = ["--input", folder / "user2item.tsv.gz", "--titles", folder / "item2title.tsv.gz"]
+        info = make(tmp_path, "lists", folder.name, *flags)["info"]
+        assert (info["users"], info["items"], info["interactions"]) == expected
+        assert info["timestamp_ties"] == pytest.approx(ties, abs=0.005)
+    flags = ["--user", "user_id", "--item", "asin", "--timestamp", "timestamp", "--rating", "rating"]
+    flags += ["--titles", SHARED / "amazon2018_cds_partial/titles.tsv.gz", "--titles_item", "asin"]
+    source = SHARED / "amazon2018_cds_partial/interactions.tsv.gz"
+    info = make(tmp_path, "interactions", "cds", "--input", source, *flags)["info"]
+    assert (info["users"], info["items"], info["interactions"]) == (2991, 5590, 25694)
+
+
+def test_the_authors_csv_round_trips_with_item_0(tmp_path):
+    """Fault 2: item 0 is a real item and the padding."""
+    sequences = {"A1": [0, 5, 2], "A2": [5, 0, 7, 0]}
+    with open(tmp_path / "cloths.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["reviewerID", "asin", "title"])
+        for user, items in sequences.items():
+            writer.writerow([user, json.dumps(items), json.dumps([f"thing {i}" for i in items])])
+    made = make(tmp_path, "prepared", "made", "--input", tmp_path / "cloths.csv")
+    assert {user: [int(item) for item, _ in s] for user, s in made["users"].items()} == sequences
+    assert made["titles"] == {str(i): f"thing {i}" for i in (0, 2, 5, 7)}
+
+
+def test_amazon_2014_metadata_is_python_and_is_read_as_such(tmp_path):
+    review = {"reviewerID": "u", "overall": 5.0, "unixReviewTime": 3}
+    (tmp_path / "r.json").write_text("".join(json.dumps(review | {"asin": a}) + "\n" for a in ("x", "y")))
+    meta = {"asin": "x", "title": 'It\'s a "thing"'}
+    (tmp_path / "m.json").write_text(repr(meta) + "\n" + json.dumps({"asin": "y", "title": "other"}) + "\n")
+    assert ast.literal_eval(repr(meta)) == meta and "'" in repr(meta)
+    flags = ["--input", tmp_path / "r.json", "--meta", tmp_path / "m.json", "--filter", "none"]
+    assert make(tmp_path, "amazon2018", "made", *flags)["titles"] == {"x": 'It\'s a "thing"', "y": "other"}
+
+
+def test_export_and_lists_are_inverse(tmp_path):
+    rows = ["user_id,item_id,time"] + [f"u{n % 3},i{n * 7 % 11},{n % 5}" for n in range(40)]
+    (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
+    made = make(tmp_path, "interactions", "a", "--input", tmp_path / "a.csv", "--timestamp", "time")
+    done = process("export", tmp_path / "a")
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert lines[0] == ["user_id", "item_ids", "timestamps"]
+    for user, items, times in lines[1:]:
+        assert list(zip(items.split(), map(int, times.split()), strict=True)) == made["users"][user]
+    body = re.sub(r"[ui]", "", done.stdout.split("\n", 1)[1])  # whole numbers, as the format has them
+    (tmp_path / "b.tsv").write_text("user_id\titem_ids\ttimestamps\n" + body)
+    again = make(tmp_path, "lists", "b", "--input", tmp_path / "b.tsv")
+    assert again["users"] == {user[1:]: [(item[1:], t) for item, t in s] for user, s in made["users"].items()}
+
+
+def test_stats_prints_table_1(tmp_path):
+    (tmp_path / "a.txt").write_text("1 4 5 6\n2 4 4 4 5\n")
+    make(tmp_path, "sequences", "tiny", "--input", tmp_path / "a.txt")
+    out = process("stats", tmp_path / "tiny").stdout
+    assert re.search(r"tiny +2 +3 +7 +116.667", out)
+    assert re.search(r"Cloth \(paper\) +1,219,678 +376,858 +11,285,464 +0.002", out)
+
+
+# --- bad input ---
+
+GOOD = '{"reviewerID": "u", "asin": "x", "overall": 5.0, "unixReviewTime": 3}\n'
+
+
+def amazon(tmp_path: Path, text: str | bytes, *flags: object) -> subprocess.CompletedProcess:
+    data = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / "r.json").write_bytes(data)
+    flags = ("--filter", "none", "--name", "made", "--output", tmp_path, *flags)
+    return process("amazon2018", "--input", tmp_path / "r.json", *flags)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{broken",
+        "[1, 2]",
+        '{"asin": "x", "overall": 5.0, "unixReviewTime": 3}',
+        '{"reviewerID": "u", "asin": null, "overall": 5.0, "unixReviewTime": 3}',
+        '{"reviewerID": "u", "asin": "x", "overall": "five", "unixReviewTime": 3}',
+        '{"reviewerID": "u", "asin": "x", "overall": 5.0, "unixReviewTime": "soon"}',
+        '{"reviewerID": "u", "asin": "x", "overall": 5.0, "unixReviewTime": 1e30}',
+    ],
+)
+def test_bad_json_lines_are_counted_and_too_many_stop(line, tmp_path):
+    done = amazon(tmp_path, GOOD * 1500 + line + "\n" + GOOD * 10)
+    assert done.returncode == 0 and "1 of 1511 lines cannot be used, the first is line 1501" in done.stderr
+    info = json.loads((tmp_path / "made" / "dataset.json").read_text())
+    assert info["bad_lines"] == 1 and info["funnel"][0]["rows"] == 1510
+    before = (tmp_path / "made" / "dataset.json").read_bytes()
+    done = amazon(tmp_path, GOOD * 500 + line + "\n")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "line 501" in done.stderr
+    assert "--max_bad_lines" in done.stderr and (tmp_path / "made" / "dataset.json").read_bytes() == before
+    assert amazon(tmp_path, GOOD * 500 + line + "\n", "--max_bad_lines", 0.01).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "words"),
+    [
+        ("amazon2018", gzip.compress(GOOD.encode() * 9000)[:-20], "damaged or cut off"),
+        ("amazon2018", gzip.compress(GOOD.encode() * 9)[:14] + b"garbage" * 9, "damaged or cut off"),
+        ("amazon2018", b"", "nothing is left"),
+        ("sequences", b"", "is empty"),
+        ("sequences", b"1 2 3\n2 x 4\n", "line 2: 'x' is no whole number"),
+        ("sequences", b"1 2 3\n2\n", "line 2: user 2 has no items"),
+        ("sequences", b"1 2 3\n\n1 4\n", "line 3: user 1 stands in line 1"),
+        ("sequences", b"\xff\xfe", "UTF-8"),
+        ("lists", b"user_id\titem_ids\n1\t2 3\n", "no column 'timestamps'"),
+        ("lists", b"user_id\titem_ids\ttimestamps\n1\t2 3\t5\n", "2 items but 1 timestamps"),
+        ("lists", b"user_id\titem_ids\ttimestamps\n1\t2\t5\n1\t2\t5\n", "line 3: user 1 stands in line 2"),
+        ("prepared", b"reviewerID,title\nA,B\n", "no column 'asin'"),
+        ("prepared", b'reviewerID,asin\nA,"[1, 2.5]"\nB,none\n', "line 3: asin is no list"),
+        ("interactions", b"user_id,item_id\n", "no row"),
+    ],
+)
+def test_broken_files_give_one_line_and_touch_nothing(kind, data, words, tmp_path):
+    (tmp_path / "source").write_bytes(data)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "dataset.json").write_text("{}")
+    done = process(kind, "--input", tmp_path / "source", "--name", "made", "--output", tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
+    assert [p.name for p in (tmp_path / "made").iterdir()] == ["dataset.json"]
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "made"}
+
+
+def test_no_space_left_touches_nothing(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"{u} " + " ".join(map(str, range(1, 40))) + "\n" for u in range(2000)))
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)); "
+    limit += f"sys.argv = sys.argv[1:]; runpy.run_path({str(PROCESS)!r}, run_name='__main__')"
+    arguments = ["process.py", "sequences", "--input", tmp_path / "a.txt", "--name", "made", "--output", tmp_path]
+    done = subprocess.run([sys.executable, "-c", limit, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+# --- download ---
+
+BODY = gzip.compress(b"".join(b'{"line": %d}\n' % n for n in range(60000)), mtime=0)
+
+
+class Mirror(http.server.BaseHTTPRequestHandler):
+    """Serves BODY with a fault of `behaviour` in the first answer to each path, or in all of them."""
+
+    behaviour, seen = "good", []
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        ranged = self.headers.get("Range")
+        type(self).seen.append((self.path, ranged))
+        low = int(ranged[6:-1]) if ranged and self.behaviour != "no ranges" else 0
+        first = [path for path, _ in self.seen].count(self.path) == 1
+        body = BODY
+        if self.behaviour == "truncated gzip":
+            body = BODY[: len(BODY) // 2]
+        if self.behaviour == "error page":
+            body = b"<html>gone</html>"
+        if self.behaviour == "missing":
+            self.send_error(404)
+            return
+        self.send_response(206 if low else 200)
+        self.send_header("Content-Type", "text/html" if self.behaviour == "error page" else "application/gzip")
+        self.send_header("Content-Length", str(len(body) - low))
+        self.end_headers()
+        if self.behaviour in ("breaks off", "no ranges") and first:
+            self.wfile.write(body[: len(body) // 3])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.close()
+        elif self.behaviour == "stalls" and first:
+            self.wfile.write(body[: len(body) // 3])
+            self.wfile.flush()
+            threading.Event().wait(2)
+            self.close_connection = True
+        else:
+            self.wfile.write(body[low:])
+
+
+@pytest.fixture
+def mirror(request):
+    handler = type("Handler", (Mirror,), {"behaviour": request.param, "seen": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield handler, f"http://127.0.0.1:{server.server_port}/amazon"
+    server.shutdown()
+
+
+def fetch(place: Path, *mirrors: str) -> subprocess.CompletedProcess:
+    flags = [word for url in mirrors for word in ("--mirror", url)]
+    return process("download", "--category", "Gift_Cards", "--output", place, "--timeout", 1, *flags)
+
+
+@pytest.mark.parametrize("mirror", ["good", "breaks off", "stalls", "no ranges"], indirect=True)
+def test_download_ends_whole_and_goes_on_where_it_broke_off(mirror, tmp_path):
+    handler, url = mirror
+    done = fetch(tmp_path, url)
+    assert done.returncode == 0, done.stderr
+    names = {"Gift_Cards_5.json.gz", "meta_Gift_Cards.json.gz"}
+    assert {p.name for p in tmp_path.iterdir()} == names
+    assert all((tmp_path / name).read_bytes() == BODY for name in names)
+    assert any(ranged for _, ranged in handler.seen) == (handler.behaviour != "good")
+    asked = len(handler.seen)
+    assert fetch(tmp_path, url).returncode == 0 and len(handler.seen) == asked  # what is there is not fetched again
+
+
+@pytest.mark.parametrize("mirror", ["error page", "missing", "truncated gzip"], indirect=True)
+def test_download_from_a_bad_mirror_gives_one_line_and_no_file(mirror, tmp_path):
+    _, url = mirror
+    done = fetch(tmp_path, "http://127.0.0.1:9/nobody", url)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "--mirror" in done.stderr and "https://" in done.stderr
+    assert not list(tmp_path.glob("*.gz"))
+
+
+def test_stand_alone():
+    """No import from or into the rest."""
+    source = PROCESS.read_text()
+    assert not re.search(r"^(from|import) (utils|models|datasets)\b", source, re.M)
+    others = [p for p in ROOT.rglob("*.py") if not {".venv", "tests"} & set(p.relative_to(ROOT).parts)]
+    assert not any(re.search(r"^(from|import) datasets\b", p.read_text(), re.M) for p in others)
+    spec = importlib.util.spec_from_file_location("process", PROCESS)
+    assert spec and "datasets" not in sys.modules.get("process", sys).__name__

@@ -9,9 +9,8 @@ popularity that follows a power law. A sample is processed by a plain in-memory 
 
 import argparse
 import gzip
+import itertools
 import json
-import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,8 +75,8 @@ def generate(folder: Path, reviews: int, users: int, items: int, seed: int = 0) 
 def in_memory(path: Path, number: int) -> dict[str, list[str]]:
     """The paper's filter on the first `number` lines, in plain Python."""
     with gzip.open(path, "rt") as file:
-        rows = [json.loads(line) for _, line in zip(range(number), file, strict=False)]
-    rows = [(r["reviewerID"], r["asin"], r["unixReviewTime"]) for r in rows if r["overall"] >= 3]
+        found = map(json.loads, itertools.islice(file, number))
+        rows = [(r["reviewerID"], r["asin"], r["unixReviewTime"]) for r in found if r["overall"] >= 3]
     rows.sort(key=lambda r: r[2])
     for place, k in ((0, 5), (1, 20), (0, 5)):
         count = Counter(r[place] for r in rows)
@@ -88,26 +88,34 @@ def in_memory(path: Path, number: int) -> dict[str, list[str]]:
 
 
 def process(source: Path, place: Path, name: str, *flags: object) -> tuple[float, float]:
-    """Seconds and peak MiB of one run of process.py."""
+    """Seconds, and the peak MiB of one run of process.py with its workers (private memory, sampled)."""
     command = [sys.executable, ROOT / "datasets/process.py", "amazon2018", "--input", source, "--name", name]
-    begun = time.perf_counter()
-    child = subprocess.Popen([*map(str, command), "--output", str(place), *map(str, flags)])
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise SystemExit(f"process.py ended with status {status}")
-    return time.perf_counter() - begun, usage.ru_maxrss / 1024
+    begun, peak = time.perf_counter(), 0
+    with psutil.Popen([*map(str, command), "--output", str(place), *map(str, flags)]) as child:
+        while child.poll() is None:
+            try:
+                tree = [child, *child.children(recursive=True)]
+                peak = max(peak, sum(one.memory_full_info().uss for one in tree))
+            except psutil.Error:  # one ended meanwhile
+                pass
+            time.sleep(0.2)
+    if child.returncode:
+        raise SystemExit(f"process.py ended with status {child.returncode}")
+    return time.perf_counter() - begun, peak / 2**20
 
 
 LOAD = """
-import resource, sys, time
+import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
+import psutil
 from utils.data import Sequences
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = psutil.Process().memory_info().rss
 begun = time.perf_counter()
 data = Sequences.load(Path(sys.argv[2]))
 seconds = time.perf_counter() - begun
-print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, data.describe(), sep="|")
+memory = psutil.Process().memory_info().rss
+print(seconds, (memory - before) / 2**20, memory / 2**20, data.describe(), sep="|")
 """
 
 
@@ -116,7 +124,7 @@ def main() -> None:
     parser.add_argument("--reviews", type=int, default=11_300_000)
     parser.add_argument("--users", type=int, default=1_220_000)
     parser.add_argument("--items", type=int, default=2_700_000)
-    parser.add_argument("--sample", type=int, default=200_000, help="lines compared with the in-memory loop")
+    parser.add_argument("--sample", type=int, default=1_000_000, help="lines compared with the in-memory loop")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -131,10 +139,13 @@ def main() -> None:
         loaded = subprocess.run(
             [sys.executable, "-c", LOAD, str(ROOT), str(place / "scale")], capture_output=True, text=True, check=True
         ).stdout.split("|")
-        print(f"loaded: {float(loaded[0]):.3f} s, {float(loaded[1]):.0f} MiB more; {loaded[2].strip()}")
+        seconds, more, total = map(float, loaded[:3])
+        print(
+            f"loaded: {seconds:.3f} s, {more:.1f} MiB more, {total:.0f} MiB with Python and torch; {loaded[3].strip()}"
+        )
         sample = place / "sample.json"
         with gzip.open(source, "rb") as lines:
-            sample.write_bytes(b"".join(line for _, line in zip(range(args.sample), lines, strict=False)))
+            sample.write_bytes(b"".join(itertools.islice(lines, args.sample)))
         expected = in_memory(source, args.sample)
         if not expected:
             raise SystemExit("the sample filters to nothing: take a larger --sample")
@@ -145,7 +156,6 @@ def main() -> None:
         spans = zip(users, offsets[:-1], offsets[1:], strict=True)
         found = {user: [ids[item] for item in items[low:high]] for user, low, high in spans}
         print(f"sample of {args.sample:,} lines, {len(expected):,} users left: identical = {found == expected}")
-    print(f"peak of this script itself: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB")
 
 
 if __name__ == "__main__":

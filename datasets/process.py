@@ -15,7 +15,6 @@ Stand-alone: it imports nothing of this project, and nothing imports it. dataset
 import argparse
 import ast
 import csv
-import gzip
 import hashlib
 import http.client
 import io
@@ -27,16 +26,19 @@ import tempfile
 import urllib.error
 import urllib.request
 import warnings
-import zlib
 from array import array
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from gzip import BadGzipFile
 from pathlib import Path
 
 import numpy as np
 import orjson
 import pandas as pd
+from isal import igzip, isal_zlib
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -79,59 +81,146 @@ def open_bytes(path: Path) -> io.BufferedIOBase:
     try:
         with open(path, "rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
-        return gzip.open(path, "rb") if packed else open(path, "rb")
+        return igzip.open(path, "rb") if packed else open(path, "rb")
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); give an existing file") from error
 
 
-def line_blocks(path: Path) -> Iterator[list[bytes]]:
-    """The lines of a plain or gzip file in blocks; a second thread decompresses the next block meanwhile."""
+def blocks(path: Path) -> Iterator[bytes]:
+    """Blocks of whole lines of a plain or gzip file; a second thread decompresses the next block meanwhile."""
     with open_bytes(path) as file, ThreadPoolExecutor(1) as ahead:
         rest, future = b"", ahead.submit(file.read, BLOCK)
         while True:
             try:
                 block = future.result()
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            except (EOFError, BadGzipFile, isal_zlib.error) as error:
                 raise BadInput(f"{path} is damaged or cut off ({error}); fetch it again") from error
             if not block:
                 break
             future = ahead.submit(file.read, BLOCK)
-            lines = (rest + block).split(b"\n")
-            rest = lines.pop()
-            yield lines
+            whole, newline, tail = block.rpartition(b"\n")
+            if newline:
+                yield rest + whole + newline
+            rest = tail if newline else rest + block
         if rest:
-            yield [rest]
+            yield rest
+
+
+def in_parallel(parse: Callable, path: Path) -> Iterator:
+    """parse(block) of every block of a file, in order; blocks are parsed by one process a core, the first one here."""
+    source = blocks(path)
+    first, second = next(source, None), next(source, None)
+    if first is not None:
+        yield parse(first)
+    if second is None:
+        return
+    workers = min(8, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers) as pool:
+        waiting = deque([pool.submit(parse, second)])
+        for block in source:
+            waiting.append(pool.submit(parse, block))
+            if len(waiting) > workers + 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def text_of(path: Path) -> str:
     """A whole plain or gzip file as text."""
     try:
-        return b"".join(b"\n".join(lines) + b"\n" for lines in line_blocks(path)).decode("utf-8-sig")
+        return b"".join(blocks(path)).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} cannot be read ({error}); give a text file in UTF-8") from error
+
+
+@dataclass
+class Parsed:
+    """What the lines of a block hold."""
+
+    lines: int
+    user: list[str] = field(default_factory=list)
+    item: list[str] = field(default_factory=list)
+    time: array = field(default_factory=lambda: array("q"))
+    rating: array = field(default_factory=lambda: array("f"))
+    titles: dict[str, str] = field(default_factory=dict)
+    bad: list[tuple[int, str]] = field(default_factory=list)  # place of a line that cannot be used, and why
 
 
 class BadLines:
     """Counts lines that cannot be used; more than the share `limit` of all stops the program."""
 
     def __init__(self, path: Path, limit: float):
-        self.path, self.limit, self.count, self.first, self.reason = path, limit, 0, 0, ""
+        self.path, self.limit, self.count, self.lines, self.first = path, limit, 0, 0, ""
 
-    def add(self, number: int, reason: object) -> None:
-        self.count += 1
-        if self.count == 1:
-            self.first, self.reason = number, f"{type(reason).__name__}: {reason}"
+    def add(self, part: Parsed) -> None:
+        if part.bad and not self.count:
+            place, reason = part.bad[0]
+            self.first = f"line {self.lines + place + 1} ({reason})"
+        self.count += len(part.bad)
+        self.lines += part.lines
 
-    def check(self, total: int) -> int:
+    def check(self) -> int:
         if not self.count:
             return 0
-        text = (
-            f"{self.path}: {self.count} of {total} lines cannot be used, the first is line {self.first} ({self.reason})"
-        )
-        if self.count > self.limit * total:
+        text = f"{self.path}: {self.count} of {self.lines} lines cannot be used, the first is {self.first}"
+        if self.count > self.limit * self.lines:
             raise BadInput(f"{text}; allow more with --max_bad_lines")
         print(f"{text}; they are left out", file=sys.stderr)
         return self.count
+
+
+def lines_of(block: bytes) -> list[bytes]:
+    lines = block.split(b"\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def parse_reviews(block: bytes) -> Parsed:
+    """Reviews as Amazon Review Data 2014 and 2018 have them, one JSON object a line."""
+    lines = lines_of(block)
+    part = Parsed(len(lines))
+    user, item, time, rating = part.user, part.item, part.time, part.rating
+    for place, line in enumerate(lines):
+        try:
+            row = orjson.loads(line)
+            when, stars, who, what = row["unixReviewTime"], row["overall"], row["reviewerID"], row["asin"]
+            if type(who) is not str or type(what) is not str or not who or not what:
+                raise ValueError("reviewerID or asin is no text")
+            rating.append(stars)
+        except (ValueError, KeyError, TypeError) as error:
+            if line.strip():
+                part.bad.append((place, f"{type(error).__name__}: {error}"))
+            continue
+        try:
+            time.append(when)
+        except (TypeError, OverflowError) as error:
+            rating.pop()
+            part.bad.append((place, f"{type(error).__name__}: {error}"))
+            continue
+        user.append(who)
+        item.append(what)
+    return part
+
+
+def parse_titles(block: bytes) -> Parsed:
+    """Titles from metadata. The 2014 files hold Python literals where the 2018 ones hold JSON."""
+    lines = lines_of(block)
+    part = Parsed(len(lines))
+    for place, line in enumerate(lines):
+        try:
+            row = orjson.loads(line)
+        except ValueError as error:
+            if not line.strip():
+                continue
+            try:
+                row = ast.literal_eval(line.decode())
+            except (ValueError, SyntaxError):
+                part.bad.append((place, f"{type(error).__name__}: {error}"))
+                continue
+        if isinstance(row, dict):
+            item, title = row.get("asin"), row.get("title")
+            if isinstance(item, str) and isinstance(title, str):
+                part.titles.setdefault(item, title)
+    return part
 
 
 def read_amazon(args: argparse.Namespace) -> Interactions:
@@ -139,64 +228,38 @@ def read_amazon(args: argparse.Namespace) -> Interactions:
     users: dict[str, int] = {}
     items: dict[str, int] = {}
     user, item, time, rating = array("i"), array("i"), array("q"), array("f")
-    bad, number = BadLines(args.input, args.max_bad_lines), 0
-    with tqdm(desc=args.input.name, unit=" lines", unit_scale=True, mininterval=1, disable=None) as bar:
-        for lines in line_blocks(args.input):
-            for line in lines:
-                number += 1
-                try:
-                    row = orjson.loads(line)
-                    when, stars, who, what = row["unixReviewTime"], row["overall"], row["reviewerID"], row["asin"]
-                    if type(who) is not str or type(what) is not str or not who or not what:
-                        raise ValueError("reviewerID or asin is no text")
-                    time.append(when)
-                except (ValueError, KeyError, TypeError, OverflowError) as error:
-                    if line.strip():
-                        bad.add(number, error)
-                    continue
-                try:
-                    rating.append(stars)
-                except TypeError as error:
-                    time.pop()
-                    bad.add(number, error)
-                    continue
-                user.append(users.setdefault(who, len(users)))
-                item.append(items.setdefault(what, len(items)))
-            bar.update(len(lines))
-    bad.check(number)
-    titles = read_amazon_titles(args.meta, items, args.max_bad_lines) if args.meta else {}
-    arrays = {"user": np.array(user, np.int32), "item": np.array(item, np.int32), "time": np.array(time, np.int64)}
+    bad = BadLines(args.input, args.max_bad_lines)
+    shown = {"unit": " lines", "unit_scale": True, "mininterval": 1, "disable": None}
+    with tqdm(desc=args.input.name, **shown) as bar:
+        for part in in_parallel(parse_reviews, args.input):
+            user.extend([users.setdefault(who, len(users)) for who in part.user])
+            item.extend([items.setdefault(what, len(items)) for what in part.item])
+            time.extend(part.time)
+            rating.extend(part.rating)
+            bad.add(part)
+            bar.update(part.lines)
+    unusable = bad.check()
+    titles: dict[str, str] = {}
+    if args.meta:
+        bad = BadLines(args.meta, args.max_bad_lines)
+        with tqdm(desc=args.meta.name, **shown) as bar:
+            for part in in_parallel(parse_titles, args.meta):
+                for item_id, title in part.titles.items():
+                    if item_id in items:
+                        titles.setdefault(item_id, title)  # the first of an item that stands twice
+                bad.add(part)
+                bar.update(part.lines)
+        bad.check()
     return Interactions(
-        **arrays,
+        user=np.array(user, np.int32),
+        item=np.array(item, np.int32),
+        time=np.array(time, np.int64),
         rating=np.array(rating, np.float32),
         user_ids=list(users),
         item_ids=list(items),
         titles=titles,
-        bad_lines=bad.count,
+        bad_lines=unusable,
     )
-
-
-def read_amazon_titles(path: Path, wanted: dict[str, int], max_bad_lines: float) -> dict[str, str]:
-    """Titles of the items in `wanted`. The 2014 files hold Python literals where the 2018 ones hold JSON."""
-    titles: dict[str, str] = {}
-    bad, number = BadLines(path, max_bad_lines), 0
-    for lines in line_blocks(path):
-        for line in lines:
-            number += 1
-            try:
-                row = orjson.loads(line)
-            except ValueError as error:
-                if not line.strip():
-                    continue
-                try:
-                    row = ast.literal_eval(line.decode())
-                except (ValueError, SyntaxError):
-                    bad.add(number, error)
-                    continue
-            if isinstance(row, dict) and row.get("asin") in wanted and isinstance(row.get("title"), str):
-                titles.setdefault(row["asin"], row["title"])
-    bad.check(number)
-    return titles
 
 
 def read_table(path: Path, columns: dict[str, str | None]) -> pd.DataFrame:
@@ -545,10 +608,10 @@ def fetch(url: str, target: Path, timeout: float) -> None:
     if total and part.stat().st_size < total:
         raise OSError(f"it broke off after {part.stat().st_size:,} of {total:,} bytes")
     try:
-        with gzip.open(part, "rb") as file:
+        with igzip.open(part, "rb") as file:
             while file.read(BLOCK):
                 pass
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, BadGzipFile, isal_zlib.error) as error:
         part.unlink()
         raise OSError(f"what came is no whole gzip file ({error})") from error
     os.replace(part, target)
@@ -644,6 +707,9 @@ def main(argv: list[str] | None = None) -> None:
         args.do(args)
     except BrokenPipeError:  # `export NAME | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenProcessPool:
+        print("process.py: a process that parses was killed, most likely for want of memory", file=sys.stderr)
+        raise SystemExit(2) from None
     except (BadInput, OSError) as error:
         print(f"process.py: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -243,6 +243,26 @@ def test_bad_json_lines_are_counted_and_too_many_stop(line, tmp_path):
     assert amazon(tmp_path, GOOD * 500 + line + "\n", "--max_bad_lines", 0.01).returncode == 0
 
 
+def test_blocks_of_a_large_file_are_parsed_in_parallel_and_nothing_is_lost_between_them(tmp_path):
+    """Lines of uneven length, so that blocks end in the middle of a line, and a bad line in the last block."""
+    rng = np.random.default_rng(0)
+    lines, per_user = [], {}
+    for number in range(12_000):
+        user, item, text = f"u{rng.integers(300)}", f"i{rng.integers(400)}", "\u00fc" * int(rng.integers(0, 4000))
+        row = {"reviewerID": user, "asin": item, "overall": 5.0, "unixReviewTime": number, "reviewText": text}
+        lines.append(json.dumps(row, ensure_ascii=False))
+        per_user.setdefault(user, []).append(item)
+    lines.insert(11_900, "{broken")
+    assert sum(len(line.encode()) + 1 for line in lines) > 4 * 2**23
+    meta = "".join(json.dumps({"asin": f"i{i}", "title": f"t{i}", "also": "x" * 90_000}) + "\n" for i in range(400))
+    (tmp_path / "meta.json").write_text(meta)
+    done = amazon(tmp_path, "\n".join(lines), "--filter", "none", "--repeats", "all", "--meta", tmp_path / "meta.json")
+    assert done.returncode == 0 and "1 of 12001 lines cannot be used, the first is line 11901" in done.stderr
+    made = read(tmp_path / "made")
+    assert {user: [item for item, _ in rows] for user, rows in made["users"].items()} == per_user
+    assert made["titles"] == {f"i{i}": f"t{i}" for i in range(400)}
+
+
 @pytest.mark.parametrize(
     ("kind", "data", "words"),
     [

@@ -28,6 +28,7 @@ def main(
     dropout: float = 0.2,
     max_seq_length: int = 30,
     train_targets: str = "last",
+    num_negatives: int = 0,
     batch_size: int = 256,
     micro_batch_size: int | None = None,
     eval_batch_size: int = 512,
@@ -50,6 +51,7 @@ def main(
         raise cli.UserError(f"--num_heads {num_heads} does not divide --hidden_size {hidden_size}")
     data = Sequences.load(assets.dataset_folder(dataset))
     examples = training_examples(data, train_targets, max_seq_length)
+    counts = torch.from_numpy(training_counts(data))
 
     run = Run(config, data, default_dir=model)
     if not run.finished:
@@ -60,6 +62,8 @@ def main(
             num_layers=num_layers,
             num_heads=num_heads,
             dropout=dropout,
+            num_negatives=num_negatives,
+            counts=counts,
         )
         state = run.fit(recommender, examples)
         size = sum(p.numel() for p in recommender.parameters())
@@ -68,7 +72,7 @@ def main(
             state,
             parameters={"total": size, "trained": size},
             save=lambda folder: save_tensors(recommender.state_dict(), folder / "model.safetensors"),
-            floor={"Popularity": Popularity(torch.from_numpy(training_counts(data)))},
+            floor={"Popularity": Popularity(counts)},
         )
     run.print(comparison(finished_runs(run.folder.parent)))
 

@@ -12,10 +12,13 @@ sample is left-padded to `max_length` items between prefix and response. Several
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, DynamicCache
@@ -160,7 +163,9 @@ class LLMRec(nn.Module):
         self.register_buffer("response_ids", torch.tensor([response_ids]), persistent=False)
         decoder.requires_grad_(train_strategy == "full")
         decoder.get_input_embeddings().requires_grad_(False)
-        read_only_some(decoder.layers[-1].mlp)
+        adapted = lora["target_modules"] if train_strategy == "lora" else []
+        self.readers = read_only_some(decoder.layers[-1], adapted)
+        self.kept_prefix = None
         window = getattr(decoder.config, "sliding_window", None)
         if window and window < len(prefix_ids) + max_length + len(response_ids):
             raise UserError(f"--max_seq_length {max_length}: history and prompt exceed the base's window of {window}")
@@ -170,6 +175,44 @@ class LLMRec(nn.Module):
     def base(self) -> nn.Module:
         """The decoder itself, under the adapter if there is one."""
         return self.decoder.get_base_model() if isinstance(self.decoder, PeftModel) else self.decoder
+
+    def read(self, positions: slice) -> slice:
+        """Which positions of the top layer's output the next pass reads."""
+        for module in self.readers:
+            module.read = positions
+        return positions
+
+    def prefix_keys_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the prompt prefix in each layer, (1, heads, P, head size) each."""
+        cache = DynamicCache(config=self.base.config)
+        self.read(slice(0, 0))  # only keys and values are used
+        prefix = self.base.get_input_embeddings()(self.prefix_ids)  # (1, P, h)
+        self.decoder(inputs_embeds=prefix, past_key_values=cache, use_cache=True)
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    @contextmanager
+    def for_inference(self) -> Iterator[None]:
+        """Inside, while no weight changes: adapters are merged into the base and the prefix is computed once.
+
+        Afterwards every weight is what it was, to the bit. In bfloat16 adapters stay apart: the sum would be rounded.
+        """
+        layers = [m.get_base_layer() for m in self.decoder.modules() if isinstance(m, LoraLayer)]
+        layers = [layer for layer in layers if layer.weight.dtype == torch.float32]
+        originals = [layer.weight.data for layer in layers]
+        if layers:
+            for layer, weight in zip(layers, originals, strict=True):
+                layer.weight.data = weight.clone()  # PEFT merges in place, and subtracts with a rounding error
+            self.decoder.merge_adapter()
+        try:
+            with torch.no_grad():
+                self.kept_prefix = self.prefix_keys_values()
+            yield
+        finally:
+            self.kept_prefix = None
+            if layers:
+                self.decoder.unmerge_adapter()
+                for layer, weight in zip(layers, originals, strict=True):
+                    layer.weight.data = weight
 
     def states(self, histories: torch.Tensor, asked: torch.Tensor, ends: list[int]) -> torch.Tensor:
         """Response states after layers `ends`, counted from 1, for every asked position.
@@ -186,8 +229,8 @@ class LLMRec(nn.Module):
         if self.max_length < T:
             raise ValueError(f"histories of {T} items, the model reads {self.max_length}")
         embed = self.base.get_input_embeddings()
-        prefix, response = embed(self.prefix_ids), embed(self.response_ids)  # (1, P, h), (1, R, h)
-        P, R = prefix.shape[1], response.shape[1]
+        response = embed(self.response_ids)  # (1, R, h)
+        P, R = self.prefix_ids.shape[1], response.shape[1]
         row, column = asked.nonzero(as_tuple=True)  # (N,)
         slot = (asked.cumsum(1) - 1)[row, column]  # which of its history's branches
         n = int(slot.max()) + 1
@@ -195,25 +238,23 @@ class LLMRec(nn.Module):
         after[row, slot] = column
 
         cache = DynamicCache(config=self.base.config)
-        mlp = self.base.layers[-1].mlp
-        mlp.read = slice(0, 0)  # of the prefix only keys and values are used
-        self.decoder(inputs_embeds=prefix, past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(B)
-        items = self.input_proj(self.item_table[histories]).to(prefix.dtype)  # (B, T, h)
+        for index, (keys, values) in enumerate(self.kept_prefix or self.prefix_keys_values()):
+            cache.update(keys.expand(B, -1, -1, -1), values.expand(B, -1, -1, -1), index)
+        items = self.input_proj(self.item_table[histories]).to(response.dtype)  # (B, T, h)
         first = P + self.max_length - T
         position = torch.arange(first, first + T, device=histories.device).expand(B, -1)  # (B, T)
         branch_position = first + 1 + after[:, :, None] + torch.arange(R, device=histories.device)  # (B, n, R)
-        mlp.read = slice(T + R - 1, None, R)  # the last token of each branch
+        read = self.read(slice(T + R - 1, None, R))  # the last token of each branch
         output = self.decoder(
             inputs_embeds=torch.cat([items, response.expand(B, n, -1, -1).flatten(1, 2)], dim=1),  # (B, T + n R, h)
-            attention_mask=branch_mask(histories, after, P, R, prefix.dtype),
+            attention_mask=branch_mask(histories, after, P, R, response.dtype),
             position_ids=torch.cat([position, branch_position.flatten(1)], dim=1),
             past_key_values=cache,
             use_cache=True,
             output_hidden_states=ends != [self.num_layers],
         )
         layers = [output.last_hidden_state] if ends == [self.num_layers] else [output.hidden_states[e] for e in ends]
-        return torch.stack([layer[:, mlp.read][row, slot] for layer in layers], dim=1)  # (N, K, h)
+        return torch.stack([layer[:, read][row, slot] for layer in layers], dim=1)  # (N, K, h)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Loss terms of a batch: histories (B, T), targets (B, T), 0 where nothing is asked."""
@@ -262,9 +303,12 @@ def branch_mask(histories: torch.Tensor, after: torch.Tensor, P: int, R: int, dt
     return torch.where(sees, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
 
 
-def read_only_some(mlp: nn.Module) -> None:
-    """Make the last layer's MLP, which looks at one position at a time, run at the positions `mlp.read` only."""
-    mlp.read = slice(None)
+def read_only_some(layer: nn.Module, adapted: list[str]) -> list[nn.Module]:
+    """Make what looks at one position at a time in the top layer run at the positions `module.read` only.
+
+    Returns these modules: the MLP, and the query and output maps unless they have adapters, which would run for all.
+    Where nothing is read the output is 0. Keys and values are needed everywhere.
+    """
 
     def gather(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         module.full_length = args[0].shape[1]
@@ -275,8 +319,15 @@ def read_only_some(mlp: nn.Module) -> None:
         full[:, module.read] = output
         return full
 
-    mlp.register_forward_pre_hook(gather)
-    mlp.register_forward_hook(scatter)
+    modules = [layer.mlp]
+    for name in {"q_proj", "o_proj"}.difference(adapted):
+        if isinstance(getattr(layer.self_attn, name, None), nn.Linear):
+            modules.append(getattr(layer.self_attn, name))
+    for module in modules:
+        module.read = slice(None)
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(scatter)
+    return modules
 
 
 def build_llm_rec(config: dict, base_model: str | Path, item_table: torch.Tensor) -> LLMRec:

@@ -1,5 +1,7 @@
 """SLMRec: a shallow student with the distillation terms that pull it towards a deep, frozen teacher (PAPER, step 4)."""
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import nn
 
@@ -62,6 +64,9 @@ class SLMRec(nn.Module):
 
     def user_vectors(self, histories: torch.Tensor) -> torch.Tensor:
         return self.student.user_vectors(histories)
+
+    def for_inference(self) -> AbstractContextManager[None]:
+        return self.student.for_inference()
 
     def item_vectors(self) -> torch.Tensor:
         return self.student.item_vectors()

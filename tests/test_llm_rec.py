@@ -8,25 +8,14 @@ import torch.nn.functional as F
 from conftest import LORA, tiny_llm_rec
 from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
 
+from benchmarks.llm_step import released_states
 from models.llm_rec import LLMRec, block_ends, count_parameters, keep_layers, select_layers
 from utils.cli import UserError
 
 
 def plain_states(model: LLMRec, histories: list[list[int]], lengths: int) -> tuple[torch.Tensor, ...]:
-    """The released computation: every sample is prefix | items left-padded to `lengths` | response, all positions
-    through all layers, the prompt repeated in each sample. Returns transformers' hidden_states.
-
-    The decoder is called as a whole; the hooks that skip work in the last layer are told to read everything.
-    """
-    model.base.layers[-1].mlp.read = slice(None)
-    embed = model.base.get_input_embeddings()
-    ids = torch.tensor([[0] * (lengths - len(h)) + h for h in histories])  # (B, lengths)
-    prefix, response = (embed(part).expand(len(ids), -1, -1) for part in (model.prefix_ids, model.response_ids))
-    inputs = torch.cat([prefix, model.input_proj(model.item_table[ids]), response], dim=1)
-    ones = [torch.ones(part.shape[:2], dtype=torch.long) for part in (prefix, response)]
-    mask = torch.cat([ones[0], (ids != 0).long(), ones[1]], dim=1)
-    out = model.decoder(inputs_embeds=inputs, attention_mask=mask, output_hidden_states=True, use_cache=False)
-    return out.hidden_states
+    """hidden_states of the released computation: every sample left-padded to `lengths` items, the prompt in each."""
+    return released_states(model, torch.tensor([[0] * (lengths - len(h)) + h for h in histories]))
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -69,6 +58,37 @@ def test_user_vectors_and_gradients_equal_the_plain_computation(strategy):
     for name, gradient in found.items():
         # relative to its own norm; gradients that vanish (a bias in front of a softmax, say) to the whole
         assert (gradient - expected[name]).norm() < 1e-5 * expected[name].norm() + 1e-7 * total, name
+
+
+@pytest.mark.parametrize("targets", ["gate_proj,down_proj", "q_proj,k_proj,o_proj"])
+def test_for_inference_answers_the_same_and_leaves_no_trace(targets):
+    model = tiny_llm_rec(lora=LORA | {"target_modules": targets.split(",")}).eval()
+    histories = mixed_histories()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = model.score(plain_states(model, histories, 30)[-1][:, -1])
+    apart = model.user_vectors(pad(histories))
+    assert relative(apart, plain) < 1e-4
+    passes = []
+    handle = model.base.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    with model.for_inference(), torch.inference_mode():
+        merged = [model.user_vectors(pad(histories)) for _ in range(3)]
+    handle.remove()
+    assert len(passes) == 4  # the prefix once
+    assert relative(merged[0], plain) < 1e-4 and torch.equal(merged[0], merged[2])
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(model.user_vectors(pad(histories)), apart)
+    model.train()({"histories": torch.tensor([[1, 2]]), "targets": torch.tensor([[0, 3]])})[
+        "ce"
+    ].backward()  # and it trains on
+
+
+def test_for_inference_restores_after_an_error():
+    model = tiny_llm_rec().eval()
+    expected = model.user_vectors(pad([[3, 4, 5]]))
+    with pytest.raises(ZeroDivisionError), model.for_inference():
+        raise ZeroDivisionError
+    assert torch.equal(model.user_vectors(pad([[3, 4, 5]])), expected)
 
 
 def test_trimming_does_not_move_items():

@@ -44,6 +44,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "lora_target_modules": ("comma-separated modules that get adapters", ""),
     "max_seq_length": ("newest items of a history that are read", ">= 1"),
     "train_targets": ("training targets a user: last (the released protocol), all, or a number of newest ones", ""),
+    "num_negatives": ("negatives a batch of the sampled softmax; 0: the cross-entropy over all items", ">= 0"),
     "batch_size": ("examples an optimiser step, over all devices", ">= 1"),
     "micro_batch_size": ("examples at once on a device (default: all of them); the rest is accumulated", ">= 1"),
     "eval_batch_size": ("users scored at once", ">= 1"),

@@ -1,11 +1,13 @@
 """Candidates, ranks and metrics: written once for every recommender.
 
 A recommender is anything with `user_vectors(histories) -> (B, d)` for left-padded item ids (B, T), and
-`item_vectors() -> (V + 1, d)`, row 0 the padding; the score of item i for a user is the dot product.
+`item_vectors() -> (V + 1, d)`, row 0 the padding; the score of item i for a user is the dot product. It may offer
+`for_inference()`, a context in which its weights stay as they are and it answers faster.
 """
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -13,11 +15,12 @@ import torch
 from tqdm import tqdm
 
 from utils.cli import RunError
-from utils.data import Sequences, sorted_batches, split_examples
+from utils.data import Examples, Sequences, sorted_batches, split_examples
 
 NUM_NEGATIVES = 999
 CANDIDATE_SEED = 20240527  # candidates have a seed of their own: a run's --seed never changes who is ranked
 SPLITS = ("valid", "test")
+SCORES_AT_ONCE = 2**20  # entries of a block of scores: users x items never stands in memory
 
 
 class Recommender(Protocol):
@@ -78,9 +81,9 @@ def seen_pairs(data: Sequences, users: np.ndarray, stop: np.ndarray) -> tuple[np
 def ranks_from_scores(positive: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """rank = number of other candidates with score >= the positive's, so 0 is best and a tie counts against.
 
-    positive (B,), others (B, C) with -inf where there is no candidate. Returns (B,) int64.
+    positive (B, 1), others (B, C) with -inf where there is no candidate. Returns (B,) int64.
     """
-    return (others >= positive[:, None]).sum(1)
+    return (others >= positive).sum(1)
 
 
 def metrics_from_ranks(ranks: np.ndarray) -> dict[str, float]:
@@ -113,24 +116,44 @@ def rank_users(
     ranks = {kind: np.zeros(len(examples), np.int64) for kind in ("sampled", "full")}
     begun = time.perf_counter()
     item_vectors = recommender.item_vectors().float()
+    at_once = max(64, SCORES_AT_ONCE // len(item_vectors))
     batches = list(sorted_batches(examples.lengths, batch_size))
-    for index in tqdm(batches, desc=f"rank {split}", unit="batch", disable=not progress, leave=False):
-        histories = examples.batch(index)["histories"].to(device)
-        with autocast():
-            vectors = recommender.user_vectors(histories)
-        scores = vectors.float() @ item_vectors.T  # (B, V + 1)
-        if not torch.isfinite(scores[:, 1:]).all():
-            raise RunError(f"scores on {split} are not finite: the model has diverged; lower --learning_rate")
-        scores[:, 0] = -torch.inf  # padding is no candidate
-        target = torch.from_numpy(data.items[examples.end[index]].astype(np.int64)).to(device)  # (B,)
-        positive = scores.gather(1, target[:, None])[:, 0]
-        candidates = torch.from_numpy(negatives[index].astype(np.int64)).to(device)  # (B, 999)
-        ranks["sampled"][index] = ranks_from_scores(positive, scores.gather(1, candidates)).cpu()
-        row, item = seen_pairs(data, data.users[index], examples.end[index])
-        scores[torch.from_numpy(row).to(device), torch.from_numpy(item.astype(np.int64)).to(device)] = -torch.inf
-        scores[torch.arange(len(index), device=device), target] = -torch.inf
-        ranks["full"][index] = ranks_from_scores(positive, scores).cpu()
+    with getattr(recommender, "for_inference", nullcontext)():
+        for index in tqdm(batches, desc=f"rank {split}", unit="batch", disable=not progress, leave=False):
+            with autocast():
+                vectors = recommender.user_vectors(examples.batch(index)["histories"].to(device))
+            for low in range(0, len(index), at_once):
+                part = slice(low, low + at_once)
+                found = rank_block(vectors[part].float(), item_vectors, data, examples, index[part], negatives)
+                ranks["sampled"][index[part]], ranks["full"][index[part]] = found
     return ranks, time.perf_counter() - begun
+
+
+def rank_block(
+    vectors: torch.Tensor,
+    items: torch.Tensor,
+    data: Sequences,
+    examples: Examples,
+    index: np.ndarray,
+    negatives: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sampled and full ranks (b,) of the examples `index`: vectors (b, d), items (V + 1, d), negatives of all users."""
+    scores = vectors @ items.T  # (b, V + 1)
+    low, high = torch.aminmax(scores[:, 1:])
+    if not (low > -torch.inf and high < torch.inf):  # neither holds for NaN
+        raise RunError("scores are not finite: the model has diverged; lower --learning_rate")
+
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(scores.device)
+
+    target = on_device(data.items[examples.end[index]])[:, None]  # (b, 1)
+    positive = scores.gather(1, target)  # (b, 1)
+    scores[:, 0] = -torch.inf  # padding is no candidate
+    sampled = ranks_from_scores(positive, scores.gather(1, on_device(negatives[index])))
+    row, item = seen_pairs(data, data.users[index], examples.end[index])
+    scores[on_device(row), on_device(item)] = -torch.inf
+    scores.scatter_(1, target, -torch.inf)
+    return sampled.cpu().numpy(), ranks_from_scores(positive, scores).cpu().numpy()
 
 
 def evaluate(recommender: Recommender, data: Sequences, split: str, negatives: np.ndarray, **how) -> tuple[dict, float]:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.losses import catalogue_cross_entropy
+from models.losses import catalogue_cross_entropy, sampled_cross_entropy
 
 
 class Block(nn.Module):
@@ -27,15 +27,32 @@ class Block(nn.Module):
 
 
 class SASRec(nn.Module):
-    """Histories are left-padded and may be trimmed: positions count back from the newest item."""
+    """Histories are left-padded and may be trimmed: positions count back from the newest item.
+
+    num_negatives: 0 for the cross-entropy over the whole catalogue, else of a sampled one, whose negatives are drawn
+    once a batch in proportion to (counts + 1) ** 0.75, counts (V + 1,) being how often each item occurs in training.
+    """
 
     item_table_name, initial_std = "items.weight", 0.02
 
     def __init__(
-        self, num_items: int, *, dim: int, max_length: int, num_layers: int, num_heads: int, dropout: float
+        self,
+        num_items: int,
+        *,
+        dim: int,
+        max_length: int,
+        num_layers: int,
+        num_heads: int,
+        dropout: float,
+        num_negatives: int = 0,
+        counts: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.max_length = max_length
+        self.max_length, self.num_negatives = max_length, num_negatives
+        if num_negatives:
+            q = (counts.double() + 1) ** 0.75  # (V + 1,)
+            q[0] = 0
+            self.register_buffer("log_q", (q / q.sum()).log().float(), persistent=False)
         self.items = nn.Embedding(num_items + 1, dim, padding_idx=0)
         self.positions = nn.Embedding(max_length, dim)
         self.blocks = nn.ModuleList(Block(dim, num_heads, dropout) for _ in range(num_layers))
@@ -60,8 +77,11 @@ class SASRec(nn.Module):
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Loss terms of a batch: targets (B, T), 0 where nothing is asked."""
         asked = batch["targets"] != 0
-        vectors = self.states(batch["histories"])[asked]  # (N, d)
-        return {"ce": catalogue_cross_entropy(vectors, self.items.weight, batch["targets"][asked])}
+        vectors, targets = self.states(batch["histories"])[asked], batch["targets"][asked]  # (N, d), (N,)
+        if not self.num_negatives:
+            return {"ce": catalogue_cross_entropy(vectors, self.items.weight, targets)}
+        negatives = self.log_q.exp().multinomial(self.num_negatives, replacement=True)  # (S,)
+        return {"sampled_ce": sampled_cross_entropy(vectors, self.items.weight, targets, negatives, self.log_q)}
 
     def user_vectors(self, histories: torch.Tensor) -> torch.Tensor:
         return self.states(histories)[:, -1]  # (B, d)

@@ -1,0 +1,162 @@
+"""Candidates, full ranking and the loss over large catalogues: ours beside the plain way, in one run.
+
+python benchmarks/catalogue.py                      sizes of Beauty and, for the loss, of Cloth
+python benchmarks/catalogue.py --step plain         one training step alone: memory, loss, gradients
+"""
+
+import argparse
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.llm_step import make_data
+from models.losses import catalogue_cross_entropy
+from utils.checkpoint import write_json
+from utils.cli import ROOT
+from utils.data import Sequences, sorted_batches, split_examples
+from utils.metrics import draw_negatives, rank_users
+from utils.report import environment
+
+CLOTH_ITEMS = 376_858  # PAPER, table 1
+
+
+def released_candidates(data: Sequences) -> None:
+    """One pass over the users in the released way: a set difference and a sample for each."""
+    for user in data.users:
+        seen = set(data.items[data.offsets[user] : data.offsets[user + 1]].tolist())
+        random.sample(list(set(range(1, data.num_items + 1)) - seen), 999)
+
+
+class LastItem:
+    """User vectors that cost nothing, so that ranking is what is timed."""
+
+    def __init__(self, num_items: int):
+        self.table = torch.randn(num_items + 1, 128)
+
+    def user_vectors(self, histories: torch.Tensor) -> torch.Tensor:
+        return self.table[histories[:, -1]]
+
+    def item_vectors(self) -> torch.Tensor:
+        return self.table
+
+
+def plain_ranks(model: LastItem, data: Sequences) -> np.ndarray:
+    """Full ranking of the test users with all scores (users, V + 1) in memory."""
+    examples = split_examples(data, "test", 30)
+    vectors = torch.empty(len(examples), 128)
+    for index in sorted_batches(examples.lengths, 512):
+        vectors[torch.from_numpy(index)] = model.user_vectors(examples.batch(index)["histories"])
+    scores = vectors @ model.table.T
+    target = torch.from_numpy(data.items[examples.end]).long()
+    positive = scores.gather(1, target[:, None])
+    scores[:, 0] = -torch.inf
+    for row, user in enumerate(data.users):
+        scores[row, torch.from_numpy(data.items[data.offsets[user] : examples.end[row]]).long()] = -torch.inf
+    scores.scatter_(1, target[:, None], -torch.inf)
+    return (scores >= positive).sum(1).numpy()
+
+
+def plain_cross_entropy(vectors: torch.Tensor, items: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(vectors @ items[1:].T, targets - 1)
+
+
+def step(kind: str) -> None:
+    """Peak extra bytes, seconds, loss and some gradients of a step with 376,858 items, d = 128 and 256 examples."""
+    torch.manual_seed(0)
+    vectors = torch.randn(256, 128).requires_grad_()
+    items = (torch.randn(CLOTH_ITEMS + 1, 128) * 0.1).requires_grad_()
+    targets = torch.randint(1, CLOTH_ITEMS + 1, (256,))
+    loss_of = plain_cross_entropy if kind == "plain" else catalogue_cross_entropy
+    warm = torch.randn(256, 128).requires_grad_(), torch.randn(9000, 128).requires_grad_(), targets % 8999 + 1
+    loss_of(*warm).backward()  # what the libraries keep for themselves
+    me, done = psutil.Process(), threading.Event()
+    before = peak = me.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, me.memory_info().rss)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    begun = time.perf_counter()
+    loss = loss_of(vectors, items, targets)
+    loss.backward()
+    taken = time.perf_counter() - begun
+    done.set()
+    thread.join()
+    some = [*vectors.grad[::50, ::20].flatten().tolist(), *items.grad[targets[::9], ::20].flatten().tolist()]
+    print(peak - before, taken, loss.item(), vectors.grad.norm().item(), items.grad.norm().item(), *some)
+
+
+def timed(function, *arguments) -> float:
+    begun = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - begun
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", type=int, default=22_363)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--step", choices=("plain", "ours"), help="only this")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "catalogue.json")
+    args = parser.parse_args()
+    if args.step:
+        step(args.step)
+        return
+    data, model = make_data(None, args.users), LastItem(12_101)
+    negatives = draw_negatives(data, "test")
+
+    def ours() -> None:
+        rank_users(model, data, "test", negatives, max_length=30, batch_size=512)
+
+    ranks, _ = rank_users(model, data, "test", negatives, max_length=30, batch_size=512)
+    same = float((ranks["full"] == plain_ranks(model, data)).mean())
+    times: dict[str, list[float]] = {"draw": [], "rank": [], "plain_rank": []}
+    for _ in range(args.repeats):
+        times["draw"].append(timed(draw_negatives, data, "test"))
+        times["rank"].append(timed(ours))
+        times["plain_rank"].append(timed(plain_ranks, model, data))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    released = timed(released_candidates, data)
+    summary = {
+        "candidates_seconds": median["draw"],
+        "candidates_released_seconds_each_pass": released,
+        "rank_seconds": median["rank"],
+        "rank_plain_seconds": median["plain_rank"],
+        "full_ranks_that_are_the_same": same,
+    }
+    found = {}
+    for kind in ("plain", "ours"):
+        command = [sys.executable, __file__, "--step", kind]
+        found[kind] = np.array(subprocess.run(command, capture_output=True, check=True).stdout.split(), float)
+    difference = np.abs(found["ours"][2:] / found["plain"][2:] - 1).max()
+    summary |= {
+        "loss_peak_bytes": found["ours"][0],
+        "loss_plain_peak_bytes": found["plain"][0],
+        "loss_peak_share": found["ours"][0] / found["plain"][0],
+        "loss_seconds": found["ours"][1],
+        "loss_plain_seconds": found["plain"][1],
+        "loss_and_gradient_difference": difference,
+    }
+    for name, value in summary.items():
+        print(f"{name:40s} {value:.6g}")
+    settings = {name: str(value) for name, value in vars(args).items()}
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    write_json({"summary": summary, "settings": settings, "environment": environment(accelerator)}, args.out)
+
+
+if __name__ == "__main__":
+    main()

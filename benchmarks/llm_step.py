@@ -1,0 +1,516 @@
+"""The released computation beside ours, in one run, on the same weights and batches: samples a second and memory.
+
+    python benchmarks/llm_step.py                              8 layers against 8, and a 4-layer student against 30
+    python benchmarks/llm_step.py --dataset ml-100k --batch_sizes 64
+    python benchmarks/llm_step.py --base_model llama-7b-shape  random weights of that shape; wants a GPU
+
+The released computation pads every sample to 30 items, repeats the prompt in each, runs all positions through all
+layers, and draws the candidates of each sample in Python. Ours is what finetune.py and distill.py run. Both are
+measured alternately, five times; medians are reported. A bar chart is written beside the record.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from transformers import AutoModel, LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models.llm_rec import LLMRec, base_config, block_ends, load_decoder, prompt_ids
+from models.slmrec import SLMRec
+from utils.assets import base_model_path, dataset_folder
+from utils.checkpoint import write_json
+from utils.cli import ROOT
+from utils.data import Examples, Sequences, shuffled_batches, split_examples, training_examples
+from utils.metrics import draw_negatives, rank_users
+from utils.report import environment, markdown_table, peak_memory
+
+MAX_ITEMS = 30
+LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+# Sequence lengths of Amazon 2014 Beauty (22,363 users, 5-core), as counts of users with 5, 6, ... 32, and 33 or more
+# items, of which 30 are read.
+BEAUTY_ITEMS, BEAUTY_LENGTHS = 12_101, (
+    *(7162, 4221, 2680, 1811, 1366, 881, 695, 558, 439, 361, 262, 207, 213, 141, 118, 112, 117, 84, 66, 73, 74, 61),
+    *(54, 44, 44, 38, 30, 38, 413),
+)  # fmt: skip
+
+
+# --- the two computations ---
+
+
+def released_states(model: LLMRec, histories: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """transformers' hidden_states of the released computation: histories (B, 30), left-padded with 0."""
+    model.read(slice(None))
+    embed = model.base.get_input_embeddings()
+    prefix, response = (embed(part).expand(len(histories), -1, -1) for part in (model.prefix_ids, model.response_ids))
+    items = model.input_proj(model.item_table[histories]).to(prefix.dtype)
+    inputs = torch.cat([prefix, items, response], dim=1)
+    ones = [torch.ones(part.shape[:2], dtype=torch.long, device=histories.device) for part in (prefix, response)]
+    mask = torch.cat([ones[0], (histories != 0).long(), ones[1]], dim=1)
+    out = model.decoder(inputs_embeds=inputs, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    return out.hidden_states
+
+
+def released_vectors(model: LLMRec, histories: torch.Tensor) -> torch.Tensor:
+    return model.head(released_states(model, histories)[-1][:, -1])
+
+
+def released_loss(model: LLMRec, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    histories = F.pad(batch["histories"], (MAX_ITEMS - batch["histories"].shape[1], 0))
+    logits = released_vectors(model, histories) @ model.item_table[1:].T
+    return F.cross_entropy(logits, batch["targets"][:, -1] - 1)
+
+
+def released_ranks(model: LLMRec, data: Sequences, examples: Examples, index: np.ndarray, device) -> np.ndarray:
+    """Sampled ranks of one batch, candidates drawn per sample by a set difference."""
+    histories = examples.batch(index)["histories"]
+    histories = F.pad(histories, (MAX_ITEMS - histories.shape[1], 0)).to(device)
+    candidates = []
+    for user in data.users[index]:
+        seen = set(data.items[data.offsets[user] : data.offsets[user + 1]].tolist())
+        unseen = list(set(range(1, data.num_items + 1)) - seen)
+        candidates.append([int(data.items[data.offsets[user + 1] - 1]), *random.sample(unseen, 999)])
+    scores = released_vectors(model, histories) @ model.item_table.T
+    found = scores.gather(1, torch.tensor(candidates, device=device))
+    return (found[:, 1:] >= found[:, :1]).sum(1).cpu().numpy()
+
+
+# --- what is measured ---
+
+
+def make_data(dataset: str | None, users: int, seed: int = 0) -> Sequences:
+    """Sequences of random items with the lengths of a processed dataset, or of Beauty."""
+    rng = np.random.default_rng(seed)
+    if dataset:
+        source = Sequences.load(dataset_folder(dataset))
+        lengths, num_items = np.diff(source.offsets)[source.users], source.num_items
+        lengths = rng.choice(lengths, users)
+    else:
+        share = np.array(BEAUTY_LENGTHS) / sum(BEAUTY_LENGTHS)
+        lengths, num_items = rng.choice(np.arange(5, 5 + len(share)), users, p=share), BEAUTY_ITEMS
+    items = rng.integers(1, num_items + 1, lengths.sum()).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Sequences("lengths", items, offsets, num_items, np.arange(users), "0" * 64)
+
+
+def make_model(base_model: str, num_layers: int, num_items: int, device, dtype: torch.dtype, seed: int = 0) -> LLMRec:
+    torch.manual_seed(seed)
+    if base_model == "llama-7b-shape":
+        shape = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+        with torch.device(device):
+            decoder = AutoModel.from_config(LlamaConfig(**shape, num_hidden_layers=num_layers), dtype=dtype)
+        prompt = {"prefix_ids": list(range(3, 58)), "response_ids": list(range(3, 9))}
+    else:
+        base = base_model_path(base_model)
+        decoder, prompt = load_decoder(base, num_layers, "first", dtype), prompt_ids(base)
+    table = torch.randn(num_items + 1, 128) * 0.1
+    table[0] = 0
+    model = LLMRec(decoder, table, max_length=MAX_ITEMS, lora=LORA, **prompt).to(device)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # PEFT starts it at 0, where half of the gradients vanish
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    synchronize()
+    begun = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - begun
+
+
+def training_step(model: torch.nn.Module, loss_of: Callable, batches: list[dict]) -> Callable[[], None]:
+    """A function that takes one optimiser step on each batch."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6)
+
+    def work() -> None:
+        model.train()
+        for batch in batches:
+            loss_of(model, batch).backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return work
+
+
+def ours_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return sum(model(batch).values())
+
+
+class Workload:
+    """Training batches and users to rank, one set of lengths for everything that is compared."""
+
+    def __init__(self, dataset: str | None, batch_size: int, device, data: Sequences | None = None):
+        self.batch_size, self.device = batch_size, device
+        self.data = data or make_data(dataset, 16 * batch_size)
+        self.examples = training_examples(self.data, "last", MAX_ITEMS)
+        self.tests = split_examples(self.data, "test", MAX_ITEMS)
+        self.negatives = draw_negatives(self.data, "test")
+
+    def index(self, sort: bool = True) -> list[np.ndarray]:
+        """Four batches of an epoch of sixteen as Run.fit makes them, from short to long histories."""
+        lengths = self.examples.lengths
+        batches = shuffled_batches(lengths if sort else np.zeros(len(lengths)), self.batch_size, seed=0, epoch=0)
+        whole = [index for index in batches if len(index) == self.batch_size]
+        return sorted(whole, key=lambda index: lengths[index].max())[2::4]
+
+    def batches(self, index: list[np.ndarray]) -> list[dict[str, torch.Tensor]]:
+        return [{k: v.to(self.device) for k, v in self.examples.batch(part).items()} for part in index]
+
+    def rank(self, model: LLMRec, negatives: np.ndarray | None = None) -> None:
+        how = {"max_length": MAX_ITEMS, "batch_size": self.batch_size, "device": self.device}
+        rank_users(model.eval(), self.data, "test", self.negatives, **how)
+
+    def released_rank(self, model: LLMRec) -> None:
+        with torch.inference_mode():
+            released_ranks(model.eval(), self.data, self.tests, np.arange(self.batch_size), self.device)
+
+
+def alternate(repeats: int, **work: tuple[Callable[[], object], int]) -> dict[str, float]:
+    """Median samples a second of each (function, samples), run in turn `repeats` times after one warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(repeats + 1):
+        for name, (function, _) in work.items():
+            taken = seconds(function)
+            if number:
+                times[name].append(taken)
+    return {name: samples / statistics.median(times[name]) for name, (_, samples) in work.items()}
+
+
+def tokens(model: LLMRec, batches: list[dict[str, torch.Tensor]], released: bool) -> int:
+    """Positions that go through the layers, of the whole list of batches."""
+    P, R = model.prefix_ids.shape[1], model.response_ids.shape[1]
+    if released:
+        return sum(len(b["histories"]) * (P + MAX_ITEMS + R) for b in batches)
+    return sum(P + len(b["histories"]) * (b["histories"].shape[1] + R) for b in batches)
+
+
+def differences(model: LLMRec, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Largest relative difference of a user vector, and relative difference of the gradient, dropout off."""
+    model.eval()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    vectors, gradients = [], []
+    padded = F.pad(batch["histories"], (MAX_ITEMS - batch["histories"].shape[1], 0))
+    with torch.no_grad():
+        vectors.append(released_vectors(model, padded))
+        with model.for_inference():
+            vectors.append(model.user_vectors(batch["histories"]))
+    for loss in (released_loss(model, batch), ours_loss(model, batch)):
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(trained.values()))]))
+    of_vectors = ((vectors[0] - vectors[1]).norm(dim=1) / vectors[0].norm(dim=1)).max().item()
+    return of_vectors, ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
+
+
+# --- one measure off at a time ---
+
+
+@contextmanager
+def prefix_per_sample(model: LLMRec) -> Iterator[None]:
+    """The prompt prefix through the layers once for every sample of a batch."""
+    original, ids = model.states, model.prefix_ids
+
+    def states(histories: torch.Tensor, *rest) -> torch.Tensor:
+        model.prefix_ids = ids.expand(len(histories), -1)
+        return original(histories, *rest)
+
+    model.states = states
+    yield
+    del model.states
+    model.prefix_ids = ids
+
+
+@contextmanager
+def all_positions(model: LLMRec) -> Iterator[None]:
+    """Every position through the whole top layer."""
+    hooks = [(module, module._forward_pre_hooks.copy(), module._forward_hooks.copy()) for module in model.readers]
+    for module, *_ in hooks:
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+    yield
+    for module, before, after in hooks:
+        module._forward_pre_hooks.update(before)
+        module._forward_hooks.update(after)
+
+
+@contextmanager
+def adapters_apart(model: LLMRec) -> Iterator[None]:
+    """No merging at inference; the prefix is still computed once."""
+    merge, unmerge = model.decoder.merge_adapter, model.decoder.unmerge_adapter
+    model.decoder.merge_adapter = model.decoder.unmerge_adapter = lambda: None
+    yield
+    model.decoder.merge_adapter, model.decoder.unmerge_adapter = merge, unmerge
+
+
+@contextmanager
+def prefix_every_batch(model: LLMRec) -> Iterator[None]:
+    """The prefix once a batch at inference, as in training."""
+    merged = model.for_inference
+
+    @contextmanager
+    def for_inference() -> Iterator[None]:
+        with merged():
+            model.kept_prefix = None
+            yield
+
+    model.for_inference = for_inference
+    yield
+    del model.for_inference
+
+
+def full_width(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """Every history padded to 30 items."""
+    return [{k: F.pad(v, (MAX_ITEMS - v.shape[1], 0)) for k, v in batch.items()} for batch in batches]
+
+
+# --- the tables ---
+
+
+class Benchmark:
+    """Rows of figures, printed as they come, and the summary."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
+        self.args, self.device, self.dtype = args, device, dtype
+        self.rows: list[dict] = []
+        self.measures: list[dict] = []
+        self.distillation: dict[str, float] = {}
+        self.worst = [0.0, 0.0]
+
+    def model(self, num_layers: int, num_items: int) -> LLMRec:
+        return make_model(self.args.base_model, num_layers, num_items, self.device, self.dtype)
+
+    def row(self, work: Workload, kind: str, names: tuple[str, str], speeds: dict[str, float], **more) -> None:
+        ratio = speeds["ours"] / speeds["released"]
+        row = {"kind": kind, "released": names[0], "ours": names[1], "batch": work.batch_size, **more}
+        self.rows.append(row | {"released_per_s": speeds["released"], "ours_per_s": speeds["ours"], "ratio": ratio})
+        print(
+            f"{kind:10s} batch {work.batch_size:4d}  released {names[0]}: {speeds['released']:8.2f} samples/s   "
+            f"ours {names[1]}: {speeds['ours']:8.2f}   {ratio:6.2f} x",
+            flush=True,
+        )
+
+    def equal_depth(self, work: Workload) -> None:
+        layers, size = self.args.num_layers, work.batch_size
+        model = self.model(layers, work.data.num_items)
+        batches = work.batches(work.index())
+        for batch in (batches[0], batches[-1]):
+            found = differences(model, {name: value[:32] for name, value in batch.items()})
+            self.worst = [max(pair) for pair in zip(self.worst, found, strict=True)]
+        samples = size * len(batches)
+        count = {kind: tokens(model, batches, kind == "released") / len(batches) for kind in ("released", "ours")}
+        names = (f"{layers} layers",) * 2
+        speeds = alternate(
+            self.args.repeats,
+            released=(training_step(model, released_loss, batches[:1]), size),
+            ours=(training_step(model, ours_loss, batches), samples),
+        )
+        self.row(work, "training", names, speeds, released_tokens=count["released"], ours_tokens=count["ours"])
+        speeds = alternate(
+            self.args.repeats,
+            released=(lambda: work.released_rank(model), size),
+            ours=(lambda: work.rank(model), len(work.tests)),
+        )
+        self.row(work, "inference", names, speeds)
+
+    def one_off(self, work: Workload) -> None:
+        """Samples a second with everything on, and with one measure off."""
+        model = self.model(self.args.num_layers, work.data.num_items)
+        batches, users = work.batches(work.index()), len(work.tests)
+        samples = work.batch_size * len(batches)
+        plain = training_step(model, ours_loss, batches)
+
+        def within(context: Callable, function: Callable) -> Callable[[], None]:
+            def run() -> None:
+                with context(model):
+                    function()
+
+            return run
+
+        speeds = alternate(
+            self.args.repeats,
+            everything=(plain, samples),
+            prefix_per_sample=(within(prefix_per_sample, plain), samples),
+            full_width=(training_step(model, ours_loss, full_width(batches)), samples),
+            random_batches=(training_step(model, ours_loss, work.batches(work.index(sort=False))), samples),
+            all_positions=(within(all_positions, plain), samples),
+        )
+        self.note("training", speeds)
+
+        def rank() -> None:
+            work.rank(model)
+
+        speeds = alternate(
+            self.args.repeats,
+            everything=(rank, users),
+            adapters_apart=(within(adapters_apart, rank), users),
+            prefix_every_batch=(within(prefix_every_batch, rank), users),
+            all_positions=(within(all_positions, rank), users),
+        )
+        self.note("inference", speeds)
+
+    def note(self, kind: str, speeds: dict[str, float]) -> None:
+        for name, speed in speeds.items():
+            share = speed / speeds["everything"]
+            self.measures.append({"kind": kind, "off": name, "per_s": speed, "of_everything": share})
+            print(
+                f"{kind:10s} {'' if name == 'everything' else 'without '}{name:20s} {speed:8.2f} samples/s {share:6.2f}"
+            )
+
+    def student(self, work: Workload) -> None:
+        """The student with its whole loss and cached teacher against the released computation at full depth."""
+        depth, full = self.args.student_layers, self.args.full_layers
+        examples, ends = work.examples, block_ends(self.args.num_layers, 4)
+        teacher = self.model(self.args.num_layers, work.data.num_items)
+        index = work.index()
+        with tempfile.TemporaryDirectory() as folder:
+            states = np.lib.format.open_memmap(
+                f"{folder}/states.npy", "w+", np.float32, (len(examples), 4, teacher.hidden_size)
+            )
+            with torch.inference_mode(), teacher.eval().for_inference():
+                for part, batch in zip(index, work.batches(index), strict=True):
+                    states[part] = teacher.states(batch["histories"], batch["targets"] != 0, ends).float().cpu().numpy()
+            del teacher
+            weights = {"lambda_cos": 1.0, "lambda_norm": 0.1, "lambda_ms": 1.0}
+            base = self.model(depth, work.data.num_items)
+            slm = SLMRec(base, num_blocks=4, norm_form="l2", block_reduction="sum", **weights).to(self.device)
+            slow = self.model(full, work.data.num_items)
+            batches = work.batches(index)
+
+            def distil() -> None:
+                for part, batch in zip(index, batches, strict=True):
+                    batch["teacher_states"] = torch.from_numpy(states[part]).to(self.device)
+                step()
+
+            step = training_step(slm, ours_loss, batches)
+            names, samples = (f"{full} layers", f"student {depth}"), work.batch_size * len(batches)
+            speeds = alternate(
+                self.args.repeats,
+                released=(training_step(slow, released_loss, batches[:1]), work.batch_size),
+                ours=(distil, samples),
+                plain=(training_step(base, ours_loss, batches), samples),
+            )
+            self.distillation = {"plain_per_s": speeds["plain"], "distillation_per_s": speeds["ours"]}
+            self.row(work, "training", names, speeds)
+            print(f"distillation with cached teacher: {speeds['plain'] / speeds['ours']:.3f} x a plain step")
+            speeds = alternate(
+                self.args.repeats,
+                released=(lambda: work.released_rank(slow), work.batch_size),
+                ours=(lambda: work.rank(base), len(work.tests)),
+            )
+            self.row(work, "inference", names, speeds)
+
+    def summary(self) -> dict[str, float]:
+        def ratio(kind: str, same: bool) -> float:
+            return min(r["ratio"] for r in self.rows if r["kind"] == kind and (r["released"] == r["ours"]) == same)
+
+        return {
+            "equal_depth_train_ratio": ratio("training", True),
+            "equal_depth_infer_ratio": ratio("inference", True),
+            "full_depth_train_ratio": ratio("training", False),
+            "full_depth_infer_ratio": ratio("inference", False),
+            "max_relative_difference": self.worst[0],
+            "max_relative_gradient_difference": self.worst[1],
+            "distillation_over_plain": self.distillation["plain_per_s"] / self.distillation["distillation_per_s"],
+        }
+
+
+OFF = {
+    "everything": "everything on",
+    "prefix_per_sample": "without: prefix once for all samples",
+    "full_width": "without: trimmed histories",
+    "random_batches": "without: batches of like lengths",
+    "all_positions": "without: top layer at read positions only",
+    "adapters_apart": "without: merged adapters",
+    "prefix_every_batch": "without: prefix once for all batches",
+}
+
+
+def speed_table(record: dict) -> str:
+    header = ["released -> ours", "batch", "released, samples/s", "ours, samples/s", "ratio"]
+    rows = [
+        [
+            f"{r['kind']}, {r['released']} -> {r['ours']}",
+            str(r["batch"]),
+            f"{r['released_per_s']:.1f}",
+            f"{r['ours_per_s']:.1f}",
+            f"{r['ratio']:.1f}",
+        ]
+        for r in record["rows"]
+    ]
+    return markdown_table(header, rows)
+
+
+def measures_table(record: dict) -> str:
+    header = ["one measure off", "samples/s", "of everything on"]
+    rows = [
+        [f"{r['kind']}, {OFF[r['off']]}", f"{r['per_s']:.1f}", f"{r['of_everything']:.2f}"] for r in record["one_off"]
+    ]
+    return markdown_table(header, rows)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(rows) + 1.2), layout="constrained")
+    names = [f"{r['kind']}, batch {r['batch']}\n{r['released']} -> {r['ours']}" for r in rows]
+    bars = axes.barh(names, [r["ratio"] for r in rows], color=["C0" if r["kind"] == "training" else "C1" for r in rows])
+    axes.bar_label(bars, fmt="%.1f x", padding=3)
+    axes.invert_yaxis()
+    axes.set(xlabel="samples a second, ours over the released computation")
+    axes.margins(x=0.12)
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_model", default="smollm2-135m", help="as finetune.py takes it, or llama-7b-shape")
+    parser.add_argument("--dataset", help="whose history lengths and catalogue size (default: those of Beauty)")
+    parser.add_argument("--num_layers", type=int, default=8, help="at equal depth, and of the teacher")
+    parser.add_argument("--student_layers", type=int, default=4)
+    parser.add_argument("--full_layers", type=int, help="default: all of the base")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[32, 128], help="at equal depth")
+    parser.add_argument("--student_batch_size", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "llm_step.json")
+    args = parser.parse_args()
+    if args.full_layers is None:
+        shape = args.base_model == "llama-7b-shape"
+        args.full_layers = 32 if shape else base_config(base_model_path(args.base_model)).num_hidden_layers
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    random.seed(0)
+    benchmark = Benchmark(args, accelerator.device, getattr(torch, args.dtype))
+    for batch_size in args.batch_sizes:
+        benchmark.equal_depth(Workload(args.dataset, batch_size, accelerator.device))
+    work = Workload(args.dataset, args.student_batch_size, accelerator.device)
+    benchmark.student(work)
+    benchmark.one_off(work)
+    summary = benchmark.summary()
+    record = {"summary": summary, "rows": benchmark.rows, "one_off": benchmark.measures}
+    settings = {name: str(value) for name, value in vars(args).items()}
+    record |= {"settings": settings, "peak_memory_bytes": peak_memory(), "environment": environment(accelerator)}
+    write_json(record, args.out)
+    print(speed_table(record), measures_table(record), sep="\n\n")
+    print(markdown_table(["summary", "value"], [[name, f"{value:.3g}"] for name, value in summary.items()]))
+    plot(benchmark.rows, args.out.with_suffix(".png"))
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

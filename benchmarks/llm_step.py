@@ -15,8 +15,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -163,8 +163,9 @@ class Workload:
         self.batch_size, self.device = batch_size, device
         self.data = data or make_data(dataset, 16 * batch_size)
         self.examples = training_examples(self.data, "last", MAX_ITEMS)
-        self.tests = split_examples(self.data, "test", MAX_ITEMS)
-        self.negatives = draw_negatives(self.data, "test")
+        self.ranked = replace(self.data, users=self.data.users[: max(512, 2 * batch_size)])
+        self.tests = split_examples(self.ranked, "test", MAX_ITEMS)
+        self.negatives = draw_negatives(self.ranked, "test")
 
     def index(self, sort: bool = True) -> list[np.ndarray]:
         """Four batches of an epoch of sixteen as Run.fit makes them, from short to long histories."""
@@ -176,23 +177,21 @@ class Workload:
     def batches(self, index: list[np.ndarray]) -> list[dict[str, torch.Tensor]]:
         return [{k: v.to(self.device) for k, v in self.examples.batch(part).items()} for part in index]
 
-    def rank(self, model: LLMRec, negatives: np.ndarray | None = None) -> None:
+    def rank(self, model: LLMRec) -> None:
         how = {"max_length": MAX_ITEMS, "batch_size": self.batch_size, "device": self.device}
-        rank_users(model.eval(), self.data, "test", self.negatives, **how)
+        rank_users(model.eval(), self.ranked, "test", self.negatives, **how)
 
     def released_rank(self, model: LLMRec) -> None:
         with torch.inference_mode():
-            released_ranks(model.eval(), self.data, self.tests, np.arange(self.batch_size), self.device)
+            released_ranks(model.eval(), self.ranked, self.tests, np.arange(self.batch_size), self.device)
 
 
 def alternate(repeats: int, **work: tuple[Callable[[], object], int]) -> dict[str, float]:
-    """Median samples a second of each (function, samples), run in turn `repeats` times after one warm-up."""
+    """Median samples a second of each (function, samples), run in turn `repeats` times."""
     times: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(repeats + 1):
+    for _ in range(repeats):
         for name, (function, _) in work.items():
-            taken = seconds(function)
-            if number:
-                times[name].append(taken)
+            times[name].append(seconds(function))
     return {name: samples / statistics.median(times[name]) for name, (_, samples) in work.items()}
 
 
@@ -200,8 +199,8 @@ def tokens(model: LLMRec, batches: list[dict[str, torch.Tensor]], released: bool
     """Positions that go through the layers, of the whole list of batches."""
     P, R = model.prefix_ids.shape[1], model.response_ids.shape[1]
     if released:
-        return sum(len(b["histories"]) * (P + MAX_ITEMS + R) for b in batches)
-    return sum(P + len(b["histories"]) * (b["histories"].shape[1] + R) for b in batches)
+        return sum(len(batch["histories"]) * (P + MAX_ITEMS + R) for batch in batches)
+    return sum(P + int((batch["histories"] != 0).sum()) + len(batch["histories"]) * R for batch in batches)
 
 
 def differences(model: LLMRec, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
@@ -220,67 +219,6 @@ def differences(model: LLMRec, batch: dict[str, torch.Tensor]) -> tuple[float, f
     return of_vectors, ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
 
 
-# --- one measure off at a time ---
-
-
-@contextmanager
-def prefix_per_sample(model: LLMRec) -> Iterator[None]:
-    """The prompt prefix through the layers once for every sample of a batch."""
-    original, ids = model.states, model.prefix_ids
-
-    def states(histories: torch.Tensor, *rest) -> torch.Tensor:
-        model.prefix_ids = ids.expand(len(histories), -1)
-        return original(histories, *rest)
-
-    model.states = states
-    yield
-    del model.states
-    model.prefix_ids = ids
-
-
-@contextmanager
-def all_positions(model: LLMRec) -> Iterator[None]:
-    """Every position through the whole top layer."""
-    hooks = [(module, module._forward_pre_hooks.copy(), module._forward_hooks.copy()) for module in model.readers]
-    for module, *_ in hooks:
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
-    yield
-    for module, before, after in hooks:
-        module._forward_pre_hooks.update(before)
-        module._forward_hooks.update(after)
-
-
-@contextmanager
-def adapters_apart(model: LLMRec) -> Iterator[None]:
-    """No merging at inference; the prefix is still computed once."""
-    merge, unmerge = model.decoder.merge_adapter, model.decoder.unmerge_adapter
-    model.decoder.merge_adapter = model.decoder.unmerge_adapter = lambda: None
-    yield
-    model.decoder.merge_adapter, model.decoder.unmerge_adapter = merge, unmerge
-
-
-@contextmanager
-def prefix_every_batch(model: LLMRec) -> Iterator[None]:
-    """The prefix once a batch at inference, as in training."""
-    merged = model.for_inference
-
-    @contextmanager
-    def for_inference() -> Iterator[None]:
-        with merged():
-            model.kept_prefix = None
-            yield
-
-    model.for_inference = for_inference
-    yield
-    del model.for_inference
-
-
-def full_width(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """Every history padded to 30 items."""
-    return [{k: F.pad(v, (MAX_ITEMS - v.shape[1], 0)) for k, v in batch.items()} for batch in batches]
-
-
 # --- the tables ---
 
 
@@ -290,7 +228,6 @@ class Benchmark:
     def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
         self.args, self.device, self.dtype = args, device, dtype
         self.rows: list[dict] = []
-        self.measures: list[dict] = []
         self.distillation: dict[str, float] = {}
         self.worst = [0.0, 0.0]
 
@@ -329,50 +266,6 @@ class Benchmark:
             ours=(lambda: work.rank(model), len(work.tests)),
         )
         self.row(work, "inference", names, speeds)
-
-    def one_off(self, work: Workload) -> None:
-        """Samples a second with everything on, and with one measure off."""
-        model = self.model(self.args.num_layers, work.data.num_items)
-        batches, users = work.batches(work.index()), len(work.tests)
-        samples = work.batch_size * len(batches)
-        plain = training_step(model, ours_loss, batches)
-
-        def within(context: Callable, function: Callable) -> Callable[[], None]:
-            def run() -> None:
-                with context(model):
-                    function()
-
-            return run
-
-        speeds = alternate(
-            self.args.repeats,
-            everything=(plain, samples),
-            prefix_per_sample=(within(prefix_per_sample, plain), samples),
-            full_width=(training_step(model, ours_loss, full_width(batches)), samples),
-            random_batches=(training_step(model, ours_loss, work.batches(work.index(sort=False))), samples),
-            all_positions=(within(all_positions, plain), samples),
-        )
-        self.note("training", speeds)
-
-        def rank() -> None:
-            work.rank(model)
-
-        speeds = alternate(
-            self.args.repeats,
-            everything=(rank, users),
-            adapters_apart=(within(adapters_apart, rank), users),
-            prefix_every_batch=(within(prefix_every_batch, rank), users),
-            all_positions=(within(all_positions, rank), users),
-        )
-        self.note("inference", speeds)
-
-    def note(self, kind: str, speeds: dict[str, float]) -> None:
-        for name, speed in speeds.items():
-            share = speed / speeds["everything"]
-            self.measures.append({"kind": kind, "off": name, "per_s": speed, "of_everything": share})
-            print(
-                f"{kind:10s} {'' if name == 'everything' else 'without '}{name:20s} {speed:8.2f} samples/s {share:6.2f}"
-            )
 
     def student(self, work: Workload) -> None:
         """The student with its whole loss and cached teacher against the released computation at full depth."""
@@ -432,17 +325,6 @@ class Benchmark:
         }
 
 
-OFF = {
-    "everything": "everything on",
-    "prefix_per_sample": "without: prefix once for all samples",
-    "full_width": "without: trimmed histories",
-    "random_batches": "without: batches of like lengths",
-    "all_positions": "without: top layer at read positions only",
-    "adapters_apart": "without: merged adapters",
-    "prefix_every_batch": "without: prefix once for all batches",
-}
-
-
 def speed_table(record: dict) -> str:
     header = ["released -> ours", "batch", "released, samples/s", "ours, samples/s", "ratio"]
     rows = [
@@ -454,14 +336,6 @@ def speed_table(record: dict) -> str:
             f"{r['ratio']:.1f}",
         ]
         for r in record["rows"]
-    ]
-    return markdown_table(header, rows)
-
-
-def measures_table(record: dict) -> str:
-    header = ["one measure off", "samples/s", "of everything on"]
-    rows = [
-        [f"{r['kind']}, {OFF[r['off']]}", f"{r['per_s']:.1f}", f"{r['of_everything']:.2f}"] for r in record["one_off"]
     ]
     return markdown_table(header, rows)
 
@@ -500,13 +374,12 @@ def main() -> None:
         benchmark.equal_depth(Workload(args.dataset, batch_size, accelerator.device))
     work = Workload(args.dataset, args.student_batch_size, accelerator.device)
     benchmark.student(work)
-    benchmark.one_off(work)
     summary = benchmark.summary()
-    record = {"summary": summary, "rows": benchmark.rows, "one_off": benchmark.measures}
+    record = {"summary": summary, "rows": benchmark.rows}
     settings = {name: str(value) for name, value in vars(args).items()}
     record |= {"settings": settings, "peak_memory_bytes": peak_memory(), "environment": environment(accelerator)}
     write_json(record, args.out)
-    print(speed_table(record), measures_table(record), sep="\n\n")
+    print(speed_table(record))
     print(markdown_table(["summary", "value"], [[name, f"{value:.3g}"] for name, value in summary.items()]))
     plot(benchmark.rows, args.out.with_suffix(".png"))
     print(args.out)

@@ -4,16 +4,18 @@ Input, as embeddings: prompt prefix tokens | one vector a history item (frozen i
 tokens. The last position of the last layer through `score` is the user vector; item scores are its dot products with
 the frozen item table (PAPER, step 3).
 
-Computation. The prefix is the same for everybody and attention is causal, so its keys and values are computed once
-with batch 1 and expanded over the batch; the gradient flows through. Histories come trimmed to the longest in the
-batch, and explicit position ids keep every item at the position that it has in the released layout, where each
-sample is left-padded to `max_length` items between prefix and response. Several targets of one history share it.
+Computation. The prefix is the same for everybody and attention is causal, so it runs once for the whole batch, with
+gradient, and every sample attends to its keys and values. Only tokens that are there run: those of all samples are
+packed into one row (1, N, h), without padding, and are laid out as (B, L) for attention alone. Explicit position ids
+keep every item at the position that it has in the released layout, where each sample is left-padded to `max_length`
+items between prefix and response. Several targets of one history share it.
 """
 
 import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +23,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, AutoTokenizer, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from models.losses import catalogue_cross_entropy
@@ -114,10 +118,10 @@ def keep_layers(decoder: nn.Module, layers: list[int]) -> nn.Module:
     decoder.layers = nn.ModuleList(decoder.layers[index] for index in layers)
     for index, layer in enumerate(decoder.layers):
         layer.self_attn.layer_idx = index
-    types = getattr(decoder.config, "layer_types", None)
-    decoder.config = truncated(decoder.config, len(layers))
-    if types:
-        decoder.config.layer_types = [types[index] for index in layers]
+    config = decoder.config  # which the attention modules hold too
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in layers]
+    config.num_hidden_layers = len(layers)
     return decoder
 
 
@@ -163,6 +167,9 @@ class LLMRec(nn.Module):
         self.register_buffer("response_ids", torch.tensor([response_ids]), persistent=False)
         decoder.requires_grad_(train_strategy == "full")
         decoder.get_input_embeddings().requires_grad_(False)
+        if not decoder._supports_sdpa:
+            raise UserError(f"--base_model: {type(decoder).__name__} has an attention of its own; choose another base")
+        decoder.set_attn_implementation(PACKED)
         adapted = lora["target_modules"] if train_strategy == "lora" else []
         self.readers = read_only_some(decoder.layers[-1], adapted)
         self.kept_prefix = None
@@ -176,7 +183,7 @@ class LLMRec(nn.Module):
         """The decoder itself, under the adapter if there is one."""
         return self.decoder.get_base_model() if isinstance(self.decoder, PeftModel) else self.decoder
 
-    def read(self, positions: slice) -> slice:
+    def read(self, positions: slice | torch.Tensor) -> slice | torch.Tensor:
         """Which positions of the top layer's output the next pass reads."""
         for module in self.readers:
             module.read = positions
@@ -225,36 +232,41 @@ class LLMRec(nn.Module):
         prefix, items up to t and itself, at the positions right after t: what a copy of the history cut after t
         would compute there.
         """
-        B, T = histories.shape
+        (B, T), device = histories.shape, histories.device
         if self.max_length < T:
             raise ValueError(f"histories of {T} items, the model reads {self.max_length}")
         embed = self.base.get_input_embeddings()
-        response = embed(self.response_ids)  # (1, R, h)
-        P, R = self.prefix_ids.shape[1], response.shape[1]
+        prefix, response = embed(self.prefix_ids), embed(self.response_ids)  # (1, P, h), (1, R, h)
+        P, R = prefix.shape[1], response.shape[1]
         row, column = asked.nonzero(as_tuple=True)  # (N,)
         slot = (asked.cumsum(1) - 1)[row, column]  # which of its history's branches
         n = int(slot.max()) + 1
-        after = torch.zeros(B, n, dtype=torch.long, device=histories.device)  # the item a branch follows
+        after = torch.full((B, n), -1, device=device)  # the item a branch follows, -1 where there is no branch
         after[row, slot] = column
 
-        cache = DynamicCache(config=self.base.config)
-        for index, (keys, values) in enumerate(self.kept_prefix or self.prefix_keys_values()):
-            cache.update(keys.expand(B, -1, -1, -1), values.expand(B, -1, -1, -1), index)
+        there = tokens_there(histories, after, R)
         items = self.input_proj(self.item_table[histories]).to(response.dtype)  # (B, T, h)
+        tokens = torch.cat([items, response.expand(B, n, -1, -1).flatten(1, 2)], dim=1)  # (B, L, h), L = T + n R
         first = P + self.max_length - T
-        position = torch.arange(first, first + T, device=histories.device).expand(B, -1)  # (B, T)
-        branch_position = first + 1 + after[:, :, None] + torch.arange(R, device=histories.device)  # (B, n, R)
-        read = self.read(slice(T + R - 1, None, R))  # the last token of each branch
+        position = torch.arange(first, first + T, device=device).expand(B, -1)  # (B, T)
+        branch_position = first + 1 + after[:, :, None] + torch.arange(R, device=device)  # (B, n, R)
+        packed = tokens.flatten(0, 1)[there][None]  # (1, tokens, h)
+        positions = torch.cat([position, branch_position.flatten(1)], dim=1).flatten()[there]  # (tokens,)
+        if self.kept_prefix is None:
+            packed = torch.cat([prefix, packed], dim=1)
+            positions = torch.cat([torch.arange(P, device=device), positions])
+        last = row * (T + n * R) + T + slot * R + R - 1  # in (B, L): the last token of each branch
+        read = self.read(torch.searchsorted(there, last) + packed.shape[1] - len(there))  # (N,)
         output = self.decoder(
-            inputs_embeds=torch.cat([items, response.expand(B, n, -1, -1).flatten(1, 2)], dim=1),  # (B, T + n R, h)
-            attention_mask=branch_mask(histories, after, P, R, response.dtype),
-            position_ids=torch.cat([position, branch_position.flatten(1)], dim=1),
-            past_key_values=cache,
-            use_cache=True,
+            inputs_embeds=packed,
+            attention_mask=branch_mask(histories, after, P, R, prefix.dtype),
+            position_ids=positions[None],
+            use_cache=False,
             output_hidden_states=ends != [self.num_layers],
+            packing=Packing(there, B, P, self.kept_prefix),
         )
         layers = [output.last_hidden_state] if ends == [self.num_layers] else [output.hidden_states[e] for e in ends]
-        return torch.stack([layer[:, read][row, slot] for layer in layers], dim=1)  # (N, K, h)
+        return torch.stack([layer[0, read] for layer in layers], dim=1)  # (N, K, h)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Loss terms of a batch: histories (B, T), targets (B, T), 0 where nothing is asked."""
@@ -284,6 +296,71 @@ class LLMRec(nn.Module):
         elif self.train_strategy == "full":
             trained = {name: value for name, value in self.decoder.named_parameters() if value.requires_grad}
             save_tensors(trained, folder / DECODER_FILE)
+
+
+def tokens_there(histories: torch.Tensor, after: torch.Tensor, R: int) -> torch.Tensor:
+    """Places in the flat (B, L) that hold a token, not padding: histories (B, T), after (B, n), L = T + n R."""
+    branches = (after >= 0).repeat_interleave(R, dim=1)  # (B, n R)
+    return torch.cat([histories != 0, branches], dim=1).flatten().nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a packed row of tokens is laid out for attention, which alone looks across positions.
+
+    there (tokens,): places of the samples' tokens in the flat (B, L). The row holds them in this order, after the P
+    tokens of the prefix, unless `prefix` has its keys and values for each layer already.
+    """
+
+    there: torch.Tensor
+    batch_size: int
+    P: int
+    prefix: list[tuple[torch.Tensor, torch.Tensor]] | None
+
+
+PACKED = "slmrec_packed"
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    packing: Packing | None = None,
+    **how,
+) -> tuple[torch.Tensor, None]:
+    """transformers' SDPA, for a packed row (1, heads, tokens, size) too; its mask is that of (B, L) against P + L keys.
+
+    Returns (1, tokens, heads, size), as attention functions of transformers do, and no weights.
+    """
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+    ahead = packing.P if packing.prefix is None else 0  # tokens of the prefix in the row
+    L = attention_mask.shape[2]
+
+    def laid_out(x: torch.Tensor) -> torch.Tensor:
+        tokens = x[0, :, ahead:].transpose(0, 1)  # (tokens, heads, size)
+        flat = tokens.new_zeros(packing.batch_size * L, *tokens.shape[1:]).index_copy(0, packing.there, tokens)
+        return flat.unflatten(0, (-1, L)).transpose(1, 2)  # (B, heads, L, size)
+
+    before = packing.prefix[module.layer_idx] if packing.prefix else (key[:, :, :ahead], value[:, :, :ahead])
+    keys, values = (
+        torch.cat([part.expand(packing.batch_size, -1, -1, -1), laid_out(own)], dim=2)
+        for part, own in zip(before, (key, value), strict=True)
+    )
+    found, _ = sdpa_attention_forward(
+        module, laid_out(query), keys, values, attention_mask, **how
+    )  # (B, L, heads, size)
+    found = found.flatten(0, 1)[packing.there][None]
+    if ahead:
+        of_prefix, _ = sdpa_attention_forward(module, query[:, :, :ahead], *before, None, **how)  # causal
+        found = torch.cat([of_prefix, found], dim=1)
+    return found, None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
 def branch_mask(histories: torch.Tensor, after: torch.Tensor, P: int, R: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,268 @@
+"""What each measure of the language model's computation contributes, and how the cost grows, at four sizes each.
+
+    python benchmarks/cost.py
+
+Measures: switched off one at a time, alternately with everything on; medians of five. Growth: with depth and history
+length, a training step and inference of the language model, batch 32, ours beside the released computation; with the
+catalogue, a SASRec training step with the whole softmax and with 2,048 sampled negatives; with the users, drawing
+candidates, and ranking by vectors that cost nothing.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.catalogue import LastItem
+from benchmarks.llm_step import (
+    MAX_ITEMS,
+    Workload,
+    alternate,
+    make_data,
+    make_model,
+    ours_loss,
+    released_loss,
+    seconds,
+    training_step,
+)
+from models import llm_rec
+from models.llm_rec import LLMRec
+from models.sr.sasrec import SASRec
+from utils.checkpoint import write_json
+from utils.cli import ROOT
+from utils.data import Sequences
+from utils.metrics import draw_negatives, rank_users
+from utils.report import environment, markdown_table
+
+DEPTHS, LENGTHS = (2, 4, 8, 16), (4, 8, 16, 30)
+CATALOGUES, USERS = (1_000, 10_000, 100_000, 376_858), (5_000, 20_000, 80_000, 320_000)
+BATCH = 32
+
+
+@contextmanager
+def prefix_per_sample(model: LLMRec) -> Iterator[None]:
+    """The prompt prefix through the layers once for every sample of a batch."""
+    original, ids = model.states, model.prefix_ids
+
+    def states(histories: torch.Tensor, *rest) -> torch.Tensor:
+        model.prefix_ids = ids.expand(len(histories), -1)
+        model.kept_prefix = model.prefix_keys_values()
+        model.prefix_ids = ids
+        found = original(histories, *rest)
+        model.kept_prefix = None
+        return found
+
+    model.states = states
+    yield
+    del model.states
+
+
+@contextmanager
+def all_positions(model: LLMRec) -> Iterator[None]:
+    """Every position through the whole top layer."""
+    hooks = [(module, module._forward_pre_hooks.copy(), module._forward_hooks.copy()) for module in model.readers]
+    for module, *_ in hooks:
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+    yield
+    for module, before, after in hooks:
+        module._forward_pre_hooks.update(before)
+        module._forward_hooks.update(after)
+
+
+@contextmanager
+def adapters_apart(model: LLMRec) -> Iterator[None]:
+    """No merging at inference; the prefix is still computed once."""
+    merge, unmerge = model.decoder.merge_adapter, model.decoder.unmerge_adapter
+    model.decoder.merge_adapter = model.decoder.unmerge_adapter = lambda: None
+    yield
+    model.decoder.merge_adapter, model.decoder.unmerge_adapter = merge, unmerge
+
+
+@contextmanager
+def prefix_every_batch(model: LLMRec) -> Iterator[None]:
+    """The prefix once a batch at inference, as in training."""
+    merged = model.for_inference
+
+    @contextmanager
+    def for_inference() -> Iterator[None]:
+        with merged():
+            model.kept_prefix = None
+            yield
+
+    model.for_inference = for_inference
+    yield
+    del model.for_inference
+
+
+@contextmanager
+def padding_too(model: LLMRec) -> Iterator[None]:
+    """Padding goes through the layers as well."""
+    original = llm_rec.tokens_there
+    llm_rec.tokens_there = lambda histories, after, R: torch.arange(
+        len(histories) * (histories.shape[1] + after.shape[1] * R), device=histories.device
+    )
+    yield
+    llm_rec.tokens_there = original
+
+
+def full_width(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """Every history padded to 30 items."""
+    return [{k: F.pad(v, (MAX_ITEMS - v.shape[1], 0)) for k, v in batch.items()} for batch in batches]
+
+
+OFF = {
+    "everything": "everything on",
+    "prefix_per_sample": "without: prefix once for all samples",
+    "padding_too": "without: packing",
+    "full_width": "without: packing and trimming",
+    "random_batches": "without: batches of like lengths",
+    "all_positions": "without: top layer at read positions only",
+    "adapters_apart": "without: merged adapters",
+    "prefix_every_batch": "without: prefix once for all batches",
+}
+
+
+def one_off(work: Workload, repeats: int) -> list[dict]:
+    """Samples a second with everything on, and with one measure off: SmolLM2-135M, 8 layers."""
+    model = make_model("smollm2-135m", 8, work.data.num_items, work.device, torch.float32)
+    batches, users = work.batches(work.index()), len(work.tests)
+    samples = work.batch_size * len(batches)
+    plain = training_step(model, ours_loss, batches)
+    found = []
+
+    def within(context: Callable, function: Callable) -> Callable[[], None]:
+        def run() -> None:
+            with context(model):
+                function()
+
+        return run
+
+    def rank() -> None:
+        work.rank(model)
+
+    training = {
+        "everything": plain,
+        "prefix_per_sample": within(prefix_per_sample, plain),
+        "padding_too": within(padding_too, plain),
+        "full_width": within(padding_too, training_step(model, ours_loss, full_width(batches))),
+        "random_batches": training_step(model, ours_loss, work.batches(work.index(sort=False))),
+        "all_positions": within(all_positions, plain),
+    }
+    inference = {
+        "everything": rank,
+        "adapters_apart": within(adapters_apart, rank),
+        "prefix_every_batch": within(prefix_every_batch, rank),
+        "padding_too": within(padding_too, rank),
+        "all_positions": within(all_positions, rank),
+    }
+    for kind, variants, number in (("training", training, samples), ("inference", inference, users)):
+        plain()
+        speeds = alternate(repeats, **{name: (function, number) for name, function in variants.items()})
+        for name, speed in speeds.items():
+            share = speed / speeds["everything"]
+            found.append({"kind": kind, "off": name, "per_s": speed, "of_everything": share})
+    return found
+
+
+def measures_table(record: dict) -> str:
+    header = ["one measure off", "samples/s", "of everything on"]
+    rows = [
+        [f"{r['kind']}, {OFF[r['off']]}", f"{r['per_s']:.1f}", f"{r['of_everything']:.2f}"] for r in record["one_off"]
+    ]
+    return markdown_table(header, rows)
+
+
+def median(work, repeats: int) -> float:
+    work()
+    return statistics.median(seconds(work) for _ in range(repeats))
+
+
+def language_model(num_layers: int, length: int | None, repeats: int, device) -> dict[str, float]:
+    """Milliseconds a sample; length None: Beauty's histories."""
+    work = Workload(None, BATCH, device)
+    if length:
+        users = len(work.data.users)
+        items = np.random.default_rng(0).integers(1, work.data.num_items + 1, users * (length + 3)).astype(np.int32)
+        offsets = np.arange(users + 1) * (length + 3)
+        data = Sequences("fixed", items, offsets, work.data.num_items, np.arange(users), "0" * 64)
+        work = Workload(None, BATCH, device, data)
+    model = make_model("smollm2-135m", num_layers, work.data.num_items, device, torch.float32)
+    batches = work.batches(work.index())
+    samples = BATCH * len(batches)
+    return {
+        "training, ours": 1e3 * median(training_step(model, ours_loss, batches), repeats) / samples,
+        "training, released": 1e3 * median(training_step(model, released_loss, batches[:1]), repeats) / BATCH,
+        "inference, ours": 1e3 * median(lambda: work.rank(model), repeats) / len(work.tests),
+        "inference, released": 1e3 * median(lambda: work.released_rank(model), repeats) / BATCH,
+    }
+
+
+def catalogue(num_items: int, repeats: int, device) -> dict[str, float]:
+    """Milliseconds of a SASRec step of 256 users with three targets each, optimiser left out."""
+    histories = torch.randint(1, num_items + 1, (256, 10), device=device)
+    targets = torch.randint(1, num_items + 1, (256, 10), device=device) * (torch.arange(10, device=device) >= 7)
+    found = {}
+    for name, negatives in (("whole softmax", 0), ("2,048 negatives", 2048)):
+        options = {"dim": 128, "max_length": 30, "num_layers": 2, "num_heads": 2, "dropout": 0.2}
+        counts = torch.ones(num_items + 1)
+        model = SASRec(num_items, num_negatives=negatives, counts=counts, **options).to(device)
+
+        def step(model=model) -> None:
+            model.zero_grad(set_to_none=True)
+            ours_loss(model, {"histories": histories, "targets": targets}).backward()
+
+        found[name] = 1e3 * median(step, repeats)
+    return found
+
+
+def users(number: int, repeats: int) -> dict[str, float]:
+    """Seconds for everybody, 12,101 items."""
+    data, model = make_data(None, number), LastItem(12_101)
+    found = {"candidates": median(lambda: draw_negatives(data, "test"), 1)}
+    negatives = draw_negatives(data, "test")
+    how = {"max_length": 30, "batch_size": 512}
+    return found | {"ranking": median(lambda: rank_users(model, data, "test", negatives, **how), min(repeats, 3))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "cost.json")
+    args = parser.parse_args()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    device, repeats = accelerator.device, args.repeats
+    measures = one_off(Workload(None, BATCH, device), repeats)
+    print(measures_table({"one_off": measures}), flush=True)
+    panels = {
+        "layers, ms a sample": {n: language_model(n, None, repeats, device) for n in DEPTHS},
+        "items of history (8 layers), ms a sample": {n: language_model(8, n, repeats, device) for n in LENGTHS},
+        "items in the catalogue, ms a SASRec step": {n: catalogue(n, repeats, device) for n in CATALOGUES},
+        "users, seconds": {n: users(n, repeats) for n in USERS},
+    }
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for (title, sizes), panel in zip(panels.items(), axes.flat, strict=True):
+        for name in next(iter(sizes.values())):
+            values = [found[name] for found in sizes.values()]
+            panel.loglog(list(sizes), values, marker="o", label=name)
+            print(f"{title}: {name:20s}", "  ".join(f"{n:,}: {v:.3g}" for n, v in zip(sizes, values, strict=True)))
+        panel.set(xlabel=title.split(",")[0], ylabel=title.split(", ")[1])
+        panel.grid(alpha=0.3, which="both")
+        panel.legend()
+    figure.savefig(args.out.parent / f"{args.out.stem}.png", dpi=100)
+    write_json(
+        {"one_off": measures, "panels": panels, "repeats": repeats, "environment": environment(accelerator)}, args.out
+    )
+
+
+if __name__ == "__main__":
+    main()

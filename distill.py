@@ -7,6 +7,7 @@ python distill.py --norm_form squared --block_reduction mean      the loss as th
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Literal
@@ -15,10 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models.llm_rec import HEADS_FILE, block_ends, build_llm_rec, count_parameters, load_llm_rec
+from models.llm_rec import HEADS_FILE, LLMRec, block_ends, build_llm_rec, count_parameters, load_llm_rec
 from models.slmrec import SLMRec
 from utils import assets, cli
-from utils.checkpoint import load_tensors, read_json, sha256, whole_file
+from utils.checkpoint import check_space, load_tensors, read_json, sha256, whole_file
 from utils.data import Examples, Sequences, check_same_dataset, sorted_batches, training_examples
 from utils.report import comparison, finished_runs
 from utils.train import Run, remove
@@ -28,10 +29,10 @@ INHERITED += ["lora_target_modules", "max_seq_length", "train_targets", "dtype",
 
 
 def teacher_states(folder: Path, base: str, examples: Examples, ends: list[int], run: Run) -> np.ndarray:
-    """The frozen teacher's response states after layers `ends`: (targets, len(ends), h) float32, memory-mapped.
+    """The frozen teacher's response states after layers `ends`: (targets, len(ends), h), memory-mapped.
 
-    They depend on nothing that trains, so they are computed once and kept in the teacher's folder, under a name made
-    from all that they depend on.
+    float32, or in a bfloat16 run the bits of bfloat16 as int16. They depend on nothing that trains, so they are
+    computed once and kept in the teacher's folder, under a name made from all that they depend on, with their SHA-256.
     """
     config = read_json(folder / "config.json", "")
     inputs = [np.ascontiguousarray(part) for part in (examples.start, examples.first, examples.end, examples.items)]
@@ -42,25 +43,43 @@ def teacher_states(folder: Path, base: str, examples: Examples, ends: list[int],
         ends,
         [hashlib.sha256(part).hexdigest() for part in inputs],
     ]
-    remove((folder / "states").glob(".*.part"))  # what a kill left half-written
     path = folder / "states" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npy"
+    digest = path.with_suffix(".sha256")
     shape = (int(examples.asked.sum()), len(ends), config["base_shape"]["hidden_size"])
-    run.print(f"teacher states: {4 * np.prod(shape, dtype=float) / 2**20:.0f} MiB in {path}")
-    if not path.exists() and run.accelerator.is_main_process:
-        teacher = load_llm_rec(folder, base).to(run.accelerator.device)
-        with whole_file(path) as part:
-            states = np.lib.format.open_memmap(part, "w+", np.float32, shape)
-            with open(part, "r+b") as file:  # take the space now: a full disk is an error here, a crash later
-                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-            batches = list(sorted_batches(examples.lengths, run.config["eval_batch_size"]))
-            for index in tqdm(batches, desc="teacher states", unit="batch"):
-                batch = {name: value.to(run.accelerator.device) for name, value in examples.batch(index).items()}
-                with torch.inference_mode(), run.accelerator.autocast():
-                    found = teacher.states(batch["histories"], batch["targets"] != 0, ends)
-                states[examples.target_rows(index)] = found.float().cpu().numpy()
-            states.flush()
+    stored = np.dtype(np.int16 if run.config["dtype"] == "bfloat16" else np.float32)
+    size = stored.itemsize * math.prod(shape)
+    if run.accelerator.is_main_process:
+        there = path.exists() and digest.exists()
+        whole = there and digest.read_text().strip() == sha256(path)
+        state = "found" if whole else "damaged, computed anew" if there else "computed once"
+        run.print(f"teacher states: {size / 2**20:.0f} MiB, {path} ({state})")
+        if not whole:
+            check_space(folder, size)
+            teacher = load_llm_rec(folder, base).to(run.accelerator.device)
+            write_teacher_states(path, shape, stored, teacher, examples, ends, run)
+            with whole_file(digest) as part:
+                part.write_text(sha256(path) + "\n")
     run.accelerator.wait_for_everyone()
     return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def write_teacher_states(
+    path: Path, shape: tuple[int, ...], stored: np.dtype, teacher: LLMRec, examples: Examples, ends: list[int], run: Run
+) -> None:
+    remove(path.parent.glob(".*.part"))  # what a kill left half-written
+    batches = list(sorted_batches(examples.lengths, run.config["eval_batch_size"]))
+    with whole_file(path) as part:
+        states = np.lib.format.open_memmap(part, "w+", stored, shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(part, "r+b") as file:  # take the space now: a full disk is an error here, a crash later
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        with torch.inference_mode(), teacher.for_inference(), run.accelerator.autocast():
+            for index in tqdm(batches, desc="teacher states", unit="batch"):
+                batch = {name: value.to(run.accelerator.device) for name, value in examples.batch(index).items()}
+                found = teacher.states(batch["histories"], batch["targets"] != 0, ends)
+                found = found.float() if stored == np.float32 else found.bfloat16().view(torch.int16)
+                states[examples.target_rows(index)] = found.cpu().numpy()
+        states.flush()
 
 
 def main(

@@ -43,18 +43,21 @@ class SLMRec(nn.Module):
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Weighted loss terms: histories (B, T), targets (B, T), 0 where nothing is asked; N targets are asked.
 
-        teacher_states (N, K, h), if a term needs them, row-major over the asked targets.
+        teacher_states (N, K, h), if a term needs them, row-major over the asked targets; int16 are bits of bfloat16.
         """
         needs_blocks = self.needs_teacher or self.lambda_ms
         asked = batch["targets"] != 0
         states = self.student.states(batch["histories"], asked, self.ends if needs_blocks else self.ends[-1:])
         items, targets = self.student.item_table, batch["targets"][asked]  # states (N, K, h), targets (N,)
         terms = {"ce": catalogue_cross_entropy(self.student.head(states[:, -1]), items, targets)}
+        if self.needs_teacher:
+            taught = batch["teacher_states"]
+            taught = taught.view(torch.bfloat16) if taught.dtype == torch.int16 else taught
         if self.lambda_cos:
-            distance = 1 - cosine_similarity(batch["teacher_states"], states)  # (K,)
+            distance = 1 - cosine_similarity(taught, states)  # (K,)
             terms["cos"] = self.lambda_cos * reduce_blocks(distance, self.block_reduction)
         if self.lambda_norm:
-            distance = norm_distance(batch["teacher_states"], states, self.norm_form)  # (K,)
+            distance = norm_distance(taught, states, self.norm_form)  # (K,)
             terms["norm"] = self.lambda_norm * reduce_blocks(distance, self.block_reduction)
         if self.lambda_ms and len(self.ms_heads):
             vectors = [head(states[:, k].to(head.weight.dtype)) for k, head in enumerate(self.ms_heads)]

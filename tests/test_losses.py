@@ -167,6 +167,15 @@ def test_an_error_inside_a_term_stops():
             model(broken)
 
 
+def test_teacher_states_kept_as_bits_of_bfloat16_are_these_numbers():
+    data, model = batch(), make(WEIGHTS).eval()
+    rounded = data["teacher_states"].bfloat16()
+    want = model(data | {"teacher_states": rounded})
+    got = model(data | {"teacher_states": rounded.view(torch.int16)})
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert not torch.equal(want["norm"], model(data)["norm"])
+
+
 def test_chunked_cross_entropy_equals_float64_with_its_gradients(monkeypatch):
     """Chunks that do not divide the catalogue, targets in the first and the last, one target twice."""
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 7 * 300)

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -134,13 +135,21 @@ def test_distillation_terms_are_in_the_log(work):
 
 
 def test_the_frozen_teacher_is_untouched_and_its_states_are_reused(work):
-    states = list((work / "teacher" / "states").iterdir())
+    states = list((work / "teacher" / "states").glob("*.npy"))
     assert len(states) == 1
     before = tree(work / "teacher")
     script, arguments = steps(work)["student"]
     stamp = states[0].stat().st_mtime_ns
-    run(script, *arguments, "--lambda_cos", 2, "--max_steps", 2, "--output_dir", work / "other", cwd=work)
+    out = run(script, *arguments, "--lambda_cos", 2, "--max_steps", 2, "--output_dir", work / "other", cwd=work)
     assert tree(work / "teacher") == before and states[0].stat().st_mtime_ns == stamp
+    assert re.search(r"teacher states: \d+ MiB, .*\(found\)", out)
+    with open(states[0], "r+b") as file:  # one wrong bit
+        file.seek(-1000, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    out = run(script, *arguments, "--max_steps", 1, "--output_dir", work / "other", cwd=work)
+    assert "(damaged, computed anew)" in out and tree(work / "teacher") == before
     shutil.rmtree(work / "other")
 
 

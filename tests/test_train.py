@@ -9,7 +9,7 @@ from conftest import make_sequences
 from transformers import get_scheduler
 
 from models.sr.sasrec import SASRec
-from utils.checkpoint import load_tensors, save_tensors
+from utils.checkpoint import check_space, load_tensors, save_tensors
 from utils.cli import RunError, UserError
 from utils.data import training_examples
 from utils.report import comparison, finished_runs
@@ -229,3 +229,9 @@ def test_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
 def test_bfloat16_trains(tmp_path):
     _, model, state = train(tmp_path / "a", dtype="bfloat16", num_epochs=1.0)
     assert state["step"] > 2 and all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path):
+    check_space(tmp_path, 1)
+    with pytest.raises(UserError, match=r"1,099,511,627,776 MiB are to be written .* MiB left"):
+        check_space(tmp_path, 2**60)

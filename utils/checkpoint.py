@@ -47,6 +47,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_space(folder: Path, size: int) -> None:
+    """UserError unless `size` bytes are free on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(
+            f"{size / 2**20:,.0f} MiB are to be written to {folder}, whose disk has {free / 2**20:,.0f} MiB left: "
+            "make room, or move the folder to a larger disk"
+        )
+
+
 def write_json(value: object, path: Path) -> None:
     with whole_file(path) as part:
         part.write_text(json.dumps(value, indent=2) + "\n")

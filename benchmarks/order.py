@@ -1,0 +1,117 @@
+"""What file order instead of time order does to SASRec: the same interactions in both, three seeds each.
+
+    python benchmarks/order.py --gift Gift_Cards_5.json.gz --cds interactions.tsv.gz
+
+The released notebook keeps the order of the file, and raw Amazon files are ordered by item. --gift is such a file.
+--cds is a TSV (user_id, asin, timestamp, rating) that is ordered by user and time; its lines are sorted by item too.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils.checkpoint import write_json
+from utils.cli import ROOT
+from utils.report import environment, markdown_table
+
+METRICS = {"HR@10": ("sampled", "HR@10"), "NDCG@10": ("sampled", "NDCG@10")}
+METRICS |= {"full HR@10": ("full", "HR@10"), "full NDCG@10": ("full", "NDCG@10")}
+TRAINING = ["--train_targets", "all", "--batch_size", "64", "--num_epochs", "30", "--dropout", "0.3"]
+
+
+def call(script: str, *arguments: object) -> None:
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def by_item(source: Path, target: Path) -> Path:
+    """The same TSV with its lines sorted by item, as raw files are."""
+    with gzip.open(source, "rt") as file:
+        header, *rows = csv.reader(file, delimiter="\t")
+    rows.sort(key=lambda row: row[header.index("asin")])
+    with open(target, "w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([header, *rows])
+    return target
+
+
+def table(record: dict) -> str:
+    header = ["data", "order", "users in time order", *METRICS]
+    rows = []
+    for run in record["runs"]:
+        figures = [f"{v['mean']:.4f} ± {v['std']:.4f}" for v in run["test"].values()]
+        rows.append([run["data"], run["order"], f"{run['chronological_users']:.0%}", *figures])
+    return markdown_table(header, rows)
+
+
+def chronological(folder: Path) -> float:
+    """Share of users whose timestamps never go back."""
+    offsets, times = (np.load(folder / f"{name}.npy") for name in ("offsets", "timestamps"))
+    back = np.concatenate([[False], np.diff(times) < 0])
+    back[offsets[:-1]] = False  # from one user to the next
+    return float((np.add.reduceat(back, offsets[:-1]) == 0).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gift", type=Path, required=True, help="raw reviews, 2018")
+    parser.add_argument("--cds", type=Path, required=True, help="TSV of interactions")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "order.json")
+    args = parser.parse_args()
+    runs, done = [], {}
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        tsv = ["--item", "asin", "--timestamp", "timestamp", "--repeats", "first", "--output", place]
+        gift = ["amazon2018", "--input", args.gift, "--filter", "kcore", "--output", place]
+        cds = ["interactions", "--input", args.cds, *tsv]
+        sorted_cds = ["interactions", "--input", by_item(args.cds, place / "by_item.tsv"), *tsv]
+        for data, order, how in (
+            ("Gift Cards", "time", [*gift, "--order", "time"]),
+            ("Gift Cards", "file", [*gift, "--order", "file"]),
+            ("CDs", "time", [*cds, "--order", "time"]),
+            ("CDs", "file", [*cds, "--order", "file"]),
+            ("CDs, lines by item", "file", [*sorted_cds, "--order", "file"]),
+        ):
+            name = f"{data}-{order}".replace(" ", "_").replace(",", "")
+            call("datasets/process.py", *how, "--name", name)
+            info = json.loads((place / name / "dataset.json").read_text())
+            if info["fingerprint"] not in done:
+                reports = []
+                for seed in range(args.seeds):
+                    folder = place / "runs" / f"{name}-{seed}"
+                    flags = ["--dataset", place / name, "--seed", seed, "--output_dir", folder, *TRAINING]
+                    call("train_sr_trad.py", *flags)
+                    reports.append(json.loads((folder / "metrics.json").read_text()))
+                values = {
+                    column: [report["test"][kind][metric] for report in reports]
+                    for column, (kind, metric) in METRICS.items()
+                }
+                done[info["fingerprint"]] = {
+                    column: {"mean": statistics.mean(v), "std": statistics.stdev(v), "seeds": v}
+                    for column, v in values.items()
+                }
+            counts = {key: info[key] for key in ("users", "items", "interactions", "timestamp_ties", "fingerprint")}
+            same = chronological(place / name)
+            found = {"data": data, "order": order, "chronological_users": same, "test": done[info["fingerprint"]]}
+            runs.append(found | {"dataset": counts})
+            print(table({"runs": runs[-1:]}).splitlines()[-1], flush=True)
+    settings = {name: str(value) for name, value in vars(args).items()} | {"training": TRAINING}
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    record = {"runs": runs, "settings": settings, "environment": environment(accelerator)}
+    print(table(record))
+    write_json(record, args.out)
+
+
+if __name__ == "__main__":
+    main()

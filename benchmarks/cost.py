@@ -39,7 +39,7 @@ from models.llm_rec import LLMRec
 from models.sr.sasrec import SASRec
 from utils.checkpoint import write_json
 from utils.cli import ROOT
-from utils.data import Sequences
+from utils.data import Sequences, shuffled_batches, training_examples
 from utils.metrics import draw_negatives, rank_users
 from utils.report import environment, markdown_table
 
@@ -182,6 +182,32 @@ def measures_table(record: dict) -> str:
     return markdown_table(header, rows)
 
 
+def copies(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One copy of the history, cut after it, for each asked target."""
+    row, column = batch["targets"].nonzero(as_tuple=True)
+    T = batch["histories"].shape[1]
+    position = torch.arange(T) - (T - 1 - column)[:, None]  # (N, T), negative: padding
+    histories = batch["histories"][row].gather(1, position.clamp_min(0)) * (position >= 0)
+    targets = torch.zeros_like(histories)
+    targets[:, -1] = batch["targets"][row, column]
+    return {"histories": histories, "targets": targets}
+
+
+def many_targets(dataset: str | None, repeats: int, device) -> dict[str, float]:
+    """Targets a second with the newest 8 of 16 users sharing a history, and with a copy of it for each target."""
+    data = make_data(dataset, 256)
+    examples = training_examples(data, "8", MAX_ITEMS)
+    index = shuffled_batches(examples.lengths, 16, seed=0, epoch=0)[:4]
+    batches = [{k: v.to(device) for k, v in examples.batch(part).items()} for part in index]
+    model = make_model("smollm2-135m", 8, data.num_items, device, torch.float32)
+    number = sum(int((batch["targets"] != 0).sum()) for batch in batches)
+    return alternate(
+        repeats,
+        shared=(training_step(model, ours_loss, batches), number),
+        copies=(training_step(model, ours_loss, [copies(batch) for batch in batches]), number),
+    )
+
+
 def median(work, repeats: int) -> float:
     work()
     return statistics.median(seconds(work) for _ in range(repeats))
@@ -243,6 +269,10 @@ def main() -> None:
     device, repeats = accelerator.device, args.repeats
     measures = one_off(Workload(None, BATCH, device), repeats)
     print(measures_table({"one_off": measures}), flush=True)
+    targets = {name or "beauty": many_targets(name, repeats, device) for name in (None, "ml-100k")}
+    for name, speeds in targets.items():
+        ratio = speeds["shared"] / speeds["copies"]
+        print(f"8 targets of a user at once, {name}: {ratio:.2f} x the targets a second of copies", flush=True)
     panels = {
         "layers, ms a sample": {n: language_model(n, None, repeats, device) for n in DEPTHS},
         "items of history (8 layers), ms a sample": {n: language_model(8, n, repeats, device) for n in LENGTHS},

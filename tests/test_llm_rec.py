@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import LORA, tiny_llm_rec
 from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
 
+from benchmarks import cost
 from benchmarks.llm_step import released_states
 from models.llm_rec import LLMRec, block_ends, count_parameters, keep_layers, select_layers
 from utils.cli import UserError
@@ -81,6 +82,35 @@ def test_for_inference_answers_the_same_and_leaves_no_trace(targets):
     model.train()({"histories": torch.tensor([[1, 2]]), "targets": torch.tensor([[0, 3]])})[
         "ce"
     ].backward()  # and it trains on
+
+
+@pytest.mark.parametrize("off", ["prefix_per_sample", "padding_too", "all_positions", "adapters_apart"])
+def test_each_measure_switched_off_changes_cost_and_not_the_answer(off):
+    """What benchmarks/cost.py compares is the same computation."""
+    model, histories = tiny_llm_rec().eval(), pad(mixed_histories())
+    counted = {"positions": 0}
+
+    def count(module, args, output) -> None:
+        counted["positions"] += output.shape[0] * output.shape[1]
+
+    def run() -> torch.Tensor:
+        counted["positions"] = 0
+        return model.user_vectors(histories)
+
+    model.base.layers[0].mlp.register_forward_hook(count)
+    expected, usual = run(), counted["positions"]
+    with getattr(cost, off)(model):
+        assert relative(run(), expected) < 1e-5
+        assert counted["positions"] > usual or off in ("all_positions", "adapters_apart")
+    assert torch.equal(run(), expected) and counted["positions"] == usual
+    assert usual == 11 + sum(range(1, 31)) + 30 * 3  # prefix, items, responses: no padding
+
+
+def test_copies_of_a_history_ask_for_the_same_targets():
+    histories, targets = torch.tensor([[0, 0, 5, 6], [1, 2, 3, 4]]), torch.tensor([[0, 0, 6, 7], [0, 3, 0, 9]])
+    found = cost.copies({"histories": histories, "targets": targets})
+    assert found["histories"].tolist() == [[0, 0, 0, 5], [0, 0, 5, 6], [0, 0, 1, 2], [1, 2, 3, 4]]
+    assert found["targets"][:, -1].tolist() == [6, 7, 3, 9] and found["targets"][:, :-1].sum() == 0
 
 
 def test_for_inference_restores_after_an_error():

@@ -38,9 +38,10 @@ def environment(accelerator) -> dict:
     """All that a figure must be traceable to."""
     device = accelerator.device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    script = Path(sys.argv[0]).name
+    script = Path(sys.argv[0]).resolve()
+    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     return {
-        "command": shlex.join(["python", script, *sys.argv[1:]]),
+        "command": shlex.join(["python", str(script), *sys.argv[1:]]),
         "git_commit": git_commit(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},

@@ -73,7 +73,7 @@ def write_teacher_states(
         if hasattr(os, "posix_fallocate"):
             with open(part, "r+b") as file:  # take the space now: a full disk is an error here, a crash later
                 os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-        with torch.inference_mode(), teacher.for_inference(), run.accelerator.autocast():
+        with torch.inference_mode(), run.accelerator.autocast(), teacher.for_inference():
             for index in tqdm(batches, desc="teacher states", unit="batch"):
                 batch = {name: value.to(run.accelerator.device) for name, value in examples.batch(index).items()}
                 found = teacher.states(batch["histories"], batch["targets"] != 0, ends)

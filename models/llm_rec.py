@@ -206,11 +206,11 @@ class LLMRec(nn.Module):
         layers = [m.get_base_layer() for m in self.decoder.modules() if isinstance(m, LoraLayer)]
         layers = [layer for layer in layers if layer.weight.dtype == torch.float32]
         originals = [layer.weight.data for layer in layers]
-        if layers:
-            for layer, weight in zip(layers, originals, strict=True):
-                layer.weight.data = weight.clone()  # PEFT merges in place, and subtracts with a rounding error
-            self.decoder.merge_adapter()
         try:
+            if layers:
+                for layer, weight in zip(layers, originals, strict=True):
+                    layer.weight.data = weight.clone()  # PEFT merges in place, and subtracts with a rounding error
+                self.decoder.merge_adapter()
             with torch.no_grad():
                 self.kept_prefix = self.prefix_keys_values()
             yield

@@ -7,7 +7,7 @@ A recommender is anything with `user_vectors(histories) -> (B, d)` for left-padd
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -118,7 +118,9 @@ def rank_users(
     item_vectors = recommender.item_vectors().float()
     at_once = max(64, SCORES_AT_ONCE // len(item_vectors))
     batches = list(sorted_batches(examples.lengths, batch_size))
-    with getattr(recommender, "for_inference", nullcontext)():
+    with ExitStack() as stack:
+        with autocast():
+            stack.enter_context(getattr(recommender, "for_inference", nullcontext)())
         for index in tqdm(batches, desc=f"rank {split}", unit="batch", disable=not progress, leave=False):
             with autocast():
                 vectors = recommender.user_vectors(examples.batch(index)["histories"].to(device))

@@ -153,7 +153,7 @@ def main() -> None:
     }
     for name, value in summary.items():
         print(f"{name:40s} {value:.6g}")
-    settings = {name: str(value) for name, value in vars(args).items()}
+    settings = {name: str(value) for name, value in vars(args).items() if name != "out"}
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     write_json({"summary": summary, "settings": settings, "environment": environment(accelerator)}, args.out)
 

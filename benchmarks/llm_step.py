@@ -376,7 +376,7 @@ def main() -> None:
     benchmark.student(work)
     summary = benchmark.summary()
     record = {"summary": summary, "rows": benchmark.rows}
-    settings = {name: str(value) for name, value in vars(args).items()}
+    settings = {name: str(value) for name, value in vars(args).items() if name != "out"}
     record |= {"settings": settings, "peak_memory_bytes": peak_memory(), "environment": environment(accelerator)}
     write_json(record, args.out)
     print(speed_table(record))

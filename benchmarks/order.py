@@ -106,7 +106,7 @@ def main() -> None:
             found = {"data": data, "order": order, "chronological_users": same, "test": done[info["fingerprint"]]}
             runs.append(found | {"dataset": counts})
             print(table({"runs": runs[-1:]}).splitlines()[-1], flush=True)
-    settings = {name: str(value) for name, value in vars(args).items()} | {"training": TRAINING}
+    settings = {name: str(value) for name, value in vars(args).items() if name != "out"} | {"training": TRAINING}
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     record = {"runs": runs, "settings": settings, "environment": environment(accelerator)}
     print(table(record))

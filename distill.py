@@ -19,10 +19,10 @@ from tqdm import tqdm
 from models.llm_rec import HEADS_FILE, LLMRec, block_ends, build_llm_rec, count_parameters, load_llm_rec
 from models.slmrec import SLMRec
 from utils import assets, cli
-from utils.checkpoint import check_space, load_tensors, read_json, sha256, whole_file
+from utils.checkpoint import check_space, load_tensors, read_json, remove_left_over, sha256, whole_file
 from utils.data import Examples, Sequences, check_same_dataset, sorted_batches, training_examples
 from utils.report import comparison, finished_runs
-from utils.train import Run, remove
+from utils.train import Run
 
 INHERITED = ["base_model", "layer_selection", "train_strategy", "lora_r", "lora_alpha", "lora_dropout"]
 INHERITED += ["lora_target_modules", "max_seq_length", "train_targets", "dtype", "hidden_size", "table_sha256"]
@@ -66,7 +66,7 @@ def teacher_states(folder: Path, base: str, examples: Examples, ends: list[int],
 def write_teacher_states(
     path: Path, shape: tuple[int, ...], stored: np.dtype, teacher: LLMRec, examples: Examples, ends: list[int], run: Run
 ) -> None:
-    remove(path.parent.glob(".*.part"))  # what a kill left half-written
+    remove_left_over(path.parent)
     batches = list(sorted_batches(examples.lengths, run.config["eval_batch_size"]))
     with whole_file(path) as part:
         states = np.lib.format.open_memmap(part, "w+", stored, shape)

@@ -26,6 +26,7 @@ from benchmarks.catalogue import LastItem
 from benchmarks.llm_step import (
     MAX_ITEMS,
     Workload,
+    all_positions,
     alternate,
     make_data,
     make_model,
@@ -64,19 +65,6 @@ def prefix_per_sample(model: LLMRec) -> Iterator[None]:
     model.states = states
     yield
     del model.states
-
-
-@contextmanager
-def all_positions(model: LLMRec) -> Iterator[None]:
-    """Every position through the whole top layer."""
-    hooks = [(module, module._forward_pre_hooks.copy(), module._forward_hooks.copy()) for module in model.readers]
-    for module, *_ in hooks:
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
-    yield
-    for module, before, after in hooks:
-        module._forward_pre_hooks.update(before)
-        module._forward_hooks.update(after)
 
 
 @contextmanager
@@ -186,7 +174,7 @@ def copies(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """One copy of the history, cut after it, for each asked target."""
     row, column = batch["targets"].nonzero(as_tuple=True)
     T = batch["histories"].shape[1]
-    position = torch.arange(T) - (T - 1 - column)[:, None]  # (N, T), negative: padding
+    position = torch.arange(T, device=column.device) - (T - 1 - column)[:, None]  # (N, T), negative: padding
     histories = batch["histories"][row].gather(1, position.clamp_min(0)) * (position >= 0)
     targets = torch.zeros_like(histories)
     targets[:, -1] = batch["targets"][row, column]
@@ -213,23 +201,25 @@ def median(work, repeats: int) -> float:
     return statistics.median(seconds(work) for _ in range(repeats))
 
 
+def fixed_lengths(length: int, users: int = 512) -> Sequences:
+    """Users with `length` random items each."""
+    items = np.random.default_rng(0).integers(1, 12_102, users * length).astype(np.int32)
+    return Sequences("fixed", items, np.arange(users + 1) * length, 12_101, np.arange(users), "0" * 64)
+
+
 def language_model(num_layers: int, length: int | None, repeats: int, device) -> dict[str, float]:
     """Milliseconds a sample; length None: Beauty's histories."""
-    work = Workload(None, BATCH, device)
-    if length:
-        users = len(work.data.users)
-        items = np.random.default_rng(0).integers(1, work.data.num_items + 1, users * (length + 3)).astype(np.int32)
-        offsets = np.arange(users + 1) * (length + 3)
-        data = Sequences("fixed", items, offsets, work.data.num_items, np.arange(users), "0" * 64)
-        work = Workload(None, BATCH, device, data)
-    model = make_model("smollm2-135m", num_layers, work.data.num_items, device, torch.float32)
-    batches = work.batches(work.index())
+    # the last two items are held out in training, the last one in inference; one more is the target
+    data = [fixed_lengths(length + 3), fixed_lengths(length + 1)] if length else [None, None]
+    training, ranking = (Workload(None, BATCH, device, sequences) for sequences in data)
+    model = make_model("smollm2-135m", num_layers, training.data.num_items, device, torch.float32)
+    batches = training.batches(training.index())
     samples = BATCH * len(batches)
     return {
         "training, ours": 1e3 * median(training_step(model, ours_loss, batches), repeats) / samples,
         "training, released": 1e3 * median(training_step(model, released_loss, batches[:1]), repeats) / BATCH,
-        "inference, ours": 1e3 * median(lambda: work.rank(model), repeats) / len(work.tests),
-        "inference, released": 1e3 * median(lambda: work.released_rank(model), repeats) / BATCH,
+        "inference, ours": 1e3 * median(lambda: ranking.rank(model), repeats) / len(ranking.tests),
+        "inference, released": 1e3 * median(lambda: ranking.released_rank(model), repeats) / BATCH,
     }
 
 

@@ -1,4 +1,4 @@
-"""The released computation beside ours, in one run, on the same weights and batches: samples a second and memory.
+"""The released computation beside ours, in one run, on the same weights and batches: samples a second.
 
     python benchmarks/llm_step.py                              8 layers against 8, and a 4-layer student against 30
     python benchmarks/llm_step.py --dataset ml-100k --batch_sizes 64
@@ -15,7 +15,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,16 +50,29 @@ BEAUTY_ITEMS, BEAUTY_LENGTHS = 12_101, (
 # --- the two computations ---
 
 
+@contextmanager
+def all_positions(model: LLMRec) -> Iterator[None]:
+    """Every position through the whole top layer."""
+    hooks = [(module, module._forward_pre_hooks.copy(), module._forward_hooks.copy()) for module in model.readers]
+    for module, *_ in hooks:
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+    yield
+    for module, before, after in hooks:
+        module._forward_pre_hooks.update(before)
+        module._forward_hooks.update(after)
+
+
 def released_states(model: LLMRec, histories: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """transformers' hidden_states of the released computation: histories (B, 30), left-padded with 0."""
-    model.read(slice(None))
     embed = model.base.get_input_embeddings()
     prefix, response = (embed(part).expand(len(histories), -1, -1) for part in (model.prefix_ids, model.response_ids))
     items = model.input_proj(model.item_table[histories]).to(prefix.dtype)
     inputs = torch.cat([prefix, items, response], dim=1)
     ones = [torch.ones(part.shape[:2], dtype=torch.long, device=histories.device) for part in (prefix, response)]
     mask = torch.cat([ones[0], (histories != 0).long(), ones[1]], dim=1)
-    out = model.decoder(inputs_embeds=inputs, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    with all_positions(model):
+        out = model.decoder(inputs_embeds=inputs, attention_mask=mask, output_hidden_states=True, use_cache=False)
     return out.hidden_states
 
 
@@ -124,8 +138,8 @@ def make_model(base_model: str, num_layers: int, num_items: int, device, dtype: 
 
 
 def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -165,7 +179,6 @@ class Workload:
         self.examples = training_examples(self.data, "last", MAX_ITEMS)
         self.ranked = replace(self.data, users=self.data.users[: max(512, 2 * batch_size)])
         self.tests = split_examples(self.ranked, "test", MAX_ITEMS)
-        self.negatives = draw_negatives(self.ranked, "test")
 
     def index(self, sort: bool = True) -> list[np.ndarray]:
         """Four batches of an epoch of sixteen as Run.fit makes them, from short to long histories."""
@@ -178,8 +191,9 @@ class Workload:
         return [{k: v.to(self.device) for k, v in self.examples.batch(part).items()} for part in index]
 
     def rank(self, model: LLMRec) -> None:
+        """Candidates are drawn in here too, though a run draws them once for all its evaluations."""
         how = {"max_length": MAX_ITEMS, "batch_size": self.batch_size, "device": self.device}
-        rank_users(model.eval(), self.ranked, "test", self.negatives, **how)
+        rank_users(model.eval(), self.ranked, "test", draw_negatives(self.ranked, "test"), **how)
 
     def released_rank(self, model: LLMRec) -> None:
         with torch.inference_mode():

@@ -4,6 +4,7 @@
 
 The released notebook keeps the order of the file, and raw Amazon files are ordered by item. --gift is such a file.
 --cds is a TSV (user_id, asin, timestamp, rating) that is ordered by user and time; its lines are sorted by item too.
+The order decides what is held out as well: only the figures in time order are those of a next item.
 """
 
 import argparse
@@ -98,7 +99,7 @@ def main() -> None:
                     for column, (kind, metric) in METRICS.items()
                 }
                 done[info["fingerprint"]] = {
-                    column: {"mean": statistics.mean(v), "std": statistics.stdev(v), "seeds": v}
+                    column: {"mean": statistics.mean(v), "std": statistics.stdev(v) if len(v) > 1 else 0.0, "seeds": v}
                     for column, v in values.items()
                 }
             counts = {key: info[key] for key in ("users", "items", "interactions", "timestamp_ties", "fingerprint")}

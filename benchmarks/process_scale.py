@@ -87,15 +87,21 @@ def in_memory(path: Path, number: int) -> dict[str, list[str]]:
     return {user: list(items) for user, items in kept.items() if len(items) >= 5}
 
 
+def shared_out(process: psutil.Process) -> int:
+    """Bytes: pages that processes share are counted in parts where the system tells (Linux), else not."""
+    found = process.memory_full_info()
+    return getattr(found, "pss", found.uss)
+
+
 def process(source: Path, place: Path, name: str, *flags: object) -> tuple[float, float]:
-    """Seconds, and the peak MiB of one run of process.py with its workers (private memory, sampled)."""
+    """Seconds, and the peak MiB of one run of process.py with its workers (shared pages split, sampled)."""
     command = [sys.executable, ROOT / "datasets/process.py", "amazon2018", "--input", source, "--name", name]
     begun, peak = time.perf_counter(), 0
     with psutil.Popen([*map(str, command), "--output", str(place), *map(str, flags)]) as child:
         while child.poll() is None:
             try:
                 tree = [child, *child.children(recursive=True)]
-                peak = max(peak, sum(one.memory_full_info().uss for one in tree))
+                peak = max(peak, sum(shared_out(one) for one in tree))
             except psutil.Error:  # one ended meanwhile
                 pass
             time.sleep(0.2)

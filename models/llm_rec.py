@@ -203,7 +203,12 @@ class LLMRec(nn.Module):
 
         Afterwards every weight is what it was, to the bit. In bfloat16 adapters stay apart: the sum would be rounded.
         """
+        if self.kept_prefix is not None:  # inside already
+            yield
+            return
         layers = [m.get_base_layer() for m in self.decoder.modules() if isinstance(m, LoraLayer)]
+        if torch.is_autocast_enabled(self.item_table.device.type):
+            layers = []
         layers = [layer for layer in layers if layer.weight.dtype == torch.float32]
         originals = [layer.weight.data for layer in layers]
         try:

@@ -50,12 +50,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         scaled = vectors * scale
         d_vectors = items[targets].neg_()  # (N, d)
         d_items = torch.empty_like(items) if ctx.needs_input_grad[1] else None  # (V + 1, d)
-        for chunk in ChunkedCrossEntropy.chunks(vectors, items):
-            part = items[chunk]
-            share = torch.addmm(total[:, None], vectors, part.T, beta=-1).exp_()  # softmax, (N, chunk)
-            d_vectors.addmm_(share, part)
-            if d_items is not None:
-                torch.mm(share.T, scaled, out=d_items[chunk])
+        with torch.autocast(vectors.device.type, enabled=False):
+            for chunk in ChunkedCrossEntropy.chunks(vectors, items):
+                part = items[chunk]
+                share = torch.addmm(total[:, None], vectors, part.T, beta=-1).exp_()  # softmax, (N, chunk)
+                d_vectors.addmm_(share, part)
+                if d_items is not None:
+                    torch.mm(share.T, scaled, out=d_items[chunk])
         if d_items is not None:
             d_items[0] = 0
             d_items.index_add_(0, targets, scaled, alpha=-1)

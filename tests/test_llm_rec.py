@@ -84,26 +84,58 @@ def test_for_inference_answers_the_same_and_leaves_no_trace(targets):
     ].backward()  # and it trains on
 
 
-@pytest.mark.parametrize("off", ["prefix_per_sample", "padding_too", "all_positions", "adapters_apart"])
+@pytest.mark.parametrize("off", ["prefix_per_sample", "padding_too", "all_positions"])
 def test_each_measure_switched_off_changes_cost_and_not_the_answer(off):
     """What benchmarks/cost.py compares is the same computation."""
     model, histories = tiny_llm_rec().eval(), pad(mixed_histories())
-    counted = {"positions": 0}
+    counted = [0, 0]
 
-    def count(module, args, output) -> None:
-        counted["positions"] += output.shape[0] * output.shape[1]
+    def counter(which: int):
+        def count(module, args, output) -> None:
+            counted[which] += output.shape[0] * output.shape[1]
+
+        return count
 
     def run() -> torch.Tensor:
-        counted["positions"] = 0
+        counted[:] = [0, 0]
         return model.user_vectors(histories)
 
-    model.base.layers[0].mlp.register_forward_hook(count)
-    expected, usual = run(), counted["positions"]
+    model.base.layers[0].mlp.register_forward_hook(counter(0))
+    model.base.layers[-1].mlp.down_proj.register_forward_hook(counter(1))
+    expected, usual = run(), list(counted)
     with getattr(cost, off)(model):
         assert relative(run(), expected) < 1e-5
-        assert counted["positions"] > usual or off in ("all_positions", "adapters_apart")
-    assert torch.equal(run(), expected) and counted["positions"] == usual
-    assert usual == 11 + sum(range(1, 31)) + 30 * 3  # prefix, items, responses: no padding
+        assert counted[1 if off == "all_positions" else 0] > usual[1 if off == "all_positions" else 0]
+    assert torch.equal(run(), expected) and counted == usual
+    assert usual == [11 + sum(range(1, 31)) + 30 * 3, 30]  # prefix, items, responses: no padding; what is read
+
+
+@pytest.mark.parametrize("off", ["adapters_apart", "prefix_every_batch"])
+def test_each_measure_at_inference_switched_off_too(off):
+    model, histories = tiny_llm_rec().eval(), pad(mixed_histories())
+    with model.for_inference():
+        expected = model.user_vectors(histories)
+        assert model.base.layers[0].mlp.up_proj.merged and model.kept_prefix
+    with getattr(cost, off)(model), model.for_inference():
+        assert relative(model.user_vectors(histories), expected) < 1e-5
+        assert not (model.base.layers[0].mlp.up_proj.merged if off == "adapters_apart" else model.kept_prefix)
+
+
+def test_for_inference_inside_itself_changes_nothing():
+    model, histories = tiny_llm_rec().eval(), pad([[3, 4, 5]])
+    apart = model.user_vectors(histories)
+    with model.for_inference():
+        once = model.user_vectors(histories)
+        with model.for_inference():
+            assert torch.equal(model.user_vectors(histories), once)
+        assert torch.equal(model.user_vectors(histories), once)
+    assert torch.equal(model.user_vectors(histories), apart)
+
+
+def test_adapters_are_not_merged_where_their_sum_would_be_rounded():
+    model = tiny_llm_rec().eval()
+    with torch.autocast("cpu", torch.bfloat16), model.for_inference():
+        assert not model.base.layers[0].mlp.up_proj.merged and model.kept_prefix
 
 
 def test_copies_of_a_history_ask_for_the_same_targets():

@@ -9,8 +9,9 @@ from conftest import make_sequences, tiny_llm_rec
 
 from models.sr.popularity import Popularity
 from models.sr.sasrec import SASRec
+from utils import metrics
 from utils.cli import RunError
-from utils.data import training_counts
+from utils.data import training_counts, training_examples
 from utils.metrics import draw_negatives, evaluate, metrics_from_ranks, rank_users
 
 
@@ -128,6 +129,48 @@ def test_batch_size_changes_no_rank(sequences, make):
     results = [rank_users(model, sequences, "test", negatives, max_length=30, batch_size=b)[0] for b in (1, 7, 64)]
     for other in results[1:]:
         assert (other["sampled"] == results[0]["sampled"]).all() and (other["full"] == results[0]["full"]).all()
+
+
+def test_ranks_by_blocks_of_users_are_those_of_all_at_once(monkeypatch):
+    data = make_sequences(users=300)
+    model, negatives = sasrec(data), draw_negatives(data, "test", num=19)
+    how = {"max_length": 30, "batch_size": 300}
+    whole, _ = rank_users(model, data, "test", negatives, **how)
+    sizes, rank_block = [], metrics.rank_block
+    monkeypatch.setattr(metrics, "SCORES_AT_ONCE", 1)
+    monkeypatch.setattr(metrics, "rank_block", lambda *a: sizes.append(len(a[0])) or rank_block(*a))
+    blocks, _ = rank_users(model, data, "test", negatives, **how)
+    assert sizes == [64, 64, 64, 64, 44]
+    assert (whole["full"] == blocks["full"]).all() and (whole["sampled"] == blocks["sampled"]).all()
+
+
+def test_sasrec_learns_with_a_sampled_softmax():
+    data = make_sequences(users=64, num_items=40)
+    counts = torch.from_numpy(training_counts(data))
+    torch.manual_seed(0)
+    model = SASRec(40, dim=16, max_length=12, num_layers=1, num_heads=2, dropout=0.0, num_negatives=30, counts=counts)
+    q = model.log_q.exp()
+    expected = (counts[1:].double() + 1) ** 0.75
+    assert q[0] == 0 and torch.allclose(q[1:].double(), expected / expected.sum(), rtol=1e-5)
+    examples = training_examples(data, "all", 12)
+    batch = examples.batch(np.arange(len(examples)))
+    asked = batch["targets"] != 0
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def whole() -> float:
+        with torch.no_grad():
+            logits = model.states(batch["histories"])[asked] @ model.items.weight[1:].T
+            return torch.nn.functional.cross_entropy(logits, batch["targets"][asked] - 1).item()
+
+    before = whole()
+    for _ in range(60):
+        terms = model(batch)
+        assert set(terms) == {"sampled_ce"}
+        optimizer.zero_grad()
+        terms["sampled_ce"].backward()
+        optimizer.step()
+    assert whole() < 0.6 * before, "the whole cross-entropy falls, which the sampled one estimates"
+    assert "log_q" not in model.state_dict()
 
 
 def counted(data) -> Popularity:

@@ -8,6 +8,7 @@ import torch
 from conftest import make_sequences
 from transformers import get_scheduler
 
+from models import losses
 from models.sr.sasrec import SASRec
 from utils.checkpoint import check_space, load_tensors, save_tensors
 from utils.cli import RunError, UserError
@@ -226,6 +227,17 @@ def test_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
         train(tmp_path / "a", report_to="wandb")
 
 
+def test_bfloat16_trains_over_a_catalogue_in_chunks(tmp_path, monkeypatch):
+    """The backward pass of the chunks computes in float32, whatever the precision of the forward pass."""
+    found = {}
+    for name, size in (("whole", 2**20), ("chunks", 64)):
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", size)
+        train(tmp_path / name, {"dropout": 0.0}, dtype="bfloat16", max_steps=2)
+        row = json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])
+        found[name] = row["ce"], row["grad_norm"]
+    assert found["chunks"] == pytest.approx(found["whole"], rel=1e-4)
+
+
 def test_bfloat16_trains(tmp_path):
     _, model, state = train(tmp_path / "a", dtype="bfloat16", num_epochs=1.0)
     assert state["step"] > 2 and all(p.dtype == torch.float32 for p in model.parameters())
@@ -235,3 +247,12 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path):
     check_space(tmp_path, 1)
     with pytest.raises(UserError, match=r"1,099,511,627,776 MiB are to be written .* MiB left"):
         check_space(tmp_path, 2**60)
+
+
+def test_a_run_made_before_a_flag_existed_is_continued(tmp_path):
+    finish(*train(tmp_path / "a", num_epochs=1.0))
+    data = make_sequences(users=80)
+    changes = {"output_dir": str(tmp_path / "a"), "num_epochs": 1.0, "resume": "auto"}
+    assert Run(CONFIG | changes | {"a_new_flag": 0}, data, "unused").finished
+    with pytest.raises(UserError, match=r"dropout|num_epochs"):
+        Run(CONFIG | changes | {"num_epochs": 2.0}, data, "unused")

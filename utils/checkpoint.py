@@ -47,6 +47,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_left_over(folder: Path) -> None:
+    """Remove what killed processes left half-written in `folder`, not what a living one is writing."""
+    for part in folder.glob(".*.part"):
+        try:
+            os.kill(int(part.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            part.unlink(missing_ok=True)
+
+
 def check_space(folder: Path, size: int) -> None:
     """UserError unless `size` bytes are free on the disk of `folder`."""
     free = shutil.disk_usage(folder).free

@@ -13,11 +13,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -56,7 +57,12 @@ class Run:
             mixed_precision="bf16" if config["dtype"] == "bfloat16" else "no",
             log_with=None if tracker == "none" else tracker,
             project_dir=self.folder,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the item table never changes
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),  # the item table never changes
+                InitProcessGroupKwargs(
+                    timeout=timedelta(days=1)
+                ),  # others wait while the first computes teacher states
+            ],
         )
         if self.accelerator.is_main_process:
             print_config(self.config)
@@ -77,7 +83,8 @@ class Run:
             )
         if earlier.exists() and self.config["resume"] == "auto":
             names = [name for name in self.config if name not in NOT_COMPARED]
-            changed = [name for name in names if old.get(name) != json.loads(json.dumps(self.config[name]))]
+            # a flag that the run's own version did not have changes nothing in what it did
+            changed = [n for n in names if n in old and old[n] != json.loads(json.dumps(self.config[n]))]
             if changed:
                 name = changed[0]
                 raise UserError(
@@ -202,8 +209,9 @@ class Run:
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             weight = 0.0 if idle else float(asked[part].sum() / asked[index].sum())
             sync = number == len(parts) - 1
-            with accelerator.autocast(), nullcontext() if sync else accelerator.no_sync(model):
-                terms = {name: value * weight for name, value in model(batch).items()}
+            with nullcontext() if sync else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    terms = {name: value * weight for name, value in model(batch).items()}
                 if shares and sync and len(terms) > 1:
                     self._log({"step": step + 1, "gradient_share": gradient_shares(terms, trained)})
                 accelerator.backward(sum(terms.values()) * world)
@@ -374,7 +382,7 @@ def gradient_shares(terms: dict[str, torch.Tensor], trained: dict[str, nn.Parame
     norms = {}
     for name, value in terms.items():
         gradients = torch.autograd.grad(value, list(trained.values()), retain_graph=True, allow_unused=True)
-        norms[name] = math.sqrt(sum(g.double().square().sum().item() for g in gradients if g is not None))
+        norms[name] = math.sqrt(sum(g.norm().item() ** 2 for g in gradients if g is not None))
     total = sum(norms.values()) or 1.0
     return {name: norm / total for name, norm in norms.items()}
 

@@ -30,7 +30,7 @@ class SASRec(nn.Module):
     """Histories are left-padded and may be trimmed: positions count back from the newest item.
 
     num_negatives: 0 for the cross-entropy over the whole catalogue, else of a sampled one, whose negatives are drawn
-    once a batch in proportion to (counts + 1) ** 0.75, counts (V + 1,) being how often each item occurs in training.
+    once a (micro-)batch in proportion to (counts + 1) ** 0.75, counts (V + 1,) being how often an item is trained on.
     """
 
     item_table_name, initial_std = "items.weight", 0.02

@@ -28,7 +28,18 @@ from utils.report import environment, markdown_table
 
 METRICS = {"HR@10": ("sampled", "HR@10"), "NDCG@10": ("sampled", "NDCG@10")}
 METRICS |= {"full HR@10": ("full", "HR@10"), "full NDCG@10": ("full", "NDCG@10")}
-TRAINING = ["--train_targets", "all", "--batch_size", "64", "--num_epochs", "30", "--dropout", "0.3"]
+TRAINING = [
+    "--train_targets",
+    "all",
+    "--batch_size",
+    "64",
+    "--max_steps",
+    "400",
+    "--learning_rate",
+    "0.002",
+    "--dropout",
+    "0.3",
+]
 
 
 def call(script: str, *arguments: object) -> None:

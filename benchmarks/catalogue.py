@@ -1,7 +1,7 @@
 """Candidates, full ranking and the loss over large catalogues: ours beside the plain way, in one run.
 
-    python benchmarks/catalogue.py                      sizes of Beauty and, for the loss, of Cloth
-    python benchmarks/catalogue.py --step plain --target plain.npz    one training step alone: memory, loss, gradients
+python benchmarks/catalogue.py                      sizes of Beauty and, for the loss, of Cloth
+python benchmarks/catalogue.py --step plain --target plain.npz    one training step alone: memory, loss, gradients
 """
 
 import argparse

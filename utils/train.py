@@ -59,9 +59,7 @@ class Run:
             project_dir=self.folder,
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False),  # the item table never changes
-                InitProcessGroupKwargs(
-                    timeout=timedelta(days=1)
-                ),  # others wait while the first computes teacher states
+                InitProcessGroupKwargs(timeout=timedelta(days=1)),  # others wait for the first's teacher states
             ],
         )
         if self.accelerator.is_main_process:

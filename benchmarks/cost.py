@@ -12,7 +12,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.catalogue import LastItem
@@ -36,6 +37,7 @@ from benchmarks.llm_step import (
     training_step,
 )
 from models import llm_rec
+from models.dropout import Dropout
 from models.llm_rec import LLMRec
 from models.sr.sasrec import SASRec
 from utils.checkpoint import write_json
@@ -103,6 +105,15 @@ def padding_too(model: LLMRec) -> Iterator[None]:
     llm_rec.tokens_there = original
 
 
+@contextmanager
+def torch_dropout(model: nn.Module) -> Iterator[None]:
+    """torch's own dropout."""
+    ours = Dropout.forward
+    Dropout.forward = nn.Dropout.forward
+    yield
+    Dropout.forward = ours
+
+
 def full_width(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
     """Every history padded to 30 items."""
     return [{k: F.pad(v, (MAX_ITEMS - v.shape[1], 0)) for k, v in batch.items()} for batch in batches]
@@ -115,6 +126,7 @@ OFF = {
     "full_width": "without: packing and trimming",
     "random_batches": "without: batches of like lengths",
     "all_positions": "without: top layer at read positions only",
+    "torch_dropout": "without: dropout from 16 bits a number",
     "adapters_apart": "without: merged adapters",
     "prefix_every_batch": "without: prefix once for all batches",
 }
@@ -145,6 +157,7 @@ def one_off(work: Workload, repeats: int) -> list[dict]:
         "full_width": within(padding_too, training_step(model, ours_loss, full_width(batches))),
         "random_batches": training_step(model, ours_loss, work.batches(work.index(sort=False))),
         "all_positions": within(all_positions, plain),
+        "torch_dropout": within(torch_dropout, plain),
     }
     inference = {
         "everything": rank,
@@ -194,6 +207,41 @@ def many_targets(dataset: str | None, repeats: int, device) -> dict[str, float]:
         shared=(training_step(model, ours_loss, batches), number),
         copies=(training_step(model, ours_loss, [copies(batch) for batch in batches]), number),
     )
+
+
+def micro_batches(work: Workload, repeats: int, size: int = 8) -> dict[str, float]:
+    """Samples a second of gradients in micro-batches, with the prefix once a step, and once a micro-batch."""
+    model = make_model("smollm2-135m", 8, work.data.num_items, work.device, torch.float32).train()
+    parts = [
+        {k: v[at : at + size] for k, v in b.items()} for b in work.batches(work.index()) for at in range(0, BATCH, size)
+    ]
+
+    def gradients(context: Callable) -> None:
+        for at in range(0, len(parts), BATCH // size):
+            with context():
+                for part in parts[at : at + BATCH // size]:
+                    ours_loss(model, part).backward()
+        model.zero_grad(set_to_none=True)
+
+    number = size * len(parts)
+    return alternate(
+        repeats,
+        shared=(lambda: gradients(model.for_accumulation), number),
+        each=(lambda: gradients(nullcontext), number),
+    )
+
+
+def compiled(work: Workload, repeats: int) -> dict[str, float]:
+    """Samples a second of training with and without torch.compile on every layer, and what the first steps cost."""
+    eager, compiled = (make_model("smollm2-135m", 8, work.data.num_items, work.device, torch.float32) for _ in range(2))
+    batches = work.batches(work.index())
+    plain, fast = (training_step(model, ours_loss, batches) for model in (eager, compiled))
+    for layer in compiled.base.layers:
+        layer.compile(dynamic=True)
+    first = seconds(fast)
+    fast()
+    number = BATCH * len(batches)
+    return alternate(repeats, plain=(plain, number), compiled=(fast, number)) | {"first_seconds": first}
 
 
 def median(work, repeats: int) -> float:
@@ -257,8 +305,15 @@ def main() -> None:
     args = parser.parse_args()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     device, repeats = accelerator.device, args.repeats
-    measures = one_off(Workload(None, BATCH, device), repeats)
+    work = Workload(None, BATCH, device)
+    measures = one_off(work, repeats)
     print(measures_table({"one_off": measures}), flush=True)
+    micro = micro_batches(work, repeats)
+    ratio = micro["shared"] / micro["each"]
+    print(f"prefix once for four micro-batches of 8: {ratio:.2f} x the samples a second", flush=True)
+    compiling = compiled(work, repeats)
+    ratio = compiling["compiled"] / compiling["plain"]
+    print(f"torch.compile: {ratio:.2f} x the samples a second, after {compiling['first_seconds']:.0f} s", flush=True)
     targets = {name or "beauty": many_targets(name, repeats, device) for name in (None, "ml-100k")}
     for name, speeds in targets.items():
         ratio = speeds["shared"] / speeds["copies"]
@@ -279,9 +334,8 @@ def main() -> None:
         panel.grid(alpha=0.3, which="both")
         panel.legend()
     figure.savefig(args.out.parent / f"{args.out.stem}.png", dpi=100)
-    write_json(
-        {"one_off": measures, "panels": panels, "repeats": repeats, "environment": environment(accelerator)}, args.out
-    )
+    found = {"one_off": measures, "micro_batches": micro, "compile": compiling, "many_targets": targets}
+    write_json(found | {"panels": panels, "repeats": repeats, "environment": environment(accelerator)}, args.out)
 
 
 if __name__ == "__main__":

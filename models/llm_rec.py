@@ -28,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
+from models.dropout import Dropout
 from models.losses import catalogue_cross_entropy
 from utils.checkpoint import load_tensors, read_json, save_tensors
 from utils.cli import UserError
@@ -177,6 +178,10 @@ class LLMRec(nn.Module):
         if window and window < len(prefix_ids) + max_length + len(response_ids):
             raise UserError(f"--max_seq_length {max_length}: history and prompt exceed the base's window of {window}")
         self.decoder = get_peft_model(decoder, LoraConfig(**lora)) if train_strategy == "lora" else decoder
+        for adapter in (m for m in self.decoder.modules() if isinstance(m, LoraLayer)):
+            for name, dropout in adapter.lora_dropout.items():
+                if isinstance(dropout, nn.Dropout):  # Identity without dropout
+                    adapter.lora_dropout[name] = Dropout(dropout.p)
 
     @property
     def base(self) -> nn.Module:
@@ -225,6 +230,20 @@ class LLMRec(nn.Module):
                 self.decoder.unmerge_adapter()
                 for layer, weight in zip(layers, originals, strict=True):
                     layer.weight.data = weight
+
+    @contextmanager
+    def for_accumulation(self) -> Iterator[None]:
+        """Inside, while micro-batches add up: the prefix is computed once and gets their gradient at the end."""
+        computed = [part for layer in self.prefix_keys_values() for part in layer]
+        leaves = [part.detach().requires_grad_(part.requires_grad) for part in computed]
+        self.kept_prefix = list(zip(leaves[::2], leaves[1::2], strict=True))
+        try:
+            yield
+        finally:
+            self.kept_prefix = None
+        reached = [(part, leaf.grad) for part, leaf in zip(computed, leaves, strict=True) if leaf.grad is not None]
+        if reached:
+            torch.autograd.backward(*zip(*reached, strict=True))
 
     def states(self, histories: torch.Tensor, asked: torch.Tensor, ends: list[int]) -> torch.Tensor:
         """Response states after layers `ends`, counted from 1, for every asked position.

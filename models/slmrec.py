@@ -71,5 +71,8 @@ class SLMRec(nn.Module):
     def for_inference(self) -> AbstractContextManager[None]:
         return self.student.for_inference()
 
+    def for_accumulation(self) -> AbstractContextManager[None]:
+        return self.student.for_accumulation()
+
     def item_vectors(self) -> torch.Tensor:
         return self.student.item_vectors()

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences
+from conftest import make_sequences, tiny_llm_rec
 from transformers import get_scheduler
 
 from models import losses
@@ -128,6 +128,29 @@ def test_accumulation_keeps_the_global_batch(micro, tmp_path):
         found.append((terms, torch.cat([p.grad.flatten() for p in trained.values()])))
     (whole_terms, whole), (terms, gradient) = found
     assert terms == pytest.approx(whole_terms) and (gradient - whole).norm() < 1e-5 * whole.norm()
+
+
+@pytest.mark.parametrize("strategy", ["lora", "full", "frozen"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_micro_batches_share_the_prompt_prefix(dtype, strategy, tmp_path):
+    """The prefix runs once a step, and the gradient is that of the whole batch."""
+    examples, index, found = training_examples(make_sequences(users=80), "all", 8), np.arange(16), []
+    model = tiny_llm_rec(train_strategy=strategy)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    first, through = model.base.layers[0], []
+    first.register_forward_hook(lambda module, args, output: through.append(output.shape[1]))
+    for size in (None, 5):
+        flags = {"output_dir": str(tmp_path / "a"), "micro_batch_size": size, "dtype": dtype}
+        run = Run(CONFIG | flags, make_sequences(), "unused")
+        through.clear()
+        terms = run._backward(model, trained, examples, index, {}, 0, False)
+        found.append((terms, torch.cat([p.grad.flatten() for p in trained.values()]), list(through)))
+        model.zero_grad(set_to_none=True)
+        assert model.kept_prefix is None
+    (whole_terms, whole, one_pass), (terms, gradient, passes) = found
+    tolerance = 1e-5 if dtype == "float32" else 0.02  # bfloat16 has 8 bits
+    assert terms == pytest.approx(whole_terms, rel=tolerance) and (gradient - whole).norm() < tolerance * whole.norm()
+    assert len(one_pass) == 1 and len(passes) == 5 and passes[0] == 11 and sum(passes) == one_pass[0]
 
 
 def test_the_weights_that_did_best_on_validation_are_left_in_the_model(tmp_path):

@@ -38,34 +38,39 @@ def draw_negatives(data: Sequences, split: str, num: int = NUM_NEGATIVES, seed: 
     Ids are drawn with replacement and kept in order when neither seen nor drawn before, which is the same
     distribution; `first` remembers, per user and item, the position of the first draw (or that it was seen).
     """
-    rows_at_once = max(1, 2**24 // (data.num_items + 1))
+    width = data.num_items + 1
+    rows_at_once, rows_in_cache = max(1, 2**24 // width), max(1, 2**18 // width)
     out = np.zeros((len(data.users), num), np.int32)
+    firsts = np.empty((min(rows_at_once, len(data.users)), width), np.int32)
     for block, low in enumerate(range(0, len(data.users), rows_at_once)):
         users = data.users[low : low + rows_at_once]
         rng = np.random.default_rng([seed, SPLITS.index(split), block])
         seen_row, seen_item = seen_pairs(data, users, data.offsets[users + 1])
-        first = np.full((len(users), data.num_items + 1), -1, np.int32)  # -1: not drawn
+        first = firsts[: len(users)]
+        first.fill(-1)  # not drawn
         first[seen_row, seen_item] = -2
-        unseen = (first[:, 1:] == -1).sum(1)
-        wanted = np.minimum(unseen, num)
+        wanted = np.minimum((first[:, 1:] == -1).sum(1), num)
+        first = first.reshape(-1)  # (users * width,)
         filled = np.zeros(len(users), np.int64)
         rows = np.arange(len(users))
         drawn = 0
         while len(rows):
-            # Of equal ids in a row the one written last stays. Draws are numbered from the right, and drawn in that
-            # order, so that it is the first one drawn.
-            draws = rng.integers(1, data.num_items + 1, (len(rows), num + num // 8 + 8), dtype=np.int32)[:, ::-1].copy()
-            position = drawn + np.arange(draws.shape[1], dtype=np.int32)[::-1]
-            known = first[rows[:, None], draws]
-            first[rows[:, None], draws] = np.where(known == -1, position, known)
-            draws, position = draws[:, ::-1], position[::-1]
-            fresh = first[rows[:, None], draws] == position  # (rows, draws)
-            slot = filled[rows][:, None] + np.cumsum(fresh, 1) - 1
-            take = fresh & (slot < wanted[rows][:, None])
-            row_of, col_of = np.nonzero(take)
-            out[low + rows[row_of], slot[row_of, col_of]] = draws[row_of, col_of]
-            filled[rows] += take.sum(1)
-            drawn += draws.shape[1]
+            all_draws = rng.integers(1, width, (len(rows), num + num // 8 + 8), dtype=np.int32)
+            position = drawn + np.arange(all_draws.shape[1], dtype=np.int32)
+            for at in range(0, len(rows), rows_in_cache):
+                part, draws = rows[at : at + rows_in_cache], all_draws[at : at + rows_in_cache]
+                place = part[:, None] * width + draws  # (part, draws) in `first`
+                # Of equal places the one written last stays: backwards (in memory too, NumPy would turn a view round
+                # again), it is the first one drawn.
+                backwards = place[:, ::-1].copy()
+                known = first[backwards]
+                first[backwards] = np.where(known == -1, position[::-1], known)
+                fresh = first[place] == position
+                slot = filled[part][:, None] + np.cumsum(fresh, 1) - 1
+                row_of, col_of = np.nonzero(fresh & (slot < wanted[part][:, None]))
+                out[low + part[row_of], slot[row_of, col_of]] = draws[row_of, col_of]
+                filled[part] += np.bincount(row_of, minlength=len(part))
+            drawn += all_draws.shape[1]
             rows = rows[filled[rows] < wanted[rows]]
     return out
 

@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -201,20 +201,24 @@ class Run:
         size = config["micro_batch_size"] or len(own)
         parts = [own[at : at + size] for at in range(0, len(own), size)]
         sums: dict[str, torch.Tensor] = {}
-        for number, part in enumerate(parts):
-            rows = examples.target_rows(part)
-            batch = examples.batch(part) | {name: torch.from_numpy(array[rows]) for name, array in extra.items()}
-            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-            weight = 0.0 if idle else float(asked[part].sum() / asked[index].sum())
-            sync = number == len(parts) - 1
-            with nullcontext() if sync else accelerator.no_sync(model):
+        with ExitStack() as accumulation:
+            if len(parts) > 1 and world == 1:  # several devices exchange gradients in a backward pass, not after it
                 with accelerator.autocast():
-                    terms = {name: value * weight for name, value in model(batch).items()}
-                if shares and sync and len(terms) > 1:
-                    self._log({"step": step + 1, "gradient_share": gradient_shares(terms, trained)})
-                accelerator.backward(sum(terms.values()) * world)
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value.detach()
+                    accumulation.enter_context(getattr(model, "for_accumulation", nullcontext)())
+            for number, part in enumerate(parts):
+                rows = examples.target_rows(part)
+                batch = examples.batch(part) | {name: torch.from_numpy(array[rows]) for name, array in extra.items()}
+                batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+                weight = 0.0 if idle else float(asked[part].sum() / asked[index].sum())
+                sync = number == len(parts) - 1
+                with nullcontext() if sync else accelerator.no_sync(model):
+                    with accelerator.autocast():
+                        terms = {name: value * weight for name, value in model(batch).items()}
+                    if shares and sync and len(terms) > 1:
+                        self._log({"step": step + 1, "gradient_share": gradient_shares(terms, trained)})
+                    accelerator.backward(sum(terms.values()) * world)
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0) + value.detach()
         names = list(sums)
         values = accelerator.reduce(torch.stack([sums[name] for name in names]), "sum").tolist()
         return dict(zip(names, values, strict=True)) | {"loss": sum(values)}

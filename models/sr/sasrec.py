@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.dropout import Dropout
 from models.losses import catalogue_cross_entropy, sampled_cross_entropy
 
 
@@ -12,18 +13,18 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout = heads, Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.feed = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(dim, dim))
+        self.feed = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), Dropout(dropout), nn.Linear(dim, dim))
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         B, T, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, d/heads)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.p if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        x = x + F.dropout(self.out(attended.transpose(1, 2).reshape(B, T, d)), self.dropout, self.training)
-        return x + F.dropout(self.feed(self.norm2(x)), self.dropout, self.training)
+        x = x + self.dropout(self.out(attended.transpose(1, 2).reshape(B, T, d)))
+        return x + self.dropout(self.feed(self.norm2(x)))
 
 
 class SASRec(nn.Module):
@@ -56,7 +57,7 @@ class SASRec(nn.Module):
         self.items = nn.Embedding(num_items + 1, dim, padding_idx=0)
         self.positions = nn.Embedding(max_length, dim)
         self.blocks = nn.ModuleList(Block(dim, num_heads, dropout) for _ in range(num_layers))
-        self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(dim)
+        self.dropout, self.norm = Dropout(dropout), nn.LayerNorm(dim)
         for table in (self.items, self.positions):
             nn.init.trunc_normal_(table.weight, std=self.initial_std)
         nn.init.zeros_(self.items.weight[0])

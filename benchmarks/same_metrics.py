@@ -4,10 +4,11 @@
     python benchmarks/same_metrics.py --num_epochs 1
     python benchmarks/same_metrics.py --lora_dropout 0.05 --seeds 1 2 3
 
-Off: every sample is padded to its full length and has the prompt of its own, padding runs through all layers, every
+Off: every history is padded to its full length and has the prompt of its own, padding runs through all layers, every
 position through the whole top layer, adapters stay apart at inference, losses and ranks are computed in one piece.
-Batches, seeds and candidates are the same, so without dropout only rounding differs. With dropout, off is torch's own
-dropout and batches of any lengths too: other noise, so only means over seeds can be compared.
+Several targets of a user share their history in both. Batches, seeds and candidates are the same: without dropout
+only rounding differs, and what training makes of it. With dropout, off is torch's own dropout and batches of any
+lengths too: other noise, so only means over seeds can be compared.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def switch_off(with_dropout: bool) -> None:
         return torch.arange(len(histories) * (histories.shape[1] + after.shape[1] * R), device=histories.device)
 
     LLMRec.states = states
-    LLMRec.for_inference = nullcontext
+    LLMRec.for_inference = LLMRec.for_accumulation = nullcontext
     llm_rec.tokens_there = all_tokens
     llm_rec.read_only_some = lambda layer, adapted: []
     losses.LOGITS_AT_ONCE = metrics.SCORES_AT_ONCE = 2**62
@@ -103,6 +104,10 @@ def main() -> None:
         step, section = STEPS[args.run]
         cli.run(step.main, section=section, argv=[*args.flags, "--lora_dropout", str(args.lora_dropout)])
         return
+    if args.flags:
+        parser.error(f"unknown: {' '.join(args.flags)}")
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "run", "off", "flags")}
+    found_here = environment(Accelerator(cpu=not torch.accelerator.is_available()))
     runs = []
     for seed in args.seeds:
         flags = ["--dataset", args.dataset, "--seed", str(seed)]
@@ -116,14 +121,12 @@ def main() -> None:
             runs.append({"seed": seed, "step": name, "differences": differences, "seconds": seconds, **both})
             largest = max(differences, key=lambda metric: abs(differences[metric]))
             print(f"seed {seed}, {name}: {largest} differs most, {differences[largest]:+.6f}", flush=True)
+        write_json({"runs": runs, "settings": settings, "environment": found_here}, args.out)
     for name in STEPS:
         for kind in ("on", "off"):
             found = [run[kind]["sampled"]["NDCG@10"] for run in runs if run["step"] == name]
             spread = f" +- {statistics.stdev(found):.4f}" if len(found) > 1 else ""
             print(f"{name}, everything {kind}: test NDCG@10 {statistics.mean(found):.4f}{spread}")
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "run", "off", "flags")}
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    write_json({"runs": runs, "settings": settings, "environment": environment(accelerator)}, args.out)
 
 
 if __name__ == "__main__":

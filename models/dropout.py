@@ -7,14 +7,14 @@ from torch import nn
 class Dropout(nn.Dropout):
     """nn.Dropout with 16 random bits a number, where its CPU form draws a double for each (`benchmarks/cost.py`).
 
-    Four numbers share one draw. `p` is met to 2^-17; what is kept is scaled by the share that is really kept, so the
-    expectation is exact. On other devices than a CPU it is nn.Dropout.
+    Four numbers share one draw. `p` is met to 2^-17; what is kept is divided by the share that is really kept, so
+    the expectation is exact. On other devices than a CPU it is nn.Dropout.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dropped = round(self.p * 2**16)  # of the 2^16 values of 16 bits
         if not self.training or x.device.type != "cpu" or not 0 < dropped < 2**16:
             return super().forward(x)
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
         bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
-        return torch.where(bits >= dropped - 2**15, x * (2**16 / (2**16 - dropped)), 0)
+        return x * (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))

@@ -235,15 +235,18 @@ class LLMRec(nn.Module):
     def for_accumulation(self) -> Iterator[None]:
         """Inside, while micro-batches add up: the prefix is computed once and gets their gradient at the end."""
         computed = [part for layer in self.prefix_keys_values() for part in layer]
-        leaves = [part.detach().requires_grad_(part.requires_grad) for part in computed]
-        self.kept_prefix = list(zip(leaves[::2], leaves[1::2], strict=True))
+        # in float32, also where the prefix is not: the micro-batches' gradients add up in them
+        leaves = [part.detach().float().requires_grad_(part.requires_grad) for part in computed]
+        kept = [leaf.to(part.dtype) for leaf, part in zip(leaves, computed, strict=True)]
+        self.kept_prefix = list(zip(kept[::2], kept[1::2], strict=True))
         try:
             yield
         finally:
             self.kept_prefix = None
         reached = [(part, leaf.grad) for part, leaf in zip(computed, leaves, strict=True) if leaf.grad is not None]
         if reached:
-            torch.autograd.backward(*zip(*reached, strict=True))
+            parts, gradients = zip(*reached, strict=True)
+            torch.autograd.backward(parts, [g.to(part.dtype) for g, part in zip(gradients, parts, strict=True)])
 
     def states(self, histories: torch.Tensor, asked: torch.Tensor, ends: list[int]) -> torch.Tensor:
         """Response states after layers `ends`, counted from 1, for every asked position.

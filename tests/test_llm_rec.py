@@ -2,15 +2,19 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import LORA, tiny_llm_rec
 from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
 
-from benchmarks import cost
+from benchmarks import cost, same_metrics
 from benchmarks.llm_step import released_states
+from models import llm_rec, losses
+from models.dropout import Dropout
 from models.llm_rec import LLMRec, block_ends, count_parameters, keep_layers, select_layers
+from utils import metrics, train
 from utils.cli import UserError
 
 
@@ -136,6 +140,50 @@ def test_adapters_are_not_merged_where_their_sum_would_be_rounded():
     model = tiny_llm_rec().eval()
     with torch.autocast("cpu", torch.bfloat16), model.for_inference():
         assert not model.base.layers[0].mlp.up_proj.merged and model.kept_prefix
+
+
+def test_everything_off_is_the_plain_computation(monkeypatch):
+    """What benchmarks/same_metrics.py compares is the same computation, and off is really off."""
+    patched = [(LLMRec, name) for name in ("states", "for_inference", "for_accumulation")]
+    patched += [(llm_rec, "tokens_there"), (llm_rec, "read_only_some"), (losses, "LOGITS_AT_ONCE")]
+    patched += [(metrics, "SCORES_AT_ONCE"), (Dropout, "forward"), (train, "shuffled_batches")]
+    for owner, name in patched:
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # to have it back after the test
+    histories = pad(mixed_histories()[:6])
+    targets = torch.zeros_like(histories)
+    targets[:, -1], targets[2, -3:] = 7, torch.tensor([3, 0, 9])
+    targets *= histories != 0
+    width, found, through = histories.shape[1] + 2, [], []
+    for off in (False, True):
+        if off:
+            same_metrics.switch_off(with_dropout=True)
+        model = tiny_llm_rec(max_length=width)
+        through.clear()
+        for module in (model.base.layers[0].mlp.up_proj, model.base.layers[-1].mlp.up_proj):
+            module.register_forward_hook(lambda module, args, output: through.append(output.shape[0] * output.shape[1]))
+        loss = model({"histories": histories, "targets": targets})["ce"]
+        gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        found.append([loss.item(), torch.cat([g.flatten() for g in gradients]), sum(through)])
+        with model.for_inference():
+            found[-1].append(model.user_vectors(histories))
+            assert model.base.layers[0].mlp.up_proj.merged == (not off)
+    assert relative(found[1][3], found[0][3]) < 1e-5
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and relative(found[1][1], found[0][1]) < 1e-5
+    # through both layers, for each of six histories: prefix 11, all places for items, two branches of three tokens
+    assert found[0][2] < found[1][2] == 2 * 6 * (11 + width + 2 * 3)
+    assert losses.LOGITS_AT_ONCE == metrics.SCORES_AT_ONCE == 2**62
+    lengths = np.arange(64)
+    mixed = train.shuffled_batches(lengths, 8, 0, 0)
+    assert max(np.ptp(lengths[index]) for index in mixed) > 20  # sorted they would lie within 8
+    assert Dropout.forward is torch.nn.Dropout.forward
+
+
+def test_an_error_while_gradients_add_up_leaves_no_prefix_behind():
+    model = tiny_llm_rec()
+    with pytest.raises(KeyError), model.for_accumulation():
+        assert model.kept_prefix
+        raise KeyError
+    assert model.kept_prefix is None
 
 
 def test_copies_of_a_history_ask_for_the_same_targets():

@@ -78,6 +78,21 @@ def test_each_term_equals_numpy_in_float64(form, reduction):
         assert terms[name] == pytest.approx(value, rel=1e-5), name
 
 
+def test_micro_batches_add_up_to_the_gradient_of_the_batch():
+    model, whole = make(WEIGHTS), batch()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(sum(model(whole).values()), trained)
+    number = (whole["targets"] != 0).sum(1).tolist()
+    states = whole.pop("teacher_states").split(number)
+    with model.for_accumulation():
+        assert model.student.kept_prefix
+        for row, n in enumerate(number):
+            part = {name: value[row : row + 1] for name, value in whole.items()} | {"teacher_states": states[row]}
+            (sum(model(part).values()) * n / sum(number)).backward()
+    for parameter, gradient in zip(trained, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5 * gradient.norm().item())
+
+
 def test_cross_entropy_has_no_class_for_padding():
     vectors, items = torch.randn(5, 8), torch.randn(11, 8)
     targets = torch.tensor([1, 10, 4, 4, 7])

@@ -142,6 +142,7 @@ def test_micro_batches_share_the_prompt_prefix(dtype, strategy, tmp_path):
     for size in (None, 5):
         flags = {"output_dir": str(tmp_path / "a"), "micro_batch_size": size, "dtype": dtype}
         run = Run(CONFIG | flags, make_sequences(), "unused")
+        model.to(run.accelerator.device)
         through.clear()
         terms = run._backward(model, trained, examples, index, {}, 0, False)
         found.append((terms, torch.cat([p.grad.flatten() for p in trained.values()]), list(through)))

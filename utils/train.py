@@ -379,7 +379,8 @@ def remove(paths: Iterable[Path]) -> None:
 def gradient_shares(terms: dict[str, torch.Tensor], trained: dict[str, nn.Parameter]) -> dict[str, float]:
     """Each term's gradient norm over the sum of all terms' norms: who really steers the step.
 
-    An estimate where a batch is split over micro-batches or devices: the main process's last micro-batch speaks.
+    An estimate where a batch is split over micro-batches or devices: the main process's last micro-batch speaks, and
+    what micro-batches share is left out.
     """
     norms = {}
     for name, value in terms.items():

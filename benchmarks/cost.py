@@ -3,10 +3,10 @@
     python benchmarks/cost.py
 
 Measures: switched off one at a time, alternately with everything on, medians of five; the prefix shared by
-micro-batches; torch.compile, which the scripts do not use; several targets of a user at once. Growth: with depth and
-history length, a training step and inference of the language model, batch 32, ours beside the released computation;
-with the catalogue, a SASRec training step with the whole softmax and with 2,048 sampled negatives; with the users,
-drawing candidates, and ranking by vectors that cost nothing.
+micro-batches; torch.compile, which the scripts do not use; several targets of a user at once. Growth, medians of three:
+with depth and history length, a training step and inference of the language model, batch 32, ours beside the released
+computation; with the catalogue, a SASRec training step with the whole softmax and with 2,048 negatives; with the
+users, drawing candidates, and ranking by vectors that cost nothing.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from utils.data import Sequences, shuffled_batches, training_examples
 from utils.metrics import draw_negatives, rank_users
 from utils.report import environment, markdown_table
 
-DEPTHS, LENGTHS = (2, 4, 8, 16), (4, 8, 16, 30)
+DEPTHS, LENGTHS = (1, 2, 4, 8), (4, 8, 16, 30)
 CATALOGUES, USERS = (1_000, 10_000, 100_000, 376_858), (5_000, 20_000, 80_000, 320_000)
 BATCH = 32
 
@@ -250,7 +250,7 @@ def compiled(work: Workload, repeats: int) -> dict[str, float]:
     return alternate(repeats, plain=(plain, number), compiled=(fast, number)) | {"first_seconds": first}
 
 
-def median(work, repeats: int) -> float:
+def median(work, repeats: int = 3) -> float:
     work()
     return statistics.median(seconds(work) for _ in range(repeats))
 
@@ -261,7 +261,7 @@ def fixed_lengths(length: int, users: int = 512) -> Sequences:
     return Sequences("fixed", items, np.arange(users + 1) * length, 12_101, np.arange(users), "0" * 64)
 
 
-def language_model(num_layers: int, length: int | None, repeats: int, device) -> dict[str, float]:
+def language_model(num_layers: int, length: int | None, device) -> dict[str, float]:
     """Milliseconds a sample; length None: Beauty's histories."""
     # the last two items are held out in training, the last one in inference; one more is the target
     data = [fixed_lengths(length + 3), fixed_lengths(length + 1)] if length else [None, None]
@@ -270,14 +270,14 @@ def language_model(num_layers: int, length: int | None, repeats: int, device) ->
     batches = training.batches(training.index())
     samples = BATCH * len(batches)
     return {
-        "training, ours": 1e3 * median(training_step(model, ours_loss, batches), repeats) / samples,
-        "training, released": 1e3 * median(training_step(model, released_loss, batches[:1]), repeats) / BATCH,
-        "inference, ours": 1e3 * median(lambda: ranking.rank(model), repeats) / len(ranking.tests),
-        "inference, released": 1e3 * median(lambda: ranking.released_rank(model), repeats) / BATCH,
+        "training, ours": 1e3 * median(training_step(model, ours_loss, batches)) / samples,
+        "training, released": 1e3 * median(training_step(model, released_loss, batches[:1])) / BATCH,
+        "inference, ours": 1e3 * median(lambda: ranking.rank(model)) / len(ranking.tests),
+        "inference, released": 1e3 * median(lambda: ranking.released_rank(model)) / BATCH,
     }
 
 
-def catalogue(num_items: int, repeats: int, device) -> dict[str, float]:
+def catalogue(num_items: int, device) -> dict[str, float]:
     """Milliseconds of a SASRec step of 256 users with three targets each, optimiser left out."""
     histories = torch.randint(1, num_items + 1, (256, 10), device=device)
     targets = torch.randint(1, num_items + 1, (256, 10), device=device) * (torch.arange(10, device=device) >= 7)
@@ -291,17 +291,17 @@ def catalogue(num_items: int, repeats: int, device) -> dict[str, float]:
             model.zero_grad(set_to_none=True)
             ours_loss(model, {"histories": histories, "targets": targets}).backward()
 
-        found[name] = 1e3 * median(step, repeats)
+        found[name] = 1e3 * median(step)
     return found
 
 
-def users(number: int, repeats: int) -> dict[str, float]:
+def users(number: int) -> dict[str, float]:
     """Seconds for everybody, 12,101 items."""
     data, model = make_data(None, number), LastItem(12_101)
     found = {"candidates": median(lambda: draw_negatives(data, "test"), 1)}
     negatives = draw_negatives(data, "test")
     how = {"max_length": 30, "batch_size": 512}
-    return found | {"ranking": median(lambda: rank_users(model, data, "test", negatives, **how), min(repeats, 3))}
+    return found | {"ranking": median(lambda: rank_users(model, data, "test", negatives, **how))}
 
 
 def main() -> None:
@@ -325,10 +325,10 @@ def main() -> None:
         ratio = speeds["shared"] / speeds["copies"]
         print(f"8 targets of a user at once, {name}: {ratio:.2f} x the targets a second of copies", flush=True)
     panels = {
-        "layers, ms a sample": {n: language_model(n, None, repeats, device) for n in DEPTHS},
-        "items of history (8 layers), ms a sample": {n: language_model(8, n, repeats, device) for n in LENGTHS},
-        "items in the catalogue, ms a SASRec step": {n: catalogue(n, repeats, device) for n in CATALOGUES},
-        "users, seconds": {n: users(n, repeats) for n in USERS},
+        "layers, ms a sample": {n: language_model(n, None, device) for n in DEPTHS},
+        "items of history (4 layers), ms a sample": {n: language_model(4, n, device) for n in LENGTHS},
+        "items in the catalogue, ms a SASRec step": {n: catalogue(n, device) for n in CATALOGUES},
+        "users, seconds": {n: users(n) for n in USERS},
     }
     found = {"one_off": measures, "micro_batches": micro, "compile": compiling, "many_targets": targets}
     write_json(found | {"panels": panels, "repeats": repeats, "environment": environment(accelerator)}, args.out)

@@ -69,10 +69,10 @@ def switch_off(with_dropout: bool) -> None:
         train.shuffled_batches = lambda lengths, *rest: by_length(np.zeros(len(lengths)), *rest)
 
 
-def run_both_steps(place: Path, off: bool, lora_dropout: float, flags: list[str]) -> dict[str, dict]:
-    """Teacher and student in a process each; returns their metrics by the step's name."""
+def run_steps(steps: list[str], place: Path, off: bool, lora_dropout: float, flags: list[str]) -> dict[str, dict]:
+    """Each step in a process of its own; returns their metrics by the step's name."""
     found = {}
-    for name in STEPS:
+    for name in steps:
         more = ["--teacher", str(place / "finetune")] if name == "distill" else []
         command = [sys.executable, __file__, "--run", name, "--lora_dropout", str(lora_dropout)]
         command += ["--off"] if off else []
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="ml-100k")
     parser.add_argument("--num_epochs", type=float, help="default: the recipe's")
     parser.add_argument("--lora_dropout", type=float, default=0.0)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="finetune, or both")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "same_metrics.json")
     parser.add_argument("--run", choices=STEPS, help=argparse.SUPPRESS)
@@ -113,8 +114,8 @@ def main() -> None:
         flags = ["--dataset", args.dataset, "--seed", str(seed)]
         flags += ["--num_epochs", str(args.num_epochs)] if args.num_epochs else []
         with tempfile.TemporaryDirectory() as folder:
-            on, off = (run_both_steps(Path(folder) / str(k), k, args.lora_dropout, flags) for k in (False, True))
-        for name in STEPS:
+            on, off = (run_steps(args.steps, Path(folder) / str(k), k, args.lora_dropout, flags) for k in (False, True))
+        for name in args.steps:
             differences = compare(on[name], off[name])
             seconds = {kind: found[name]["seconds"] for kind, found in (("on", on), ("off", off))}
             both = {"on": on[name]["test"], "off": off[name]["test"]}
@@ -122,7 +123,7 @@ def main() -> None:
             largest = max(differences, key=lambda metric: abs(differences[metric]))
             print(f"seed {seed}, {name}: {largest} differs most, {differences[largest]:+.6f}", flush=True)
         write_json({"runs": runs, "settings": settings, "environment": found_here}, args.out)
-    for name in STEPS:
+    for name in args.steps:
         for kind in ("on", "off"):
             found = [run[kind]["sampled"]["NDCG@10"] for run in runs if run["step"] == name]
             spread = f" +- {statistics.stdev(found):.4f}" if len(found) > 1 else ""

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from benchmarks import llm_step, order
+from benchmarks import cost, llm_step, order
 from utils.report import comparison
 
 README = (ROOT / "README.md").read_text()
@@ -23,7 +23,10 @@ def test_the_results_tables_are_those_of_the_committed_records(dataset):
         assert re.fullmatch(r"[0-9a-f]{40}", run["metrics"]["environment"]["git_commit"]), "a clean, committed tree"
 
 
-@pytest.mark.parametrize(("name", "table"), [("order", order.table), ("llm_step", llm_step.speed_table)])
+TABLES = {"order": order.table, "llm_step": llm_step.speed_table, "cost": cost.measures_table}
+
+
+@pytest.mark.parametrize(("name", "table"), TABLES.items())
 def test_the_tables_of_benchmarks_are_those_of_their_records(name, table):
     record = json.loads((BENCHMARKS / f"{name}.json").read_text())
     assert table(record) in README

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LORA, tiny_llm_rec
+from conftest import LORA, tiny_decoder, tiny_llm_rec
 from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
 
 from benchmarks import cost, same_metrics
@@ -14,6 +14,7 @@ from benchmarks.llm_step import released_states
 from models import llm_rec, losses
 from models.dropout import Dropout
 from models.llm_rec import LLMRec, block_ends, count_parameters, keep_layers, select_layers
+from models.sr.sasrec import SASRec
 from utils import metrics, train
 from utils.cli import UserError
 
@@ -145,7 +146,7 @@ def test_adapters_are_not_merged_where_their_sum_would_be_rounded():
 def test_everything_off_is_the_plain_computation(monkeypatch):
     """What benchmarks/same_metrics.py compares is the same computation, and off is really off."""
     patched = [(LLMRec, name) for name in ("states", "for_inference", "for_accumulation")]
-    patched += [(llm_rec, "tokens_there"), (llm_rec, "read_only_some"), (losses, "LOGITS_AT_ONCE")]
+    patched += [(SASRec, "states"), (llm_rec, "tokens_there"), (llm_rec, "read_only_some"), (losses, "LOGITS_AT_ONCE")]
     patched += [(metrics, "SCORES_AT_ONCE"), (Dropout, "forward"), (train, "shuffled_batches")]
     for owner, name in patched:
         monkeypatch.setattr(owner, name, getattr(owner, name))  # to have it back after the test
@@ -154,6 +155,7 @@ def test_everything_off_is_the_plain_computation(monkeypatch):
     targets[:, -1], targets[2, -3:] = 7, torch.tensor([3, 0, 9])
     targets *= histories != 0
     width, found, through = histories.shape[1] + 2, [], []
+    widths = []
     for off in (False, True):
         if off:
             same_metrics.switch_off(with_dropout=True)
@@ -167,7 +169,12 @@ def test_everything_off_is_the_plain_computation(monkeypatch):
         with model.for_inference():
             found[-1].append(model.user_vectors(histories))
             assert model.base.layers[0].mlp.up_proj.merged == (not off)
-    assert relative(found[1][3], found[0][3]) < 1e-5
+        torch.manual_seed(0)
+        sasrec = SASRec(40, dim=8, max_length=width, num_layers=1, num_heads=2, dropout=0.0)
+        sasrec.blocks[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+        found[-1].append(sasrec.user_vectors(histories))
+    assert relative(found[1][3], found[0][3]) < 1e-5 and relative(found[1][4], found[0][4]) < 1e-5
+    assert widths == [width - 2, width]
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and relative(found[1][1], found[0][1]) < 1e-5
     # through both layers, for each of six histories: prefix 11, all places for items, two branches of three tokens
     assert found[0][2] < found[1][2] == 2 * 6 * (11 + width + 2 * 3)
@@ -287,6 +294,17 @@ def test_table_7_parameter_counts(layers, total, lora):
     assert counts["lora"] / 1e9 == pytest.approx(lora, abs=0.0005)
     maps = 128 * 4096 + 4096 + 4096 * 128
     assert counts["trained"] == counts["lora"] + maps
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_items_start_at_the_scale_of_the_prompts_words(scale):
+    table = scale * torch.randn(2001, 64)
+    table[0] = 0
+    model = LLMRec(
+        tiny_decoder(), table, prefix_ids=[3, 4, 5], response_ids=[6], max_length=30, train_strategy="frozen"
+    )
+    words = model.base.get_input_embeddings().weight[[3, 4, 5]]
+    assert model.input_proj(model.item_table[1:]).std().item() == pytest.approx(words.std().item(), rel=0.1)
 
 
 def test_what_trains_by_strategy():

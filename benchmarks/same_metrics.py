@@ -1,7 +1,7 @@
 """Do the fast computations move a metric? The four steps with everything on, and with everything off.
 
     python benchmarks/same_metrics.py                          the default pipeline without dropout
-    python benchmarks/same_metrics.py --dropout --seeds 1 2 3 --out results/benchmarks/same_metrics_dropout.json
+    python benchmarks/same_metrics.py --dropout --seeds 1 2 3 --until finetune --out FILE
 
 Off: every history is padded to its full length and has the prompt of its own, padding runs through all layers, every
 position through the whole top layer, adapters stay apart at inference, losses and ranks are computed in one piece.
@@ -46,7 +46,6 @@ STEPS = {
     "finetune": (finetune, "teacher"),
     "distill": (distill, "student"),
 }
-TRAINED = [step for step in STEPS if step != "extract_emb"]
 
 
 def switch_off(with_dropout: bool) -> None:
@@ -81,7 +80,7 @@ def switch_off(with_dropout: bool) -> None:
         train.shuffled_batches = lambda lengths, *rest: by_length(np.zeros(len(lengths)), *rest)
 
 
-def run_pipeline(place: Path, off: bool, dropout: bool, flags: list[str]) -> dict[str, dict]:
+def run_pipeline(place: Path, steps: list[str], off: bool, dropout: bool, seed: int) -> dict[str, dict]:
     """Each step in a process of its own; returns the metrics of those that train."""
     wiring = {
         "train_sr_trad": [] if dropout else ["--dropout", "0"],
@@ -90,11 +89,11 @@ def run_pipeline(place: Path, off: bool, dropout: bool, flags: list[str]) -> dic
         "distill": ["--teacher", place / "finetune", "--lora_dropout", "0.05" if dropout else "0"],
     }
     how = (["--off"] if off else []) + (["--dropout"] if dropout else [])
-    for step, more in wiring.items():
-        seed = [] if step == "extract_emb" else flags
-        command = [sys.executable, __file__, "--run", step, *how, "--", *more, *seed, "--output_dir", place / step]
+    for step in steps:
+        more = wiring[step] + ([] if step == "extract_emb" else ["--seed", seed])
+        command = [sys.executable, __file__, "--run", step, *how, "--", *more, "--output_dir", place / step]
         subprocess.run([str(part) for part in command], check=True)
-    return {step: read_json(place / step / "metrics.json", "") for step in TRAINED}
+    return {step: read_json(place / step / "metrics.json", "") for step in steps if step != "extract_emb"}
 
 
 def compare(on: dict, off: dict) -> dict[str, float]:
@@ -106,6 +105,7 @@ def compare(on: dict, off: dict) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dropout", action="store_true", help="with dropout, over several seeds")
+    parser.add_argument("--until", choices=STEPS, default="distill", help="the last step that is run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "same_metrics.json")
     parser.add_argument("--run", choices=STEPS, help=argparse.SUPPRESS)
@@ -121,20 +121,18 @@ def main() -> None:
     if args.flags:
         parser.error(f"unknown: {' '.join(args.flags)}")
     found_here = environment(Accelerator(cpu=not torch.accelerator.is_available()))
-    runs = []
+    steps, runs = list(STEPS)[: list(STEPS).index(args.until) + 1], []
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            on, off = (
-                run_pipeline(Path(folder) / str(off), off, args.dropout, ["--seed", str(seed)]) for off in (False, True)
-            )
-        for step in TRAINED:
+            on, off = (run_pipeline(Path(folder) / str(k), steps, k, args.dropout, seed) for k in (False, True))
+        for step in on:
             both = {"on": on[step]["test"], "off": off[step]["test"]}
             differences = compare(on[step], off[step])
             runs.append({"seed": seed, "step": step, "differences": differences, **both})
             largest = max(differences, key=lambda metric: abs(differences[metric]))
             print(f"seed {seed}, {step}: {largest} differs most, {differences[largest]:+.2e}", flush=True)
         write_json({"runs": runs, "dropout": args.dropout, "environment": found_here}, args.out)
-    for step in TRAINED:
+    for step in on:
         for kind in ("on", "off"):
             found = [run[kind]["sampled"]["NDCG@10"] for run in runs if run["step"] == step]
             spread = f" +- {statistics.stdev(found):.4f}" if len(found) > 1 else ""

@@ -324,6 +324,10 @@ class LLMRec(nn.Module):
     def item_vectors(self) -> torch.Tensor:
         return self.item_table  # (V + 1, d)
 
+    def score_parameters(self) -> list[nn.Parameter]:
+        """The map from states to user vectors. States are long, so one step of Adam moves all scores far."""
+        return [self.score.weight]
+
     def save_pretrained(self, folder: Path) -> None:
         """Write what the base model does not have: heads with the item table, and the adapter or trained decoder."""
         heads = {f"input_proj.{name}": value for name, value in self.input_proj.state_dict().items()}

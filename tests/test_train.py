@@ -9,6 +9,7 @@ from conftest import make_sequences, tiny_llm_rec
 from transformers import get_scheduler
 
 from models import losses
+from models.slmrec import SLMRec
 from models.sr.sasrec import SASRec
 from utils.checkpoint import check_space, load_tensors, save_tensors
 from utils.cli import RunError, UserError
@@ -174,6 +175,21 @@ def test_schedule_is_warm_up_and_cosine(tmp_path):
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx(expected) and max(rates) == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("score_learning_rate", [None, 1e-4])
+def test_the_maps_to_user_vectors_may_have_a_learning_rate_of_their_own(score_learning_rate, tmp_path):
+    flags = {"max_steps": 1, "warmup_steps": 0, "eval_steps": 1, "score_learning_rate": score_learning_rate}
+    data = make_sequences(users=80)
+    run = Run(CONFIG | flags | {"output_dir": str(tmp_path / "a")}, data, "unused")
+    weights = {"lambda_cos": 0, "lambda_norm": 0, "lambda_ms": 1, "norm_form": "l2", "block_reduction": "mean"}
+    model = SLMRec(tiny_llm_rec(), num_blocks=2, **weights)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    run.fit(model, training_examples(data, "last", 8))
+    for name, old in before.items():
+        moved = (model.get_parameter(name) - old).abs().max().item()  # Adam's first step is the rate
+        own = name == "student.score.weight" or name.startswith("ms_heads.")
+        assert moved == pytest.approx((own and score_learning_rate) or CONFIG["learning_rate"], rel=0.05), name
 
 
 @pytest.mark.parametrize(("at", "saved"), [(2, "none yet"), (7, "step-00000004")])

@@ -37,7 +37,7 @@ from utils import cli, metrics, train
 from utils.checkpoint import read_json, write_json
 from utils.cli import ROOT
 from utils.metrics import SPLITS
-from utils.report import environment
+from utils.report import environment, markdown_table
 from utils.train import flatten
 
 STEPS = {
@@ -102,6 +102,22 @@ def compare(on: dict, off: dict) -> dict[str, float]:
     return {name: value - flatten(off)[name] for name, value in flatten(on).items()}
 
 
+def table(record: dict) -> str:
+    """Test NDCG@10, mean and standard deviation over the seeds; of all metrics and seeds, the largest difference."""
+    header = ["step"] + [f"{kind}NDCG@10, {how}" for kind in ("", "full ") for how in ("on", "off")] + ["differs most"]
+    rows = []
+    for step in dict.fromkeys(run["step"] for run in record["runs"]):
+        runs, cells = [run for run in record["runs"] if run["step"] == step], [step]
+        for kind in ("sampled", "full"):
+            for how in ("on", "off"):
+                found = [run[how][kind]["NDCG@10"] for run in runs]
+                spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
+                cells.append(f"{statistics.mean(found):.4f}{spread}")
+        largest = max((d for run in runs for d in run["differences"].items()), key=lambda d: abs(d[1]))
+        rows.append([*cells, f"{largest[0]} {largest[1]:+.1e}"])
+    return markdown_table(header, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dropout", action="store_true", help="with dropout, over several seeds")
@@ -132,11 +148,7 @@ def main() -> None:
             largest = max(differences, key=lambda metric: abs(differences[metric]))
             print(f"seed {seed}, {step}: {largest} differs most, {differences[largest]:+.2e}", flush=True)
         write_json({"runs": runs, "dropout": args.dropout, "environment": found_here}, args.out)
-    for step in on:
-        for kind in ("on", "off"):
-            found = [run[kind]["sampled"]["NDCG@10"] for run in runs if run["step"] == step]
-            spread = f" +- {statistics.stdev(found):.4f}" if len(found) > 1 else ""
-            print(f"{step}, everything {kind}: test NDCG@10 {statistics.mean(found):.4f}{spread}")
+    print(table(read_json(args.out, "")))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -37,6 +38,7 @@ from benchmarks.llm_step import (
     seconds,
     training_step,
 )
+from benchmarks.same_metrics import all_tokens, prefix_for_each
 from models import llm_rec
 from models.dropout import Dropout
 from models.llm_rec import LLMRec
@@ -55,17 +57,7 @@ BATCH = 32
 @contextmanager
 def prefix_per_sample(model: LLMRec) -> Iterator[None]:
     """The prompt prefix through the layers once for every sample of a batch."""
-    original, ids = model.states, model.prefix_ids
-
-    def states(histories: torch.Tensor, *rest) -> torch.Tensor:
-        model.prefix_ids = ids.expand(len(histories), -1)
-        model.kept_prefix = model.prefix_keys_values()
-        model.prefix_ids = ids
-        found = original(histories, *rest)
-        model.kept_prefix = None
-        return found
-
-    model.states = states
+    model.states = partial(prefix_for_each(LLMRec.states), model)
     yield
     del model.states
 
@@ -73,10 +65,17 @@ def prefix_per_sample(model: LLMRec) -> Iterator[None]:
 @contextmanager
 def adapters_apart(model: LLMRec) -> Iterator[None]:
     """No merging at inference; the prefix is still computed once."""
-    merge, unmerge = model.decoder.merge_adapter, model.decoder.unmerge_adapter
-    model.decoder.merge_adapter = model.decoder.unmerge_adapter = lambda: None
+
+    @contextmanager
+    def for_inference() -> Iterator[None]:
+        with torch.no_grad():
+            model.kept_prefix = model.prefix_keys_values()
+        yield
+        model.kept_prefix = None
+
+    model.for_inference = for_inference
     yield
-    model.decoder.merge_adapter, model.decoder.unmerge_adapter = merge, unmerge
+    del model.for_inference
 
 
 @contextmanager
@@ -99,9 +98,7 @@ def prefix_every_batch(model: LLMRec) -> Iterator[None]:
 def padding_too(model: LLMRec) -> Iterator[None]:
     """Padding goes through the layers as well."""
     original = llm_rec.tokens_there
-    llm_rec.tokens_there = lambda histories, after, R: torch.arange(
-        len(histories) * (histories.shape[1] + after.shape[1] * R), device=histories.device
-    )
+    llm_rec.tokens_there = all_tokens
     yield
     llm_rec.tokens_there = original
 

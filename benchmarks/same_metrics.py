@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -48,9 +49,29 @@ STEPS = {
 }
 
 
+def prefix_for_each(states: Callable) -> Callable:
+    """LLMRec.states with the prompt prefix run once for every sample of a batch."""
+
+    def of_each(self: LLMRec, histories: torch.Tensor, *rest) -> torch.Tensor:
+        ids = self.prefix_ids
+        self.prefix_ids = ids.expand(len(histories), -1)
+        self.kept_prefix = self.prefix_keys_values()
+        self.prefix_ids = ids
+        found = states(self, histories, *rest)
+        self.kept_prefix = None
+        return found
+
+    return of_each
+
+
+def all_tokens(histories: torch.Tensor, after: torch.Tensor, R: int) -> torch.Tensor:
+    """models.llm_rec.tokens_there with the padding."""
+    return torch.arange(len(histories) * (histories.shape[1] + after.shape[1] * R), device=histories.device)
+
+
 def switch_off(with_dropout: bool) -> None:
     """Replace each fast computation by the plain one, in this process."""
-    fast, trimmed = LLMRec.states, SASRec.states
+    packed, trimmed = prefix_for_each(LLMRec.states), SASRec.states
 
     def sasrec_states(self: SASRec, histories: torch.Tensor) -> torch.Tensor:
         missing = self.max_length - histories.shape[1]
@@ -58,16 +79,7 @@ def switch_off(with_dropout: bool) -> None:
 
     def states(self: LLMRec, histories: torch.Tensor, asked: torch.Tensor, ends: list[int]) -> torch.Tensor:
         missing = self.max_length - histories.shape[1]
-        ids = self.prefix_ids
-        self.prefix_ids = ids.expand(len(histories), -1)
-        self.kept_prefix = self.prefix_keys_values()
-        self.prefix_ids = ids
-        found = fast(self, F.pad(histories, (missing, 0)), F.pad(asked, (missing, 0)), ends)
-        self.kept_prefix = None
-        return found
-
-    def all_tokens(histories: torch.Tensor, after: torch.Tensor, R: int) -> torch.Tensor:
-        return torch.arange(len(histories) * (histories.shape[1] + after.shape[1] * R), device=histories.device)
+        return packed(self, F.pad(histories, (missing, 0)), F.pad(asked, (missing, 0)), ends)
 
     SASRec.states, LLMRec.states = sasrec_states, states
     LLMRec.for_inference = LLMRec.for_accumulation = nullcontext

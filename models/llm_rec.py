@@ -188,7 +188,7 @@ class LLMRec(nn.Module):
     def init_input_proj(self, embed: nn.Module) -> None:
         """Let items start at the scale of the prompt's words, which nn.Linear's own start does not know.
 
-        With SmolLM2-135M and SASRec's table of MovieLens-100K what tells items apart starts four times too small there.
+        With SmolLM2-135M and SASRec's table of MovieLens-100K what tells items apart starts several times too small.
         """
         words = embed(self.prefix_ids).float().std()
         nn.init.normal_(self.input_proj.weight).mul_(words / self.item_table[1:].norm(dim=1).mean())
@@ -473,12 +473,13 @@ def build_llm_rec(config: dict, base_model: str | Path, item_table: torch.Tensor
     )
 
 
-def load_llm_rec(folder: Path, base_model: str | Path) -> LLMRec:
+def load_llm_rec(folder: str | Path, base_model: str | Path) -> LLMRec:
     """A saved teacher or student from its run folder and its base model, in eval mode, with identical scores.
 
     A bfloat16 run computed under autocast: use the model under it too. Raises UserError where files are missing or
     damaged, or belong to a base of another shape or depth.
     """
+    folder = Path(folder)
     config = read_json(folder / "config.json", f"{folder} is no run folder: it has no config.json")
     shape, found = config["base_shape"], base_shape(base_config(base_model))
     if shape != found:

@@ -69,7 +69,7 @@ def work(tmp_path_factory) -> Path:
 
 def steps(place: Path) -> dict[str, tuple[str, list]]:
     data = ["--dataset", place / "small"]
-    many = ["--train_targets", 4, "--batch_size", 8, *FAST]
+    many = ["--train_targets", 4, "--batch_size", 8, "--score_learning_rate", "1e-3", *FAST]
     student = ["--num_layers", 2, "--num_blocks", 2, "--block_reduction", "mean", "--lambda_ms", 0.1]
     return {
         "sasrec": ("train_sr_trad", [*data, *FAST, "--train_targets", "all", "--learning_rate", "3e-3"]),
@@ -182,7 +182,7 @@ def test_sigkill_and_resume_equal_the_uninterrupted_run(name, work):
 
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_a_saved_model_loads_from_its_folder_with_identical_scores(name, work):
-    model = load_llm_rec(work / name, assets.base_model_path("smollm2-135m"))
+    model = load_llm_rec(str(work / name), assets.base_model_path("smollm2-135m"))
     data = Sequences.load(work / "small")
     how = {"max_length": 30, "batch_size": 512}
     got = {split: evaluate(model, data, split, draw_negatives(data, split), **how)[0] for split in SPLITS}

@@ -80,9 +80,9 @@ class Run:
                 f"--output_dir {self.folder} holds something that is no run of this step; choose another folder"
             )
         if earlier.exists() and self.config["resume"] == "auto":
-            names = [name for name in self.config if name not in NOT_COMPARED]
-            # a flag that the run's own version did not have changes nothing in what it did
-            changed = [n for n in names if n in old and old[n] != json.loads(json.dumps(self.config[n]))]
+            new = {n: json.loads(json.dumps(value)) for n, value in self.config.items() if n not in NOT_COMPARED}
+            # a flag that the run's own version did not have, and that is off, changes nothing in what it did
+            changed = [n for n, value in new.items() if (n in old or value) and old.get(n) != value]
             if changed:
                 name = changed[0]
                 raise UserError(
@@ -171,8 +171,9 @@ class Run:
                 rate = len(index) / seconds
                 bar.update()
                 bar.set_postfix(loss=f"{terms['loss']:.4f}", samples_per_s=f"{rate:.1f}", refresh=False)
-                rates = {"lr": config["learning_rate"] * factor, "samples_per_second": rate}
-                self._log({"step": step + 1, **terms, "grad_norm": norm, **rates})
+                rates = [group["lr"] for group in optimizer.param_groups]
+                rates = dict(zip(("lr", "score_lr"), rates, strict=False))
+                self._log({"step": step + 1, **terms, "grad_norm": norm, **rates, "samples_per_second": rate})
         best = load_tensors(self.checkpoints / "best" / "model.safetensors")
         with torch.no_grad():
             for name, parameter in trained.items():

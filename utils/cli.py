@@ -56,7 +56,10 @@ FLAGS: dict[str, tuple[str, str]] = {
     "warmup_steps": ("steps of linear warm-up", ">= 0"),
     "lr_scheduler": ("what follows the warm-up", ""),
     "max_grad_norm": ("gradient norm above which gradients are scaled down", "> 0"),
-    "eval_steps": ("steps between two evaluations on validation, each with a checkpoint", ">= 1"),
+    "eval_steps": (
+        "steps between two evaluations on validation; checkpoints precede them and follow each epoch",
+        ">= 1",
+    ),
     "seed": ("seed of initialisation, dropout and batches (candidates have their own)", ">= 0"),
     "dtype": ("precision of the forward pass and of a frozen base", ""),
     "resume": ("auto: continue the interrupted run in output_dir, if any; never: start anew", ""),

@@ -139,9 +139,10 @@ class Run:
         schedule = get_scheduler(SCHEDULES[config["lr_scheduler"]], optimizer, config["warmup_steps"], total)
         learning_rate_factor = schedule.lr_lambdas[0]  # a function of the step alone
         state = self._resume(trained, optimizer)
+        started = state["step"]
         wrapped = accelerator.prepare_model(model)
-        self._open_log(state["step"])
-        shown = {"total": total, "initial": state["step"], "unit": "step", "mininterval": 1}
+        self._open_log(started)
+        shown = {"total": total, "initial": started, "unit": "step", "mininterval": 1}
         with tqdm(**shown, disable=not accelerator.is_main_process) as bar:
             epoch, batches = -1, []
             while True:
@@ -149,6 +150,8 @@ class Run:
                 if step and (step % config["eval_steps"] == 0 or step == total) and state["evaluated"] < step:
                     self._save(state, trained, optimizer)
                     self._select(state, model, trained)
+                elif step > started and step % per_epoch == 0:
+                    self._save(state, trained, optimizer)
                 if step == total:
                     break
                 if step // per_epoch != epoch:
@@ -258,7 +261,7 @@ class Run:
         return state
 
     def _save(self, state: dict, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        """A checkpoint of the current step, before it is evaluated; older ones are removed."""
+        """A checkpoint of the current step, before it is evaluated if it is; older ones are removed."""
         if not self.accelerator.is_main_process:
             return
         place = self.checkpoints / f"step-{state['step']:08d}"

@@ -115,19 +115,22 @@ def compare(on: dict, off: dict) -> dict[str, float]:
 
 
 def table(record: dict) -> str:
-    """Test NDCG@10, mean and standard deviation over the seeds; of all metrics and seeds, the largest difference."""
-    header = ["step"] + [f"{kind}NDCG@10, {how}" for kind in ("", "full ") for how in ("on", "off")] + ["differs most"]
+    """NDCG@10, mean and standard deviation over the seeds, and the largest difference (on - off) of any metric."""
+    kinds = {"test": "test/sampled", "test, full": "test/full", "valid": "valid/sampled", "valid, full": "valid/full"}
+    header = ["NDCG@10", "test, on", "off", *(f"{name}: on - off" for name in kinds), "differs most"]
     rows = []
     for step in dict.fromkeys(run["step"] for run in record["runs"]):
-        runs, cells = [run for run in record["runs"] if run["step"] == step], [step]
-        for kind in ("sampled", "full"):
-            for how in ("on", "off"):
-                found = [run[how][kind]["NDCG@10"] for run in runs]
-                spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
-                cells.append(f"{statistics.mean(found):.4f}{spread}")
+        runs = [run for run in record["runs"] if run["step"] == step]
+        cells = [over_seeds([run[how]["sampled"]["NDCG@10"] for run in runs], "") for how in ("on", "off")]
+        cells += [over_seeds([run["differences"][f"{kind}/NDCG@10"] for run in runs], "+") for kind in kinds.values()]
         largest = max((d for run in runs for d in run["differences"].items()), key=lambda d: abs(d[1]))
-        rows.append([*cells, f"{largest[0]} {largest[1]:+.1e}"])
+        rows.append([step, *cells, f"{largest[0]} {largest[1]:+.1e}"])
     return markdown_table(header, rows)
+
+
+def over_seeds(values: list[float], sign: str) -> str:
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.4f}{spread}"
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ from benchmarks.llm_step import (
     make_data,
     make_model,
     ours_loss,
+    peft_sums,
     released_loss,
     seconds,
     training_step,
@@ -124,6 +125,7 @@ OFF = {
     "full_width": "without: packing and trimming",
     "random_batches": "without: batches of like lengths",
     "all_positions": "without: top layer at read positions only",
+    "peft_sums": "without: adapters added inside a product",
     "torch_dropout": "without: dropout from 16 bits a number",
     "adapters_apart": "without: merged adapters",
     "prefix_every_batch": "without: prefix once for all batches",
@@ -155,6 +157,7 @@ def one_off(work: Workload, repeats: int) -> list[dict]:
         "full_width": within(padding_too, training_step(model, ours_loss, full_width(batches))),
         "random_batches": training_step(model, ours_loss, work.batches(work.index(sort=False))),
         "all_positions": within(all_positions, plain),
+        "peft_sums": within(peft_sums, plain),
         "torch_dropout": within(torch_dropout, plain),
     }
     inference = {

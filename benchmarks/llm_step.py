@@ -25,10 +25,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from peft.tuners import lora
 from transformers import AutoModel, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.llm_rec import LLMRec, base_config, block_ends, load_decoder, prompt_ids
+from models.lora import Linear as LoraLinear
 from models.slmrec import SLMRec
 from utils.assets import base_model_path, dataset_folder
 from utils.checkpoint import write_json
@@ -63,6 +65,15 @@ def all_positions(model: LLMRec) -> Iterator[None]:
         module._forward_hooks.update(after)
 
 
+@contextmanager
+def peft_sums(model: LLMRec) -> Iterator[None]:
+    """PEFT's own LoRA, which scales and adds whole outputs."""
+    ours = LoraLinear.forward
+    LoraLinear.forward = lora.Linear.forward
+    yield
+    LoraLinear.forward = ours
+
+
 def released_states(model: LLMRec, histories: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """transformers' hidden_states of the released computation: histories (B, 30), left-padded with 0."""
     embed = model.base.get_input_embeddings()
@@ -71,7 +82,7 @@ def released_states(model: LLMRec, histories: torch.Tensor) -> tuple[torch.Tenso
     inputs = torch.cat([prefix, items, response], dim=1)
     ones = [torch.ones(part.shape[:2], dtype=torch.long, device=histories.device) for part in (prefix, response)]
     mask = torch.cat([ones[0], (histories != 0).long(), ones[1]], dim=1)
-    with all_positions(model):
+    with all_positions(model), peft_sums(model):
         out = model.decoder(inputs_embeds=inputs, attention_mask=mask, output_hidden_states=True, use_cache=False)
     return out.hidden_states
 

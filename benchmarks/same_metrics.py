@@ -4,18 +4,21 @@
     python benchmarks/same_metrics.py --dropout --seeds 1 2 3 --until finetune --out FILE
 
 Off: every history is padded to its full length and has the prompt of its own, padding runs through all layers, every
-position through the whole top layer, adapters stay apart at inference, losses and ranks are computed in one piece.
-Several targets of a user share their history in both. Batches, seeds and candidates are the same: without dropout
-only rounding differs, and what training makes of it. With dropout (SASRec's as in the recipe, the adapters' 0.05), off
-is torch's own dropout and batches of any lengths too: other noise, so only means over seeds can be compared.
+position through the whole top layer, adapters are added as PEFT adds them and stay apart at inference, losses and ranks
+are computed in one piece. Several targets of a user share their history in both. Batches, seeds and candidates are the
+same: without dropout only rounding differs, and what training makes of it. With dropout (SASRec's as in the recipe, the
+adapters' 0.05), off is torch's own dropout and batches of any lengths too: other noise, so only means over seeds can be
+compared. All pipelines together use the CPU's cores, --jobs of them at a time.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -23,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from peft.tuners import lora
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,6 +37,7 @@ import train_sr_trad
 from models import llm_rec, losses
 from models.dropout import Dropout
 from models.llm_rec import LLMRec
+from models.lora import Linear as LoraLinear
 from models.sr.sasrec import SASRec
 from utils import cli, metrics, train
 from utils.checkpoint import read_json, write_json
@@ -82,6 +87,7 @@ def switch_off(with_dropout: bool) -> None:
         return packed(self, F.pad(histories, (missing, 0)), F.pad(asked, (missing, 0)), ends)
 
     SASRec.states, LLMRec.states = sasrec_states, states
+    LoraLinear.forward = lora.Linear.forward
     LLMRec.for_inference = LLMRec.for_accumulation = nullcontext
     llm_rec.tokens_there = all_tokens
     llm_rec.read_only_some = lambda layer, adapted: []
@@ -92,20 +98,23 @@ def switch_off(with_dropout: bool) -> None:
         train.shuffled_batches = lambda lengths, *rest: by_length(np.zeros(len(lengths)), *rest)
 
 
-def run_pipeline(place: Path, steps: list[str], off: bool, dropout: bool, seed: int) -> dict[str, dict]:
+def run_pipeline(steps: list[str], off: bool, dropout: bool, seed: int, threads: int) -> dict[str, dict]:
     """Each step in a process of its own; returns the metrics of those that train."""
-    wiring = {
-        "train_sr_trad": [] if dropout else ["--dropout", "0"],
-        "extract_emb": ["--sr_dir", place / "train_sr_trad"],
-        "finetune": ["--item_embeddings", place / "extract_emb", "--lora_dropout", "0.05" if dropout else "0"],
-        "distill": ["--teacher", place / "finetune", "--lora_dropout", "0.05" if dropout else "0"],
-    }
     how = (["--off"] if off else []) + (["--dropout"] if dropout else [])
-    for step in steps:
-        more = wiring[step] + ([] if step == "extract_emb" else ["--seed", seed])
-        command = [sys.executable, __file__, "--run", step, *how, "--", *more, "--output_dir", place / step]
-        subprocess.run([str(part) for part in command], check=True)
-    return {step: read_json(place / step / "metrics.json", "") for step in steps if step != "extract_emb"}
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        wiring = {
+            "train_sr_trad": [] if dropout else ["--dropout", "0"],
+            "extract_emb": ["--sr_dir", place / "train_sr_trad"],
+            "finetune": ["--item_embeddings", place / "extract_emb", "--lora_dropout", "0.05" if dropout else "0"],
+            "distill": ["--teacher", place / "finetune", "--lora_dropout", "0.05" if dropout else "0"],
+        }
+        for step in steps:
+            more = wiring[step] + ([] if step == "extract_emb" else ["--seed", seed])
+            command = [sys.executable, __file__, "--run", step, *how, "--", *more, "--output_dir", place / step]
+            subprocess.run([str(part) for part in command], check=True, env=env)
+        return {step: read_json(place / step / "metrics.json", "") for step in steps if step != "extract_emb"}
 
 
 def compare(on: dict, off: dict) -> dict[str, float]:
@@ -139,6 +148,7 @@ def main() -> None:
     parser.add_argument("--until", choices=STEPS, default="distill", help="the last step that is run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "same_metrics.json")
+    parser.add_argument("--jobs", type=int, default=2, help="pipelines at a time; the CPU's cores are shared out")
     parser.add_argument("--run", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--off", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
@@ -151,18 +161,26 @@ def main() -> None:
         return
     if args.flags:
         parser.error(f"unknown: {' '.join(args.flags)}")
-    found_here = environment(Accelerator(cpu=not torch.accelerator.is_available()))
     steps, runs = list(STEPS)[: list(STEPS).index(args.until) + 1], []
-    for seed in args.seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            on, off = (run_pipeline(Path(folder) / str(k), steps, k, args.dropout, seed) for k in (False, True))
-        for step in on:
-            both = {"on": on[step]["test"], "off": off[step]["test"]}
-            differences = compare(on[step], off[step])
-            runs.append({"seed": seed, "step": step, "differences": differences, **both})
-            largest = max(differences, key=lambda metric: abs(differences[metric]))
-            print(f"seed {seed}, {step}: {largest} differs most, {differences[largest]:+.2e}", flush=True)
-        write_json({"runs": runs, "dropout": args.dropout, "environment": found_here}, args.out)
+    threads = max(1, torch.get_num_threads() // args.jobs)
+    found_here = environment(Accelerator(cpu=not torch.accelerator.is_available())) | {"threads": threads}
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        started = [
+            [pool.submit(run_pipeline, steps, off, args.dropout, seed, threads) for off in (False, True)]
+            for seed in args.seeds
+        ]
+        for seed, pair in zip(args.seeds, started, strict=True):
+            on, off = (pipeline.result() for pipeline in pair)
+            for step in on:
+                both = {"on": on[step]["test"], "off": off[step]["test"]}
+                differences = compare(on[step], off[step])
+                runs.append({"seed": seed, "step": step, "differences": differences, **both})
+                largest = max(differences, key=lambda metric: abs(differences[metric]))
+                print(f"seed {seed}, {step}: {largest} differs most, {differences[largest]:+.2e}", flush=True)
+            write_json({"runs": runs, "dropout": args.dropout, "environment": found_here}, args.out)
+    finally:
+        pool.shutdown(cancel_futures=True)
     print(table(read_json(args.out, "")))
 
 

@@ -29,6 +29,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from models.dropout import Dropout
+from models.lora import Linear as LoraLinear
 from models.losses import catalogue_cross_entropy
 from utils.checkpoint import load_tensors, read_json, save_tensors
 from utils.cli import UserError
@@ -177,22 +178,15 @@ class LLMRec(nn.Module):
         window = getattr(decoder.config, "sliding_window", None)
         if window and window < len(prefix_ids) + max_length + len(response_ids):
             raise UserError(f"--max_seq_length {max_length}: history and prompt exceed the base's window of {window}")
-        self.init_input_proj(decoder.get_input_embeddings())
-        self.decoder = get_peft_model(decoder, LoraConfig(**lora)) if train_strategy == "lora" else decoder
+        self.decoder = decoder
+        if train_strategy == "lora":
+            config = LoraConfig(**lora)
+            config._register_custom_module({nn.Linear: LoraLinear})
+            self.decoder = get_peft_model(decoder, config)
         for adapter in (m for m in self.decoder.modules() if isinstance(m, LoraLayer)):
             for name, dropout in adapter.lora_dropout.items():
                 if isinstance(dropout, nn.Dropout):  # Identity without dropout
                     adapter.lora_dropout[name] = Dropout(dropout.p)
-
-    @torch.no_grad()
-    def init_input_proj(self, embed: nn.Module) -> None:
-        """Let items start at the scale of the prompt's words, which nn.Linear's own start does not know.
-
-        With SmolLM2-135M and SASRec's table of MovieLens-100K what tells items apart starts several times too small.
-        """
-        words = embed(self.prefix_ids).float().std()
-        nn.init.normal_(self.input_proj.weight).mul_(words / self.item_table[1:].norm(dim=1).mean())
-        nn.init.zeros_(self.input_proj.bias)
 
     @property
     def base(self) -> nn.Module:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import LORA, tiny_decoder, tiny_llm_rec
+from peft.tuners import lora
 from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
 
 from benchmarks import cost, same_metrics
@@ -14,6 +15,7 @@ from benchmarks.llm_step import released_states
 from models import llm_rec, losses
 from models.dropout import Dropout
 from models.llm_rec import LLMRec, block_ends, count_parameters, keep_layers, select_layers
+from models.lora import Linear as LoraLinear
 from models.sr.sasrec import SASRec
 from utils import metrics, train
 from utils.cli import UserError
@@ -147,7 +149,7 @@ def test_everything_off_is_the_plain_computation(monkeypatch):
     """What benchmarks/same_metrics.py compares is the same computation, and off is really off."""
     patched = [(LLMRec, name) for name in ("states", "for_inference", "for_accumulation")]
     patched += [(SASRec, "states"), (llm_rec, "tokens_there"), (llm_rec, "read_only_some"), (losses, "LOGITS_AT_ONCE")]
-    patched += [(metrics, "SCORES_AT_ONCE"), (Dropout, "forward"), (train, "shuffled_batches")]
+    patched += [(metrics, "SCORES_AT_ONCE"), (Dropout, "forward"), (LoraLinear, "forward"), (train, "shuffled_batches")]
     for owner, name in patched:
         monkeypatch.setattr(owner, name, getattr(owner, name))  # to have it back after the test
     histories = pad(mixed_histories()[:6])
@@ -182,7 +184,7 @@ def test_everything_off_is_the_plain_computation(monkeypatch):
     lengths = np.arange(64)
     mixed = train.shuffled_batches(lengths, 8, 0, 0)
     assert max(np.ptp(lengths[index]) for index in mixed) > 20  # sorted they would lie within 8
-    assert Dropout.forward is torch.nn.Dropout.forward
+    assert Dropout.forward is torch.nn.Dropout.forward and LoraLinear.forward is lora.Linear.forward
 
 
 def test_an_error_while_gradients_add_up_leaves_no_prefix_behind():

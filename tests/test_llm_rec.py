@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LORA, tiny_decoder, tiny_llm_rec
+from conftest import LORA, tiny_llm_rec
 from peft.tuners import lora
 from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
 

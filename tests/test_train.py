@@ -1,7 +1,6 @@
 """The training loop: resuming, accumulation, selection, schedules, refusals. Real kills are in test_pipeline.py."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from conftest import make_sequences, tiny_llm_rec
 from transformers import get_scheduler
 
 from models import losses
-from models.slmrec import SLMRec
 from models.sr.sasrec import SASRec
 from utils.checkpoint import check_space, load_tensors, save_tensors
 from utils.cli import RunError, UserError

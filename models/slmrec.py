@@ -76,3 +76,6 @@ class SLMRec(nn.Module):
 
     def item_vectors(self) -> torch.Tensor:
         return self.student.item_vectors()
+
+    def score_parameters(self) -> list[nn.Parameter]:
+        return [*self.student.score_parameters(), *self.ms_heads.parameters()]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LORA, tiny_llm_rec
+from conftest import LORA, tiny_decoder, tiny_llm_rec
 from peft.tuners import lora
 from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
 
@@ -296,6 +296,17 @@ def test_table_7_parameter_counts(layers, total, lora):
     assert counts["lora"] / 1e9 == pytest.approx(lora, abs=0.0005)
     maps = 128 * 4096 + 4096 + 4096 * 128
     assert counts["trained"] == counts["lora"] + maps
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_items_start_at_the_scale_of_the_prompts_words(scale):
+    table = scale * torch.randn(2001, 64)
+    table[0] = 0
+    model = LLMRec(
+        tiny_decoder(), table, prefix_ids=[3, 4, 5], response_ids=[6], max_length=30, train_strategy="frozen"
+    )
+    words = model.base.get_input_embeddings().weight[[3, 4, 5]]
+    assert model.input_proj(model.item_table[1:]).std().item() == pytest.approx(words.std().item(), rel=0.1)
 
 
 def test_what_trains_by_strategy():

@@ -1,9 +1,9 @@
 """One run of one training script: its folder, the training loop, resuming, selection on validation, the results.
 
 The loop serves every step. A model that trains here answers `forward(batch) -> {term: loss}`, whose sum is minimised,
-and is a `Recommender` (utils/metrics.py). Everything random in step k depends on the seed and k alone: batches are a
-function of (seed, epoch), dropout noise of (seed, step). So a run continues exactly from weights, optimiser state and
-a step number.
+and is a `Recommender` (utils/metrics.py); `score_parameters()` are those that --score_learning_rate is for. Everything
+random in step k depends on the seed and k alone: batches on (seed, epoch), dropout noise on (seed, step).
+So a run continues exactly from weights, optimiser state and a step number.
 """
 
 import importlib.util
@@ -131,7 +131,9 @@ class Run:
         config, accelerator = self.config, self.accelerator
         model.to(accelerator.device)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(trained.values(), lr=config["learning_rate"], weight_decay=config["weight_decay"])
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, trained, config), lr=config["learning_rate"], weight_decay=config["weight_decay"]
+        )
         per_epoch = math.ceil(len(examples) / config["batch_size"])
         total = config["max_steps"] if config["max_steps"] > 0 else math.ceil(config["num_epochs"] * per_epoch)
         schedule = get_scheduler(SCHEDULES[config["lr_scheduler"]], optimizer, config["warmup_steps"], total)
@@ -157,7 +159,8 @@ class Run:
                     batches = shuffled_batches(examples.lengths, config["batch_size"], config["seed"], epoch)
                 begun = time.perf_counter()
                 factor = learning_rate_factor(step)
-                optimizer.param_groups[0]["lr"] = config["learning_rate"] * factor
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * factor
                 index = batches[step % per_epoch]
                 shares = (step + 1) % config["eval_steps"] == 0
                 terms = self._backward(wrapped, trained, examples, index, extra or {}, step, shares)
@@ -171,8 +174,9 @@ class Run:
                 rate = len(index) / seconds
                 bar.update()
                 bar.set_postfix(loss=f"{terms['loss']:.4f}", samples_per_s=f"{rate:.1f}", refresh=False)
-                lr = optimizer.param_groups[0]["lr"]
-                self._log({"step": step + 1, **terms, "grad_norm": norm, "lr": lr, "samples_per_second": rate})
+                rates = [group["lr"] for group in optimizer.param_groups]
+                rates = dict(zip(("lr", "score_lr"), rates, strict=False))
+                self._log({"step": step + 1, **terms, "grad_norm": norm, **rates, "samples_per_second": rate})
         best = load_tensors(self.checkpoints / "best" / "model.safetensors")
         with torch.no_grad():
             for name, parameter in trained.items():
@@ -378,6 +382,14 @@ def remove(paths: Iterable[Path]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def parameter_groups(model: nn.Module, trained: dict[str, nn.Parameter], config: dict) -> list[dict]:
+    """What trains, for the optimizer; with --score_learning_rate `model.score_parameters()` apart, at that rate."""
+    own = config.get("score_learning_rate")
+    score = {id(parameter) for parameter in model.score_parameters()} if own else set()
+    rest = {"params": [p for p in trained.values() if id(p) not in score]}
+    return [rest, {"params": [p for p in trained.values() if id(p) in score], "lr": own}] if score else [rest]
 
 
 def gradient_shares(terms: dict[str, torch.Tensor], trained: dict[str, nn.Parameter]) -> dict[str, float]:

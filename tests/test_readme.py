@@ -2,11 +2,12 @@
 
 import json
 import re
+from itertools import product
 
 import pytest
 from conftest import ROOT
 
-from benchmarks import cost, llm_step, order, same_metrics
+from benchmarks import cost, llm_step, order, same_metrics, seeds
 from utils.report import comparison
 
 README = (ROOT / "README.md").read_text()
@@ -23,7 +24,7 @@ def test_the_results_tables_are_those_of_the_committed_records(dataset):
         assert re.fullmatch(r"[0-9a-f]{40}", run["metrics"]["environment"]["git_commit"]), "a clean, committed tree"
 
 
-TABLES = {"order": order.table, "llm_step": llm_step.speed_table, "cost": cost.measures_table}
+TABLES = {"order": order.table, "llm_step": llm_step.speed_table, "cost": cost.measures_table, "seeds": seeds.table}
 TABLES |= dict.fromkeys(("same_metrics", "same_metrics_dropout"), same_metrics.table)
 
 
@@ -40,6 +41,16 @@ def test_the_fast_computations_move_no_metric():
     assert [run["step"] for run in runs] == ["train_sr_trad", "finetune", "distill"]
     for run in runs:
         assert len(run["differences"]) == 24 and max(map(abs, run["differences"].values())) <= 1e-3, run["step"]
+
+
+def test_the_time_saved_was_not_taken_from_the_quality():
+    """NDCG@10 of both language models over the seeds, beside the slower first version."""
+    runs = json.loads((BENCHMARKS / "seeds.json").read_text())["runs"]
+    before, now = dict.fromkeys(run["commit"] for run in runs)
+    for step, split, kind in product(("finetune", "distill"), ("valid", "test"), ("sampled", "full")):
+        of_step = [run for run in runs if run["step"] == step]
+        old, new = ([run[split][kind]["NDCG@10"] for run in of_step if run["commit"] == c] for c in (before, now))
+        assert len(old) == len(new) >= 2 and sum(new) >= sum(old), (step, split, kind)
 
 
 def test_sasrec_on_beauty_is_near_what_is_published():

@@ -2,13 +2,15 @@
 
     python benchmarks/same_metrics.py                          the default pipeline without dropout
     python benchmarks/same_metrics.py --dropout --seeds 1 2 3 --until finetune --out FILE
+    python benchmarks/same_metrics.py --dropout --seeds 1 2 3 --teacher outputs/seed{}/teacher-8 --out FILE
 
 Off: every history is padded to its full length and has the prompt of its own, padding runs through all layers, every
 position through the whole top layer, adapters are added as PEFT adds them and stay apart at inference, losses and ranks
 are computed in one piece. Several targets of a user share their history in both. Batches, seeds and candidates are the
 same: without dropout only rounding differs, and what training makes of it. With dropout (SASRec's as in the recipe, the
 adapters' 0.05), off is torch's own dropout and batches of any lengths too: other noise, so only means over seeds can be
-compared. All pipelines together use the CPU's cores, --jobs of them at a time.
+compared. All pipelines together use the CPU's cores, --jobs of them at a time. With --teacher the student alone is
+compared: both of a seed learn from that trained teacher ({} stands for the seed), whose kept states they share.
 """
 
 import argparse
@@ -98,7 +100,9 @@ def switch_off(with_dropout: bool) -> None:
         train.shuffled_batches = lambda lengths, *rest: by_length(np.zeros(len(lengths)), *rest)
 
 
-def run_pipeline(steps: list[str], off: bool, dropout: bool, seed: int, threads: int) -> dict[str, dict]:
+def run_pipeline(
+    steps: list[str], off: bool, dropout: bool, seed: int, threads: int, teacher: str | None
+) -> dict[str, dict]:
     """Each step in a process of its own; returns the metrics of those that train."""
     how = (["--off"] if off else []) + (["--dropout"] if dropout else [])
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -108,7 +112,7 @@ def run_pipeline(steps: list[str], off: bool, dropout: bool, seed: int, threads:
             "train_sr_trad": [] if dropout else ["--dropout", "0"],
             "extract_emb": ["--sr_dir", place / "train_sr_trad"],
             "finetune": ["--item_embeddings", place / "extract_emb", "--lora_dropout", "0.05" if dropout else "0"],
-            "distill": ["--teacher", place / "finetune", "--lora_dropout", "0.05" if dropout else "0"],
+            "distill": ["--teacher", teacher or place / "finetune", "--lora_dropout", "0.05" if dropout else "0"],
         }
         for step in steps:
             more = wiring[step] + ([] if step == "extract_emb" else ["--seed", seed])
@@ -146,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dropout", action="store_true", help="with dropout, over several seeds")
     parser.add_argument("--until", choices=STEPS, default="distill", help="the last step that is run")
+    parser.add_argument("--teacher", help="folder of a trained teacher, {} for the seed: compare distill.py alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "same_metrics.json")
     parser.add_argument("--jobs", type=int, default=2, help="pipelines at a time; the CPU's cores are shared out")
@@ -162,12 +167,21 @@ def main() -> None:
     if args.flags:
         parser.error(f"unknown: {' '.join(args.flags)}")
     steps, runs = list(STEPS)[: list(STEPS).index(args.until) + 1], []
+    teachers = {seed: args.teacher and args.teacher.format(seed) for seed in args.seeds}
+    if args.teacher:
+        steps = ["distill"]
+        lacking = [folder for folder in teachers.values() if not Path(folder, "metrics.json").exists()]
+        if lacking:
+            parser.error(f"--teacher: {lacking[0]} holds no finished teacher; make it: python benchmarks/seeds.py")
     threads = max(1, torch.get_num_threads() // args.jobs)
     found_here = environment(Accelerator(cpu=not torch.accelerator.is_available())) | {"threads": threads}
     pool = ThreadPoolExecutor(args.jobs)
     try:
         started = [
-            [pool.submit(run_pipeline, steps, off, args.dropout, seed, threads) for off in (False, True)]
+            [
+                pool.submit(run_pipeline, steps, off, args.dropout, seed, threads, teachers[seed])
+                for off in (False, True)
+            ]
             for seed in args.seeds
         ]
         for seed, pair in zip(args.seeds, started, strict=True):

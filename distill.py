@@ -109,7 +109,7 @@ def main(
     num_epochs: float = 3.0,
     max_steps: int = -1,
     learning_rate: float = 1e-3,
-    score_learning_rate: float | None = None,
+    head_learning_rate: float | None = None,
     weight_decay: float = 0.0,
     warmup_steps: int = 50,
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine",

@@ -329,9 +329,12 @@ class LLMRec(nn.Module):
     def item_vectors(self) -> torch.Tensor:
         return self.item_table  # (V + 1, d)
 
-    def score_parameters(self) -> list[nn.Parameter]:
-        """The map from states to user vectors. States are long, so one step of Adam moves all scores far."""
-        return [self.score.weight]
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The two maps around the decoder. States are long, so one step of Adam on `score` moves all scores far.
+
+        A high rate of either lets training grow rounding (recipes/ml-100k.yaml).
+        """
+        return [*self.input_proj.parameters(), self.score.weight]
 
     def save_pretrained(self, folder: Path) -> None:
         """Write what the base model does not have: heads with the item table, and the adapter or trained decoder."""

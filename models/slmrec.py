@@ -77,5 +77,5 @@ class SLMRec(nn.Module):
     def item_vectors(self) -> torch.Tensor:
         return self.student.item_vectors()
 
-    def score_parameters(self) -> list[nn.Parameter]:
-        return [*self.student.score_parameters(), *self.ms_heads.parameters()]
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [*self.student.head_parameters(), *self.ms_heads.parameters()]

@@ -69,7 +69,7 @@ def work(tmp_path_factory) -> Path:
 
 def steps(place: Path) -> dict[str, tuple[str, list]]:
     data = ["--dataset", place / "small"]
-    many = ["--train_targets", 4, "--batch_size", 8, "--score_learning_rate", "1e-3", *FAST]
+    many = ["--train_targets", 4, "--batch_size", 8, "--head_learning_rate", "1e-3", *FAST]
     student = ["--num_layers", 2, "--num_blocks", 2, "--block_reduction", "mean", "--lambda_ms", 0.1]
     return {
         "sasrec": ("train_sr_trad", [*data, *FAST, "--train_targets", "all", "--learning_rate", "3e-3"]),

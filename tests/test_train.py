@@ -180,10 +180,10 @@ def test_schedule_is_warm_up_and_cosine(tmp_path):
     assert rates == pytest.approx(expected) and max(rates) == pytest.approx(1e-2)
 
 
-@pytest.mark.parametrize("score_learning_rate", [None, 1e-4])
-def test_the_maps_to_user_vectors_may_have_a_learning_rate_of_their_own(score_learning_rate, tmp_path, monkeypatch):
+@pytest.mark.parametrize("head_learning_rate", [None, 1e-4])
+def test_the_heads_may_have_a_learning_rate_of_their_own(head_learning_rate, tmp_path, monkeypatch):
     """Both rates warm up and decay; under Adam a step's largest move is about the rate, whatever the gradient."""
-    flags = {"max_steps": 8, "warmup_steps": 2, "eval_steps": 8, "score_learning_rate": score_learning_rate}
+    flags = {"max_steps": 8, "warmup_steps": 2, "eval_steps": 8, "head_learning_rate": head_learning_rate}
     data = make_sequences(users=80)
     run = Run(CONFIG | flags | {"output_dir": str(tmp_path / "a")}, data, "unused")
     weights = {"lambda_cos": 0, "lambda_norm": 0, "lambda_ms": 1, "norm_form": "l2", "block_reduction": "mean"}
@@ -202,11 +202,12 @@ def test_the_maps_to_user_vectors_may_have_a_learning_rate_of_their_own(score_le
     factors = [0, 0.5, *(0.5 + 0.5 * math.cos(math.pi * k / 6) for k in range(6))]
     rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "lr" in row]
-    own = score_learning_rate or CONFIG["learning_rate"]
+    own = head_learning_rate or CONFIG["learning_rate"]
     assert [row["lr"] for row in rows] == pytest.approx([CONFIG["learning_rate"] * f for f in factors])
-    assert [row.get("score_lr", row["lr"]) for row in rows] == pytest.approx([own * f for f in factors])
+    assert [row.get("head_lr", row["lr"]) for row in rows] == pytest.approx([own * f for f in factors])
     for name in trained:
-        rate = own if name == "student.score.weight" or name.startswith("ms_heads.") else CONFIG["learning_rate"]
+        is_head = name.startswith(("student.input_proj.", "student.score.", "ms_heads."))
+        rate = own if is_head else CONFIG["learning_rate"]
         assert seen[0][name] == 0
         for moved, factor in zip(seen[1:], factors[1:], strict=True):
             assert 0.2 * rate * factor < moved[name] < 3 * rate * factor, name

@@ -51,7 +51,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "num_epochs": ("passes over the training examples", "> 0"),
     "max_steps": ("optimiser steps, instead of num_epochs; -1: by num_epochs", "-1 or >= 1"),
     "learning_rate": ("peak learning rate of AdamW", "> 0"),
-    "score_learning_rate": ("the same for the maps from states to user vectors (default: learning_rate)", "> 0"),
+    "head_learning_rate": ("the same for the maps from items and to user vectors (default: learning_rate)", "> 0"),
     "weight_decay": ("weight decay of AdamW", ">= 0"),
     "warmup_steps": ("steps of linear warm-up", ">= 0"),
     "lr_scheduler": ("what follows the warm-up", ""),

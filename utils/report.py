@@ -76,7 +76,7 @@ def plot_curve(folder: Path) -> None:
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "valid" in row]
     figure, (left, right) = plt.subplots(1, 2, sharex=True, figsize=(10, 4), layout="constrained")
-    skipped = {"step", "grad_norm", "lr", "score_lr", "samples_per_second"}
+    skipped = {"step", "grad_norm", "lr", "head_lr", "samples_per_second"}
     names = [name for name in (steps[0] if steps else {}) if name not in skipped]
     names = [name for name in names if len(names) > 2 or name == "loss"]  # a single term is the loss itself
     window = max(1, len(steps) // 50)

@@ -1,7 +1,7 @@
 """One run of one training script: its folder, the training loop, resuming, selection on validation, the results.
 
 The loop serves every step. A model that trains here answers `forward(batch) -> {term: loss}`, whose sum is minimised,
-and is a `Recommender` (utils/metrics.py); `score_parameters()` are those that --score_learning_rate is for. Everything
+and is a `Recommender` (utils/metrics.py); `head_parameters()` are those that --head_learning_rate is for. Everything
 random in step k depends on the seed and k alone: batches on (seed, epoch), dropout noise on (seed, step).
 So a run continues exactly from weights, optimiser state and a step number.
 """
@@ -175,7 +175,7 @@ class Run:
                 bar.update()
                 bar.set_postfix(loss=f"{terms['loss']:.4f}", samples_per_s=f"{rate:.1f}", refresh=False)
                 rates = [group["lr"] for group in optimizer.param_groups]
-                rates = dict(zip(("lr", "score_lr"), rates, strict=False))
+                rates = dict(zip(("lr", "head_lr"), rates, strict=False))
                 self._log({"step": step + 1, **terms, "grad_norm": norm, **rates, "samples_per_second": rate})
         best = load_tensors(self.checkpoints / "best" / "model.safetensors")
         with torch.no_grad():
@@ -385,11 +385,11 @@ def remove(paths: Iterable[Path]) -> None:
 
 
 def parameter_groups(model: nn.Module, trained: dict[str, nn.Parameter], config: dict) -> list[dict]:
-    """What trains, for the optimizer; with --score_learning_rate `model.score_parameters()` apart, at that rate."""
-    own = config.get("score_learning_rate")
-    score = {id(parameter) for parameter in model.score_parameters()} if own else set()
-    rest = {"params": [p for p in trained.values() if id(p) not in score]}
-    return [rest, {"params": [p for p in trained.values() if id(p) in score], "lr": own}] if score else [rest]
+    """What trains, for the optimizer; with --head_learning_rate `model.head_parameters()` apart, at that rate."""
+    own = config.get("head_learning_rate")
+    heads = {id(parameter) for parameter in model.head_parameters()} if own else set()
+    rest = {"params": [p for p in trained.values() if id(p) not in heads]}
+    return [rest, {"params": [p for p in trained.values() if id(p) in heads], "lr": own}] if heads else [rest]
 
 
 def gradient_shares(terms: dict[str, torch.Tensor], trained: dict[str, nn.Parameter]) -> dict[str, float]:

@@ -4,7 +4,8 @@
     python benchmarks/seeds.py --checkouts . ../before --seeds 1 2 3 42
 
 Each checkout of this repository runs its own scripts with its own recipe, in its own outputs/seedSEED/; runs that
-are finished are taken as they are. Give different commits: rows are told apart by them.
+are finished are taken as they are. Give different commits: rows are told apart by them. The record keeps what it has of
+other commits, so a change is compared with what was measured before it.
 """
 
 import argparse
@@ -72,7 +73,9 @@ def main() -> None:
     for checkout in args.checkouts:
         for seed in args.seeds:
             runs += run_steps(checkout, seed)
-    record = {"runs": runs, "environment": found_here}
+    measured = {run["commit"] for run in runs}
+    before = read_json(args.out, "")["runs"] if args.out.exists() else []
+    record = {"runs": [run for run in before if run["commit"] not in measured] + runs, "environment": found_here}
     write_json(record, args.out)
     print(table(record))
 

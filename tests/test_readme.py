@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from itertools import product
 
 import pytest
@@ -44,13 +45,15 @@ def test_the_fast_computations_move_no_metric():
 
 
 def test_the_time_saved_was_not_taken_from_the_quality():
-    """NDCG@10 of both language models over the seeds, beside the slower first version."""
+    """Mean NDCG@10 over the seeds beside the slower first version: higher on test, on validation but for noise."""
     runs = json.loads((BENCHMARKS / "seeds.json").read_text())["runs"]
     before, now = dict.fromkeys(run["commit"] for run in runs)
-    for step, split, kind in product(("finetune", "distill"), ("valid", "test"), ("sampled", "full")):
+    for step, split, kind in product(("train_sr_trad", "finetune", "distill"), ("valid", "test"), ("sampled", "full")):
         of_step = [run for run in runs if run["step"] == step]
-        old, new = ([run[split][kind]["NDCG@10"] for run in of_step if run["commit"] == c] for c in (before, now))
-        assert len(old) == len(new) >= 2 and sum(new) >= sum(old), (step, split, kind)
+        old, new = ({r["seed"]: r[split][kind]["NDCG@10"] for r in of_step if r["commit"] == c} for c in (before, now))
+        assert list(old) == list(new) == [1, 2, 42]
+        gain = statistics.mean(new.values()) - statistics.mean(old.values())
+        assert gain >= {"test": 0, "valid": -0.002}[split], (step, split, kind)
 
 
 def test_sasrec_on_beauty_is_near_what_is_published():

@@ -123,7 +123,6 @@ OFF = {
     "prefix_per_sample": "without: prefix once for all samples",
     "padding_too": "without: packing",
     "full_width": "without: packing and trimming",
-    "random_batches": "without: batches of like lengths",
     "all_positions": "without: top layer at read positions only",
     "peft_sums": "without: adapters added inside a product",
     "torch_dropout": "without: dropout from 16 bits a number",
@@ -155,7 +154,6 @@ def one_off(work: Workload, repeats: int) -> list[dict]:
         "prefix_per_sample": within(prefix_per_sample, plain),
         "padding_too": within(padding_too, plain),
         "full_width": within(padding_too, training_step(model, ours_loss, full_width(batches))),
-        "random_batches": training_step(model, ours_loss, work.batches(work.index(sort=False))),
         "all_positions": within(all_positions, plain),
         "peft_sums": within(peft_sums, plain),
         "torch_dropout": within(torch_dropout, plain),
@@ -199,7 +197,7 @@ def many_targets(dataset: str | None, repeats: int, device) -> dict[str, float]:
     """Targets a second with the newest 8 of 16 users sharing a history, and with a copy of it for each target."""
     data = make_data(dataset, 256)
     examples = training_examples(data, "8", MAX_ITEMS)
-    index = shuffled_batches(examples.lengths, 16, seed=0, epoch=0)[:4]
+    index = shuffled_batches(len(examples), 16, seed=0, epoch=0)[:4]
     batches = [{k: v.to(device) for k, v in examples.batch(part).items()} for part in index]
     model = make_model("smollm2-135m", 8, data.num_items, device, torch.float32)
     number = sum(int((batch["targets"] != 0).sum()) for batch in batches)

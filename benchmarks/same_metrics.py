@@ -8,9 +8,9 @@ Off: every history is padded to its full length and has the prompt of its own, p
 position through the whole top layer, adapters are added as PEFT adds them and stay apart at inference, losses and ranks
 are computed in one piece. Several targets of a user share their history in both. Batches, seeds and candidates are the
 same: without dropout only rounding differs, and what training makes of it. With dropout (SASRec's as in the recipe, the
-adapters' 0.05), off is torch's own dropout and batches of any lengths too: other noise, so only means over seeds can be
-compared. All pipelines together use the CPU's cores, --jobs of them at a time. With --teacher the student alone is
-compared: both of a seed learn from that trained teacher ({} stands for the seed), whose kept states they share.
+adapters' 0.05), off is torch's own dropout too: other noise, so only means over seeds can be compared. All pipelines
+together use the CPU's cores, --jobs of them at a time. With --teacher the student alone is compared: both of a seed
+learn from that trained teacher ({} stands for the seed), whose kept states they share.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -40,8 +39,9 @@ from models import llm_rec, losses
 from models.dropout import Dropout
 from models.llm_rec import LLMRec
 from models.lora import Linear as LoraLinear
+from models.sr import sasrec
 from models.sr.sasrec import SASRec
-from utils import cli, metrics, train
+from utils import cli, metrics
 from utils.checkpoint import read_json, write_json
 from utils.cli import ROOT
 from utils.metrics import SPLITS
@@ -93,11 +93,9 @@ def switch_off(with_dropout: bool) -> None:
     LLMRec.for_inference = LLMRec.for_accumulation = nullcontext
     llm_rec.tokens_there = all_tokens
     llm_rec.read_only_some = lambda layer, adapted: []
-    losses.LOGITS_AT_ONCE = metrics.SCORES_AT_ONCE = 2**62
+    losses.LOGITS_AT_ONCE = metrics.SCORES_AT_ONCE = sasrec.GROUP = 2**62
     if with_dropout:
         Dropout.forward = nn.Dropout.forward
-        by_length = train.shuffled_batches
-        train.shuffled_batches = lambda lengths, *rest: by_length(np.zeros(len(lengths)), *rest)
 
 
 def run_pipeline(

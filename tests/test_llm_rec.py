@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,9 @@ from models import llm_rec, losses
 from models.dropout import Dropout
 from models.llm_rec import LLMRec, block_ends, count_parameters, keep_layers, select_layers
 from models.lora import Linear as LoraLinear
+from models.sr import sasrec
 from models.sr.sasrec import SASRec
-from utils import metrics, train
+from utils import metrics
 from utils.cli import UserError
 
 
@@ -149,7 +149,7 @@ def test_everything_off_is_the_plain_computation(monkeypatch):
     """What benchmarks/same_metrics.py compares is the same computation, and off is really off."""
     patched = [(LLMRec, name) for name in ("states", "for_inference", "for_accumulation")]
     patched += [(SASRec, "states"), (llm_rec, "tokens_there"), (llm_rec, "read_only_some"), (losses, "LOGITS_AT_ONCE")]
-    patched += [(metrics, "SCORES_AT_ONCE"), (Dropout, "forward"), (LoraLinear, "forward"), (train, "shuffled_batches")]
+    patched += [(metrics, "SCORES_AT_ONCE"), (sasrec, "GROUP"), (Dropout, "forward"), (LoraLinear, "forward")]
     for owner, name in patched:
         monkeypatch.setattr(owner, name, getattr(owner, name))  # to have it back after the test
     histories = pad(mixed_histories()[:6])
@@ -172,18 +172,15 @@ def test_everything_off_is_the_plain_computation(monkeypatch):
             found[-1].append(model.user_vectors(histories))
             assert model.base.layers[0].mlp.up_proj.merged == (not off)
         torch.manual_seed(0)
-        sasrec = SASRec(40, dim=8, max_length=width, num_layers=1, num_heads=2, dropout=0.0)
-        sasrec.blocks[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
-        found[-1].append(sasrec.user_vectors(histories))
+        traditional = SASRec(40, dim=8, max_length=width, num_layers=1, num_heads=2, dropout=0.0)
+        traditional.blocks[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+        found[-1].append(traditional.user_vectors(histories))
     assert relative(found[1][3], found[0][3]) < 1e-5 and relative(found[1][4], found[0][4]) < 1e-5
     assert widths == [width - 2, width]
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and relative(found[1][1], found[0][1]) < 1e-5
     # through both layers, for each of six histories: prefix 11, all places for items, two branches of three tokens
     assert found[0][2] < found[1][2] == 2 * 6 * (11 + width + 2 * 3)
-    assert losses.LOGITS_AT_ONCE == metrics.SCORES_AT_ONCE == 2**62
-    lengths = np.arange(64)
-    mixed = train.shuffled_batches(lengths, 8, 0, 0)
-    assert max(np.ptp(lengths[index]) for index in mixed) > 20  # sorted they would lie within 8
+    assert losses.LOGITS_AT_ONCE == metrics.SCORES_AT_ONCE == sasrec.GROUP == 2**62
     assert Dropout.forward is torch.nn.Dropout.forward and LoraLinear.forward is lora.Linear.forward
 
 

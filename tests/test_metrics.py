@@ -194,6 +194,23 @@ def test_sasrec_padding_is_attended_by_nobody(sequences):
     assert torch.allclose(model.user_vectors(padded), before, atol=1e-6)
 
 
+def test_sasrec_trains_the_same_in_groups_of_like_lengths(sequences, monkeypatch):
+    examples = training_examples(sequences, "all", 30)
+    batch = examples.batch(np.random.default_rng(0).permutation(len(examples))[:40])
+    asked, widths = batch["targets"] != 0, []
+    model = sasrec(sequences)
+    scores = model.states(batch["histories"])[asked] @ model.items.weight[1:].T
+    plain = torch.nn.functional.cross_entropy(scores, batch["targets"][asked] - 1)
+    model.blocks[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[:2]))
+    monkeypatch.setattr("models.sr.sasrec.GROUP", 16)
+    grouped = model(batch)["ce"]
+    assert [users for users, _ in widths] == [16, 16, 8] and widths[0][1] < widths[2][1]
+    assert grouped.item() == pytest.approx(plain.item(), rel=1e-6)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (grouped, plain)]
+    for found, expected in zip(*gradients, strict=True):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
 def test_sasrec_never_looks_ahead(sequences):
     model = sasrec(sequences)
     a, b = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 2, 3, 9]])

@@ -14,7 +14,7 @@ from models.slmrec import SLMRec
 from models.sr.sasrec import SASRec
 from utils.checkpoint import check_space, load_tensors, save_tensors
 from utils.cli import RunError, UserError
-from utils.data import shuffled_batches, training_examples
+from utils.data import training_examples
 from utils.report import comparison, finished_runs
 from utils.train import Run, gradient_shares
 
@@ -132,23 +132,6 @@ def test_accumulation_keeps_the_global_batch(micro, tmp_path):
         found.append((terms, torch.cat([p.grad.flatten() for p in trained.values()])))
     (whole_terms, whole), (terms, gradient) = found
     assert terms == pytest.approx(whole_terms) and (gradient - whole).norm() < 1e-5 * whole.norm()
-
-
-def test_every_target_of_an_epoch_counts_the_same(tmp_path):
-    """Batches of like lengths: at fixed weights their gradients sum to that of all targets in one batch."""
-    examples = training_examples(make_sequences(users=80), "all", 8)
-    run = Run(CONFIG | {"output_dir": str(tmp_path / "a")}, make_sequences(), "unused")
-    model = Model(dropout=0.0)
-    trained = dict(model.named_parameters())
-    found = []
-    for batches in ([np.arange(len(examples))], shuffled_batches(examples.lengths, 16, 0, 0)):
-        found.append(0)
-        for index in batches:
-            run._backward(model, trained, examples, index, {}, 0, False)
-            found[-1] += torch.cat([p.grad.flatten() for p in trained.values()]) * len(index) / len(examples)
-            model.zero_grad()
-    assert len({examples.asked[index].mean() for index in batches}) > 4, "batches that differ in targets an example"
-    assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
 
 
 @pytest.mark.parametrize("strategy", ["lora", "full", "frozen"])

@@ -146,21 +146,10 @@ def split_examples(data: Sequences, split: str, max_length: int) -> Examples:
     return Examples(data.items, np.maximum(data.offsets[data.users], end - max_length), end, end)
 
 
-def shuffled_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Example indices of each batch of an epoch; a pure function of its arguments, so that a run can resume in it.
-
-    Examples are shuffled, then sorted by length inside chunks of 16 batches: little padding is left, while who
-    meets whom still changes from epoch to epoch. The order of the batches is shuffled again.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    chunk = 16 * batch_size
-    batches = []
-    for at in range(0, len(order), chunk):
-        part = order[at : at + chunk]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+def shuffled_batches(examples: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Example indices of each batch of an epoch; a pure function of its arguments, so that a run can resume in it."""
+    order = np.random.default_rng([seed, epoch]).permutation(examples)
+    return [order[at : at + batch_size] for at in range(0, examples, batch_size)]
 
 
 def sorted_batches(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:

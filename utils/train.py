@@ -156,7 +156,7 @@ class Run:
                     break
                 if step // per_epoch != epoch:
                     epoch = step // per_epoch
-                    batches = shuffled_batches(examples.lengths, config["batch_size"], config["seed"], epoch)
+                    batches = shuffled_batches(len(examples), config["batch_size"], config["seed"], epoch)
                 begun = time.perf_counter()
                 factor = learning_rate_factor(step)
                 for group in optimizer.param_groups:
@@ -196,9 +196,7 @@ class Run:
         """Accumulate the gradient of the global batch `index`; returns its loss terms, named, with their sum as loss.
 
         Each device takes every n-th example of the batch, and each micro-batch counts by the targets it holds, so that
-        the gradient is that of the mean over the global batch whatever the devices and the micro-batch size. It counts
-        by the batch's targets an example, beside all examples': batches hold histories of like lengths, and the targets
-        of short ones would weigh more than others. The terms that are returned are means.
+        the gradient is that of the mean over the global batch whatever the devices and the micro-batch size.
         """
         accelerator, config = self.accelerator, self.config
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -210,7 +208,6 @@ class Run:
         own = index[:1] if idle else own
         size = config["micro_batch_size"] or len(own)
         parts = [own[at : at + size] for at in range(0, len(own), size)]
-        scale = float(asked[index].mean() / asked.mean())
         sums: dict[str, torch.Tensor] = {}
         with ExitStack() as accumulation:
             if len(parts) > 1 and world == 1:  # several devices exchange gradients in a backward pass, not after it
@@ -227,7 +224,7 @@ class Run:
                         terms = {name: value * weight for name, value in model(batch).items()}
                     if shares and sync and len(terms) > 1:
                         self._log({"step": step + 1, "gradient_share": gradient_shares(terms, trained)})
-                    accelerator.backward(sum(terms.values()) * (world * scale))
+                    accelerator.backward(sum(terms.values()) * world)
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0) + value.detach()
         names = list(sums)

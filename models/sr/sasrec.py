@@ -7,6 +7,10 @@ from torch import nn
 from models.dropout import Dropout
 from models.losses import catalogue_cross_entropy, sampled_cross_entropy
 
+# A CPU runs the users of a training batch in groups of this size and of like lengths, which leaves little padding; an
+# accelerator would lose more to many small kernels.
+GROUP = 64
+
 
 class Block(nn.Module):
     """Pre-norm causal self-attention and feed-forward."""
@@ -75,10 +79,20 @@ class SASRec(nn.Module):
             x = block(x, mask)
         return self.norm(x)
 
+    def states_asked(self, histories: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """User vectors (N, d) where a target is asked, and the targets (N,)."""
+        group, found = GROUP if histories.device.type == "cpu" else len(histories), []
+        for rows in (histories != 0).sum(1).argsort().split(group):
+            longest = (histories[rows] != 0).any(0)  # (T,)
+            asked = targets[rows][:, longest]
+            vectors = self.states(histories[rows][:, longest])[asked != 0]
+            found.append((vectors, asked[asked != 0]))
+        vectors, targets = zip(*found, strict=True)
+        return torch.cat(vectors), torch.cat(targets)
+
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Loss terms of a batch: targets (B, T), 0 where nothing is asked."""
-        asked = batch["targets"] != 0
-        vectors, targets = self.states(batch["histories"])[asked], batch["targets"][asked]  # (N, d), (N,)
+        vectors, targets = self.states_asked(**batch)
         if not self.num_negatives:
             return {"ce": catalogue_cross_entropy(vectors, self.items.weight, targets)}
         negatives = self.log_q.exp().multinomial(self.num_negatives, replacement=True)  # (S,)

@@ -3,10 +3,10 @@
     python benchmarks/cost.py
 
 Measures: switched off one at a time, alternately with everything on, medians of five; the prefix shared by
-micro-batches; torch.compile, which the scripts do not use; several targets of a user at once. Growth, medians of three:
-with depth and history length, a training step and inference of the language model, batch 32, ours beside the released
-computation; with the catalogue, a SASRec training step with the whole softmax and with 2,048 negatives; with the
-users, drawing candidates, and ranking by vectors that cost nothing.
+micro-batches; SASRec's users in groups of like lengths; torch.compile, which the scripts do not use; several targets of
+a user at once. Growth, medians of three: with depth and history length, a training step and inference of the language
+model, batch 32, ours beside the released computation; with the catalogue, a SASRec training step with the whole softmax
+and with 2,048 negatives; with the users, drawing candidates, and ranking by vectors that cost nothing.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from benchmarks.same_metrics import all_tokens, prefix_for_each
 from models import llm_rec
 from models.dropout import Dropout
 from models.llm_rec import LLMRec
-from models.sr.sasrec import SASRec
+from models.sr import sasrec
 from utils.checkpoint import write_json
 from utils.cli import ROOT
 from utils.data import Sequences, shuffled_batches, training_examples
@@ -228,6 +228,27 @@ def micro_batches(work: Workload, repeats: int, size: int = 8) -> dict[str, floa
     )
 
 
+def sasrec_groups(repeats: int, device) -> dict[str, float]:
+    """Users a second of SASRec's training, 256 of Beauty's lengths a batch: in groups of like lengths, in one piece."""
+    data = make_data(None, 1024)
+    examples = training_examples(data, "all", MAX_ITEMS)
+    index = shuffled_batches(len(examples), 256, seed=0, epoch=0)
+    batches = [{k: v.to(device) for k, v in examples.batch(part).items()} for part in index]
+    options = {"dim": 128, "max_length": MAX_ITEMS, "num_layers": 2, "num_heads": 2, "dropout": 0.2}
+    counts = torch.ones(data.num_items + 1)
+    model = sasrec.SASRec(data.num_items, num_negatives=2048, counts=counts, **options).to(device)
+    groups = training_step(model, ours_loss, batches)
+
+    def one_piece() -> None:
+        size, sasrec.GROUP = sasrec.GROUP, 256
+        groups()
+        sasrec.GROUP = size
+
+    one_piece()
+    number = len(examples)
+    return alternate(repeats, groups=(groups, number), one_piece=(one_piece, number))
+
+
 def compiled(work: Workload, repeats: int) -> dict[str, float]:
     """Samples a second of training with and without torch.compile, and the seconds of the first, compiling pass.
 
@@ -283,7 +304,7 @@ def catalogue(num_items: int, device) -> dict[str, float]:
     for name, negatives in (("whole softmax", 0), ("2,048 negatives", 2048)):
         options = {"dim": 128, "max_length": 30, "num_layers": 2, "num_heads": 2, "dropout": 0.2}
         counts = torch.ones(num_items + 1)
-        model = SASRec(num_items, num_negatives=negatives, counts=counts, **options).to(device)
+        model = sasrec.SASRec(num_items, num_negatives=negatives, counts=counts, **options).to(device)
 
         def step(model=model) -> None:
             model.zero_grad(set_to_none=True)
@@ -315,6 +336,9 @@ def main() -> None:
     micro = micro_batches(work, repeats)
     ratio = micro["shared"] / micro["each"]
     print(f"prefix once for four micro-batches of 8: {ratio:.2f} x the samples a second", flush=True)
+    grouped = sasrec_groups(repeats, device)
+    ratio = grouped["groups"] / grouped["one_piece"]
+    print(f"SASRec's users in groups of like lengths: {ratio:.2f} x the users a second of one piece", flush=True)
     compiling = compiled(work, repeats)
     ratio = compiling["compiled"] / compiling["plain"]
     print(f"torch.compile: {ratio:.2f} x the samples a second, after {compiling['first_seconds']:.0f} s", flush=True)
@@ -329,6 +353,7 @@ def main() -> None:
         "users, seconds": {n: users(n) for n in USERS},
     }
     found = {"one_off": measures, "micro_batches": micro, "compile": compiling, "many_targets": targets}
+    found["sasrec_groups"] = grouped
     write_json(found | {"panels": panels, "repeats": repeats, "environment": environment(accelerator)}, args.out)
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     for (title, sizes), panel in zip(panels.items(), axes.flat, strict=True):

@@ -1,4 +1,4 @@
-"""What each measure of the language model's computation contributes, and how the cost grows, at four sizes each.
+"""What each measure of the computation contributes, and how the cost grows, at four sizes each.
 
     python benchmarks/cost.py
 

@@ -5,12 +5,12 @@
     python benchmarks/same_metrics.py --dropout --seeds 1 2 3 --teacher outputs/seed{}/teacher-8 --out FILE
 
 Off: every history is padded to its full length and has the prompt of its own, padding runs through all layers, every
-position through the whole top layer, adapters are added as PEFT adds them and stay apart at inference, losses and ranks
-are computed in one piece. Several targets of a user share their history in both. Batches, seeds and candidates are the
-same: without dropout only rounding differs, and what training makes of it. With dropout (SASRec's as in the recipe, the
-adapters' 0.05), off is torch's own dropout too: other noise, so only means over seeds can be compared. All pipelines
-together use the CPU's cores, --jobs of them at a time. With --teacher the student alone is compared: both of a seed
-learn from that trained teacher ({} stands for the seed), whose kept states they share.
+position through the whole top layer, adapters are added as PEFT adds them and stay apart at inference, losses, ranks
+and SASRec's batches are computed in one piece. Several targets of a user share their history in both. Batches, seeds
+and candidates are the same: without dropout only rounding differs, and what training makes of it. With dropout
+(SASRec's as in the recipe, the adapters' 0.05), off is torch's own dropout too: other noise, so only means over seeds
+can be compared. All pipelines together use the CPU's cores, --jobs of them at a time. With --teacher the student alone
+is compared: both of a seed learn from that trained teacher ({} stands for the seed), whose kept states they share.
 """
 
 import argparse

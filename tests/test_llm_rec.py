@@ -157,7 +157,8 @@ def test_everything_off_is_the_plain_computation(monkeypatch):
     targets[:, -1], targets[2, -3:] = 7, torch.tensor([3, 0, 9])
     targets *= histories != 0
     width, found, through = histories.shape[1] + 2, [], []
-    widths = []
+    widths, groups = [], []
+    sasrec.GROUP = 4
     for off in (False, True):
         if off:
             same_metrics.switch_off(with_dropout=True)
@@ -175,8 +176,11 @@ def test_everything_off_is_the_plain_computation(monkeypatch):
         traditional = SASRec(40, dim=8, max_length=width, num_layers=1, num_heads=2, dropout=0.0)
         traditional.blocks[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
         found[-1].append(traditional.user_vectors(histories))
+        traditional.norm.register_forward_pre_hook(lambda module, args: groups.append(len(args[0])))
+        found[-1].append(traditional({"histories": histories, "targets": targets})["ce"].item())
     assert relative(found[1][3], found[0][3]) < 1e-5 and relative(found[1][4], found[0][4]) < 1e-5
-    assert widths == [width - 2, width]
+    assert widths[0] == width - 2 and widths[3:] == [width, width] and groups == [4, 2, 6]
+    assert found[1][5] == pytest.approx(found[0][5], rel=1e-5)
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and relative(found[1][1], found[0][1]) < 1e-5
     # through both layers, for each of six histories: prefix 11, all places for items, two branches of three tokens
     assert found[0][2] < found[1][2] == 2 * 6 * (11 + width + 2 * 3)

@@ -45,7 +45,7 @@ def test_the_fast_computations_move_no_metric():
 
 
 def test_the_time_saved_was_not_taken_from_the_quality():
-    """Mean NDCG@10 over the seeds beside the slower first version: higher on test, and on test and validation together."""
+    """Mean NDCG@10 over the seeds beside the slower first version: higher on test, and in sum with validation."""
     runs = json.loads((BENCHMARKS / "seeds.json").read_text())["runs"]
     before, now = dict.fromkeys(run["commit"] for run in runs)
     for step, kind in product(("train_sr_trad", "finetune", "distill"), ("sampled", "full")):

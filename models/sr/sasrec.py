@@ -7,7 +7,7 @@ from torch import nn
 from models.dropout import Dropout
 from models.losses import catalogue_cross_entropy, sampled_cross_entropy
 
-# A CPU runs the users of a training batch in groups of this size and of like lengths, which leaves little padding; an
+# A CPU runs the users of a training batch in groups of this size, sorted by length, which leaves little padding; an
 # accelerator would lose more to many small kernels.
 GROUP = 64
 
@@ -80,19 +80,20 @@ class SASRec(nn.Module):
         return self.norm(x)
 
     def states_asked(self, histories: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """User vectors (N, d) where a target is asked, and the targets (N,)."""
-        group, found = GROUP if histories.device.type == "cpu" else len(histories), []
-        for rows in (histories != 0).sum(1).argsort().split(group):
-            longest = (histories[rows] != 0).any(0)  # (T,)
-            asked = targets[rows][:, longest]
-            vectors = self.states(histories[rows][:, longest])[asked != 0]
-            found.append((vectors, asked[asked != 0]))
+        """User vectors (N, d) where a target is asked, and the targets (N,); on a CPU short histories come first."""
+        if histories.device.type != "cpu":
+            return self.states(histories)[targets != 0], targets[targets != 0]
+        lengths, found = (histories != 0).sum(1), []
+        for rows in lengths.argsort().split(GROUP):
+            T = int(lengths[rows[-1]])
+            asked = targets[rows, -T:]
+            found.append((self.states(histories[rows, -T:])[asked != 0], asked[asked != 0]))
         vectors, targets = zip(*found, strict=True)
         return torch.cat(vectors), torch.cat(targets)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Loss terms of a batch: targets (B, T), 0 where nothing is asked."""
-        vectors, targets = self.states_asked(**batch)
+        vectors, targets = self.states_asked(batch["histories"], batch["targets"])
         if not self.num_negatives:
             return {"ce": catalogue_cross_entropy(vectors, self.items.weight, targets)}
         negatives = self.log_q.exp().multinomial(self.num_negatives, replacement=True)  # (S,)

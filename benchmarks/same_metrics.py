@@ -1,7 +1,7 @@
 """Do the fast computations move a metric? The four steps with everything on, and with everything off.
 
     python benchmarks/same_metrics.py                          the default pipeline without dropout
-    python benchmarks/same_metrics.py --dropout --seeds 1 2 3 --until finetune --out FILE
+    python benchmarks/same_metrics.py --dropout --seeds 1 2 3 --out FILE
     python benchmarks/same_metrics.py --dropout --seeds 1 2 3 --teacher outputs/seed{}/teacher-8 --out FILE
 
 Off: every history is padded to its full length and has the prompt of its own, padding runs through all layers, every

@@ -44,6 +44,17 @@ def test_the_fast_computations_move_no_metric():
         assert len(run["differences"]) == 24 and max(map(abs, run["differences"].values())) <= 1e-3, run["step"]
 
 
+def test_with_dropout_the_metrics_differ_by_noise_alone():
+    """Three seeds with everything on and off: Student's paired t test, 5 %, two-sided, for each NDCG@10."""
+    runs = json.loads((BENCHMARKS / "same_metrics_dropout.json").read_text())["runs"]
+    for step, kind in product(("train_sr_trad", "finetune", "distill"), ("sampled", "full")):
+        for split in ("test", "valid"):
+            found = {r["seed"]: r["differences"][f"{split}/{kind}/NDCG@10"] for r in runs if r["step"] == step}
+            assert list(found) == [1, 2, 3]
+            error = statistics.stdev(found.values()) / 3**0.5
+            assert abs(statistics.mean(found.values())) <= 4.303 * error, (step, split, kind)
+
+
 def test_the_time_saved_was_not_taken_from_the_quality():
     """Mean NDCG@10 over the seeds beside the slower first version: higher on test, and in sum with validation."""
     runs = json.loads((BENCHMARKS / "seeds.json").read_text())["runs"]

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -323,6 +324,23 @@ def users(number: int) -> dict[str, float]:
     return found | {"ranking": median(lambda: rank_users(model, data, "test", negatives, **how))}
 
 
+def plot_panels(panels: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
+    """Draws each panel, "x label, y label" -> size -> name -> value, on logarithmic axes, marked at its sizes."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for (title, sizes), panel in zip(panels.items(), axes.flat, strict=True):
+        for name in next(iter(sizes.values())):
+            panel.loglog(list(sizes), [values[name] for values in sizes.values()], marker="o", label=name)
+        panel.set_xticks(list(sizes), [f"{n:,}" for n in sizes])
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.minorticks_off()
+        panel.set(xlabel=title.split(", ")[0], ylabel=title.split(", ")[1])
+        panel.grid(alpha=0.3)
+        panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
@@ -355,16 +373,11 @@ def main() -> None:
     found = {"one_off": measures, "micro_batches": micro, "compile": compiling, "many_targets": targets}
     found["sasrec_groups"] = grouped
     write_json(found | {"panels": panels, "repeats": repeats, "environment": environment(accelerator)}, args.out)
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for (title, sizes), panel in zip(panels.items(), axes.flat, strict=True):
+    for title, sizes in panels.items():
         for name in next(iter(sizes.values())):
-            values = [found[name] for found in sizes.values()]
-            panel.loglog(list(sizes), values, marker="o", label=name)
-            print(f"{title}: {name:20s}", "  ".join(f"{n:,}: {v:.3g}" for n, v in zip(sizes, values, strict=True)))
-        panel.set(xlabel=title.split(",")[0], ylabel=title.split(", ")[1])
-        panel.grid(alpha=0.3, which="both")
-        panel.legend()
-    figure.savefig(args.out.parent / f"{args.out.stem}.png", dpi=100)
+            values = "  ".join(f"{n:,}: {values[name]:.3g}" for n, values in sizes.items())
+            print(f"{title}: {name:20s}", values)
+    plot_panels(panels, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from benchmarks.llm_step import (
     seconds,
     training_step,
 )
-from benchmarks.same_metrics import all_tokens, prefix_for_each
+from benchmarks.same_metrics import all_tokens, copied_keys, own_rows, prefix_for_each
 from models import llm_rec
 from models.dropout import Dropout
 from models.llm_rec import LLMRec
@@ -57,10 +57,35 @@ BATCH = 32
 
 
 @contextmanager
-def prefix_per_sample(model: LLMRec) -> Iterator[None]:
-    """The prompt prefix through the layers once for every sample of a batch."""
-    model.states = partial(prefix_for_each(LLMRec.states), model)
+def replaced(name: str, by: Callable) -> Iterator[None]:
+    """A function of models.llm_rec replaced by another."""
+    original = getattr(llm_rec, name)
+    setattr(llm_rec, name, by)
     yield
+    setattr(llm_rec, name, original)
+
+
+def padding_too(model: LLMRec) -> AbstractContextManager[None]:
+    """Padding goes through the layers as well."""
+    return replaced("tokens_there", all_tokens)
+
+
+def rows_apart(model: LLMRec) -> AbstractContextManager[None]:
+    """No two samples share a row of attention: each is padded there to the longest."""
+    return replaced("share_rows", own_rows)
+
+
+def keys_copied(model: LLMRec) -> AbstractContextManager[None]:
+    """Keys and values copied for each query head, as transformers does under a mask."""
+    return replaced("masked_attention", copied_keys)
+
+
+@contextmanager
+def prefix_per_sample(model: LLMRec) -> Iterator[None]:
+    """The prompt prefix through the layers once for every sample of a batch, which then needs a row of its own."""
+    model.states = partial(prefix_for_each(LLMRec.states), model)
+    with rows_apart(model):
+        yield
     del model.states
 
 
@@ -97,15 +122,6 @@ def prefix_every_batch(model: LLMRec) -> Iterator[None]:
 
 
 @contextmanager
-def padding_too(model: LLMRec) -> Iterator[None]:
-    """Padding goes through the layers as well."""
-    original = llm_rec.tokens_there
-    llm_rec.tokens_there = all_tokens
-    yield
-    llm_rec.tokens_there = original
-
-
-@contextmanager
 def torch_dropout(model: nn.Module) -> Iterator[None]:
     """torch's own dropout."""
     ours = Dropout.forward
@@ -124,6 +140,8 @@ OFF = {
     "prefix_per_sample": "without: prefix once for all samples",
     "padding_too": "without: packing",
     "full_width": "without: packing and trimming",
+    "rows_apart": "without: short samples in one row of attention",
+    "keys_copied": "without: keys shared by query heads",
     "all_positions": "without: top layer at read positions only",
     "peft_sums": "without: adapters added inside a product",
     "torch_dropout": "without: dropout from 16 bits a number",
@@ -155,6 +173,8 @@ def one_off(work: Workload, repeats: int) -> list[dict]:
         "prefix_per_sample": within(prefix_per_sample, plain),
         "padding_too": within(padding_too, plain),
         "full_width": within(padding_too, training_step(model, ours_loss, full_width(batches))),
+        "rows_apart": within(rows_apart, plain),
+        "keys_copied": within(keys_copied, plain),
         "all_positions": within(all_positions, plain),
         "peft_sums": within(peft_sums, plain),
         "torch_dropout": within(torch_dropout, plain),
@@ -164,6 +184,8 @@ def one_off(work: Workload, repeats: int) -> list[dict]:
         "adapters_apart": within(adapters_apart, rank),
         "prefix_every_batch": within(prefix_every_batch, rank),
         "padding_too": within(padding_too, rank),
+        "rows_apart": within(rows_apart, rank),
+        "keys_copied": within(keys_copied, rank),
         "all_positions": within(all_positions, rank),
     }
     for kind, variants, number in (("training", training, samples), ("inference", inference, users)):

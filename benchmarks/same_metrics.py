@@ -4,13 +4,14 @@
     python benchmarks/same_metrics.py --dropout --seeds 1 2 3 --out FILE
     python benchmarks/same_metrics.py --dropout --seeds 1 2 3 --teacher outputs/seed{}/teacher-8 --out FILE
 
-Off: every history is padded to its full length and has the prompt of its own, padding runs through all layers, every
-position through the whole top layer, adapters are added as PEFT adds them and stay apart at inference, losses, ranks
-and SASRec's batches are computed in one piece. Several targets of a user share their history in both. Batches, seeds
-and candidates are the same: without dropout only rounding differs, and what training makes of it. With dropout
-(SASRec's as in the recipe, the adapters' 0.05), off is torch's own dropout too: other noise, so only means over seeds
-can be compared. All pipelines together use the CPU's cores, --jobs of them at a time. With --teacher the student alone
-is compared: both of a seed learn from that trained teacher ({} stands for the seed), whose kept states they share.
+Off: every history is padded to its full length and has the prompt and a row of attention of its own, keys are copied
+for each query head, padding runs through all layers, every position through the whole top layer, adapters are added as
+PEFT adds them and stay apart at inference, losses, ranks and SASRec's batches are computed in one piece. Several
+targets of a user share their history in both. Batches, seeds and candidates are the same: without dropout only
+rounding differs, and what training makes of it. With dropout (SASRec's as in the recipe, the adapters' 0.05), off is
+torch's own dropout too: other noise, so only means over seeds can be compared. All pipelines together use the CPU's
+cores, --jobs of them at a time. With --teacher the student alone is compared: both of a seed learn from that trained
+teacher ({} stands for the seed), whose kept states they share.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from peft.tuners import lora
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill
@@ -76,6 +78,16 @@ def all_tokens(histories: torch.Tensor, after: torch.Tensor, R: int) -> torch.Te
     return torch.arange(len(histories) * (histories.shape[1] + after.shape[1] * R), device=histories.device)
 
 
+def own_rows(lengths: list[int]) -> tuple[list[int], int]:
+    """models.llm_rec.share_rows without sharing."""
+    return [row * max(lengths) for row in range(len(lengths))], len(lengths)
+
+
+def copied_keys(*args, **how) -> torch.Tensor:
+    """models.llm_rec.masked_attention as transformers computes it: a copy of keys and values for each query head."""
+    return sdpa_attention_forward(*args, **how)[0]
+
+
 def switch_off(with_dropout: bool) -> None:
     """Replace each fast computation by the plain one, in this process."""
     packed, trimmed = prefix_for_each(LLMRec.states), SASRec.states
@@ -91,7 +103,7 @@ def switch_off(with_dropout: bool) -> None:
     SASRec.states, LLMRec.states = sasrec_states, states
     LoraLinear.forward = lora.Linear.forward
     LLMRec.for_inference = LLMRec.for_accumulation = nullcontext
-    llm_rec.tokens_there = all_tokens
+    llm_rec.tokens_there, llm_rec.share_rows, llm_rec.masked_attention = all_tokens, own_rows, copied_keys
     llm_rec.read_only_some = lambda layer, adapted: []
     losses.LOGITS_AT_ONCE = metrics.SCORES_AT_ONCE = sasrec.GROUP = 2**62
     if with_dropout:

@@ -6,9 +6,10 @@ the frozen item table (PAPER, step 3).
 
 Computation. The prefix is the same for everybody and attention is causal, so it runs once for the whole batch, with
 gradient, and every sample attends to its keys and values. Only tokens that are there run: those of all samples are
-packed into one row (1, N, h), without padding, and are laid out as (B, L) for attention alone. Explicit position ids
-keep every item at the position that it has in the released layout, where each sample is left-padded to `max_length`
-items between prefix and response. Several targets of one history share it.
+packed into one row (1, N, h), without padding; for attention alone they are laid out in rows as long as the longest
+sample, which short samples share. Explicit position ids keep every item at the position that it has in the released
+layout, where each sample is left-padded to `max_length` items between prefix and response. Several targets of one
+history share it.
 """
 
 import copy
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -287,26 +289,30 @@ class LLMRec(nn.Module):
         after = torch.full((B, n), -1, device=device)  # the item a branch follows, -1 where there is no branch
         after[row, slot] = column
 
-        there = tokens_there(histories, after, R)
-        items = self.input_proj(self.item_table[histories]).to(response.dtype)  # (B, T, h)
-        tokens = torch.cat([items, response.expand(B, n, -1, -1).flatten(1, 2)], dim=1)  # (B, L, h), L = T + n R
+        real = histories != 0  # (B, T)
+        items = self.input_proj(self.item_table[histories[real]]).to(response.dtype)  # (items, h)
+        vectors = torch.cat([items, response[0]])  # (items + R, h)
+        of_items = real.flatten().cumsum(0).view(B, T) - 1  # which vector each token is, (B, T)
+        of_branch = (len(items) + torch.arange(R, device=device)).repeat(n).expand(B, -1)  # (B, n R)
         first = P + self.max_length - T
         position = torch.arange(first, first + T, device=device).expand(B, -1)  # (B, T)
         branch_position = first + 1 + after[:, :, None] + torch.arange(R, device=device)  # (B, n, R)
-        packed = tokens.flatten(0, 1)[there][None]  # (1, tokens, h)
+        there = tokens_there(histories, after, R)  # in (B, L), L = T + n R
+        packed = vectors[torch.cat([of_items, of_branch], dim=1).flatten()[there].clamp_min(0)][None]  # (1, tokens, h)
         positions = torch.cat([position, branch_position.flatten(1)], dim=1).flatten()[there]  # (tokens,)
         if self.kept_prefix is None:
             packed = torch.cat([prefix, packed], dim=1)
             positions = torch.cat([torch.arange(P, device=device), positions])
         last = row * (T + n * R) + T + slot * R + R - 1  # in (B, L): the last token of each branch
         read = self.read(torch.searchsorted(there, last) + packed.shape[1] - len(there))  # (N,)
+        place, mask = lay_out(there, histories, after, P, R, prefix.dtype)
         output = self.decoder(
             inputs_embeds=packed,
-            attention_mask=branch_mask(histories, after, P, R, prefix.dtype),
+            attention_mask=mask,
             position_ids=positions[None],
             use_cache=False,
             output_hidden_states=ends != [self.num_layers],
-            packing=Packing(there, B, P, self.kept_prefix),
+            packing=Packing(place, P, self.kept_prefix),
         )
         layers = [output.last_hidden_state] if ends == [self.num_layers] else [output.hidden_states[e] for e in ends]
         return torch.stack([layer[0, read] for layer in layers], dim=1)  # (N, K, h)
@@ -354,16 +360,66 @@ def tokens_there(histories: torch.Tensor, after: torch.Tensor, R: int) -> torch.
     return torch.cat([histories != 0, branches], dim=1).flatten().nonzero()[:, 0]
 
 
+def share_rows(lengths: list[int]) -> tuple[list[int], int]:
+    """Rows as wide as the longest sample, each with as many samples as fit (best fit, the longest first).
+
+    Returns where each sample starts in the flat (rows, width), and the number of rows.
+    """
+    width, rows = max(lengths), 0
+    starts = [0] * len(lengths)
+    with_room: list[list[int]] = [[] for _ in range(width + 1)]  # rows, by the places that they have left
+    for sample in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        length = lengths[sample]
+        room = next((room for room in range(length, width) if with_room[room]), width)
+        if room == width:
+            with_room[room].append(rows)
+            rows += 1
+        row = with_room[room].pop()
+        starts[sample] = (row + 1) * width - room
+        with_room[room - length].append(row)
+    return starts, rows
+
+
+def lay_out(
+    there: torch.Tensor, histories: torch.Tensor, after: torch.Tensor, P: int, R: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows for attention: the place of each token in the flat (rows, width), and who sees whom.
+
+    there (tokens,) of `tokens_there`; histories (B, T); after (B, n). The mask (rows, 1, width, P + width) is additive;
+    keys are the prefix, which all see, then the row itself. An item sees its own history up to itself; a token of
+    branch j the items up to after[:, j] and its own branch up to itself. Padding is seen by no other.
+    """
+    (B, T), n, device = histories.shape, after.shape[1], histories.device
+    L = T + n * R
+    sample, column = there // L, there % L
+    lengths = torch.bincount(sample, minlength=B)
+    counts = lengths.tolist()
+    (starts, rows), width = share_rows(counts), max(counts)
+    ahead = lengths.cumsum(0) - lengths  # tokens of earlier samples
+    shift = torch.tensor(starts, device=device) - ahead  # (B,)
+    place = torch.arange(len(there), device=device) + shift[sample]  # (tokens,)
+
+    branch = ((column - T) // R).clamp_min(-1)  # -1: an item
+    until = torch.cat([torch.arange(T, device=device).expand(B, -1), after.repeat_interleave(R, dim=1)], dim=1)
+    known = torch.cat([histories != 0, torch.ones_like(until[:, T:], dtype=torch.bool)], dim=1).flatten()[there]
+    tokens = torch.stack([torch.where(known, sample, -1), branch, until.flatten()[there]])  # (3, tokens)
+    laid = tokens.new_full((3, rows * width), -1).index_copy(1, place, tokens).view(3, rows, width)
+    (sample, branch, until), (key_sample, key_branch, key_until) = laid[..., None], laid[:, :, None]
+    earlier = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    of_item, of_branch = (key_branch < 0) & (key_until <= until), (key_branch == branch) & earlier
+    sees = F.pad((key_sample == sample) & (of_item | of_branch), (P, 0), value=True)  # (rows, width, P + width)
+    return place, torch.where(sees, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+
 @dataclass(frozen=True)
 class Packing:
     """How a packed row of tokens is laid out for attention, which alone looks across positions.
 
-    there (tokens,): places of the samples' tokens in the flat (B, L). The row holds them in this order, after the P
-    tokens of the prefix, unless `prefix` has its keys and values for each layer already.
+    place (tokens,): where the samples' tokens go in the flat (rows, width) of `lay_out`. The packed row holds them in
+    this order, after the P tokens of the prefix, unless `prefix` has its keys and values for each layer already.
     """
 
-    there: torch.Tensor
-    batch_size: int
+    place: torch.Tensor
     P: int
     prefix: list[tuple[torch.Tensor, torch.Tensor]] | None
 
@@ -380,54 +436,45 @@ def packed_attention(
     packing: Packing | None = None,
     **how,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA, for a packed row (1, heads, tokens, size) too; its mask is that of (B, L) against P + L keys.
+    """transformers' SDPA, for a packed row (1, heads, tokens, size) too; the mask is that of `lay_out`.
 
     Returns (1, tokens, heads, size), as attention functions of transformers do, and no weights.
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
-    ahead = packing.P if packing.prefix is None else 0  # tokens of the prefix in the row
-    L = attention_mask.shape[2]
+    ahead = packing.P if packing.prefix is None else 0  # tokens of the prefix in the packed row
+    rows, _, width, _ = attention_mask.shape
 
     def laid_out(x: torch.Tensor) -> torch.Tensor:
         tokens = x[0, :, ahead:].transpose(0, 1)  # (tokens, heads, size)
-        flat = tokens.new_zeros(packing.batch_size * L, *tokens.shape[1:]).index_copy(0, packing.there, tokens)
-        return flat.unflatten(0, (-1, L)).transpose(1, 2)  # (B, heads, L, size)
+        flat = tokens.new_zeros(rows * width, *tokens.shape[1:]).index_copy(0, packing.place, tokens)
+        return flat.unflatten(0, (rows, width)).transpose(1, 2)  # (rows, heads, width, size)
 
     before = packing.prefix[module.layer_idx] if packing.prefix else (key[:, :, :ahead], value[:, :, :ahead])
     keys, values = (
-        torch.cat([part.expand(packing.batch_size, -1, -1, -1), laid_out(own)], dim=2)
+        torch.cat([part.expand(rows, -1, -1, -1), laid_out(own)], dim=2)
         for part, own in zip(before, (key, value), strict=True)
     )
-    found, _ = sdpa_attention_forward(
-        module, laid_out(query), keys, values, attention_mask, **how
-    )  # (B, L, heads, size)
-    found = found.flatten(0, 1)[packing.there][None]
+    found = masked_attention(module, laid_out(query), keys, values, attention_mask, **how)
+    found = found.flatten(0, 1)[packing.place][None]  # (1, tokens, heads, size)
     if ahead:
         of_prefix, _ = sdpa_attention_forward(module, query[:, :, :ahead], *before, None, **how)  # causal
         found = torch.cat([of_prefix, found], dim=1)
     return found, None
 
 
+def masked_attention(
+    module: nn.Module, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, **how
+) -> torch.Tensor:
+    """SDPA (rows, width, heads, size); on a CPU query heads share keys and values without transformers' copies."""
+    if query.device.type != "cpu":  # elsewhere only kernels without a mask share
+        return sdpa_attention_forward(module, query, keys, values, mask, **how)[0]
+    options = {"dropout_p": how.get("dropout", 0.0), "scale": how.get("scaling"), "enable_gqa": True}
+    return F.scaled_dot_product_attention(query, keys, values, mask, **options).transpose(1, 2)
+
+
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
-
-
-def branch_mask(histories: torch.Tensor, after: torch.Tensor, P: int, R: int, dtype: torch.dtype) -> torch.Tensor:
-    """Who sees whom, as an additive mask (B, 1, T + n R, P + T + n R); rows are items then branches, keys prefix first.
-
-    histories (B, T); after (B, n): branch j sees items up to after[:, j]. Padding is seen by nobody.
-    """
-    (B, T), n, device = histories.shape, after.shape[1], histories.device
-    real = (histories != 0)[:, None, :]  # (B, 1, T)
-    column = torch.arange(T, device=device)
-    sees = torch.zeros(B, T + n * R, P + T + n * R, dtype=torch.bool, device=device)
-    sees[:, :, :P] = True
-    sees[:, :T, P : P + T] = real & (column <= column[:, None])
-    sees[:, T:, P : P + T] = (real & (column <= after[:, :, None])).repeat_interleave(R, dim=1)
-    causal = torch.ones(R, R, device=device).tril()
-    sees[:, T:, P + T :] = torch.kron(torch.eye(n, device=device), causal).bool()
-    return torch.where(sees, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
 
 
 def read_only_some(layer: nn.Module, adapted: list[str]) -> list[nn.Module]:

@@ -117,6 +117,45 @@ def test_each_measure_switched_off_changes_cost_and_not_the_answer(off):
     assert usual == [11 + sum(range(1, 31)) + 30 * 3, 30]  # prefix, items, responses: no padding; what is read
 
 
+@pytest.mark.parametrize("off", ["rows_apart", "keys_copied"])
+def test_attention_without_shared_rows_and_keys_gives_the_same_gradients(off, monkeypatch):
+    """Several targets a history; histories of 1 to 30 items, so that rows hold from one sample to many."""
+    model, histories = tiny_llm_rec().train(), pad(mixed_histories())
+    targets = torch.randint(1, 41, histories.shape) * (histories != 0) * (torch.rand(histories.shape) < 0.3)
+    targets[:, -1] = torch.arange(1, 31)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    shapes, sdpa = [], F.scaled_dot_product_attention
+
+    def spied(query: torch.Tensor, key: torch.Tensor, *args, **how) -> torch.Tensor:
+        shapes.append((len(query), key.shape[1]))
+        return sdpa(query, key, *args, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spied)
+
+    def run() -> torch.Tensor:
+        shapes.clear()
+        loss = model({"histories": histories, "targets": targets})["ce"]
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
+
+    expected, (rows, heads) = run(), max(shapes)
+    with getattr(cost, off)(model):
+        assert relative(run(), expected) < 1e-5
+    assert rows < 20 and heads == 2
+    assert max(shapes) == ((30, 2) if off == "rows_apart" else (rows, 4))
+    assert torch.equal(run(), expected)
+
+
+@pytest.mark.parametrize("lengths", [[5], [3, 3, 3], [1, 9, 2, 8, 3, 7, 4, 6, 5, 5], [36, *range(7, 36), *[8] * 30]])
+def test_samples_share_rows_without_overlap(lengths):
+    starts, rows = llm_rec.share_rows(lengths)
+    width, taken = max(lengths), torch.zeros(rows * max(lengths), dtype=torch.long)
+    for start, length in zip(starts, lengths, strict=True):
+        assert start // width == (start + length - 1) // width  # in one row
+        taken[start : start + length] += 1
+    assert taken.max() == 1 and taken.view(rows, width).any(1).all()
+    assert rows <= 11 / 9 * -(-sum(lengths) // width) + 6 / 9  # as best fit promises where whole rows can be filled
+
+
 @pytest.mark.parametrize("off", ["adapters_apart", "prefix_every_batch"])
 def test_each_measure_at_inference_switched_off_too(off):
     model, histories = tiny_llm_rec().eval(), pad(mixed_histories())
@@ -148,8 +187,9 @@ def test_adapters_are_not_merged_where_their_sum_would_be_rounded():
 def test_everything_off_is_the_plain_computation(monkeypatch):
     """What benchmarks/same_metrics.py compares is the same computation, and off is really off."""
     patched = [(LLMRec, name) for name in ("states", "for_inference", "for_accumulation")]
-    patched += [(SASRec, "states"), (llm_rec, "tokens_there"), (llm_rec, "read_only_some"), (losses, "LOGITS_AT_ONCE")]
-    patched += [(metrics, "SCORES_AT_ONCE"), (sasrec, "GROUP"), (Dropout, "forward"), (LoraLinear, "forward")]
+    patched += [(llm_rec, n) for n in ("tokens_there", "share_rows", "masked_attention", "read_only_some")]
+    patched += [(SASRec, "states"), (sasrec, "GROUP"), (losses, "LOGITS_AT_ONCE"), (metrics, "SCORES_AT_ONCE")]
+    patched += [(Dropout, "forward"), (LoraLinear, "forward")]
     for owner, name in patched:
         monkeypatch.setattr(owner, name, getattr(owner, name))  # to have it back after the test
     histories = pad(mixed_histories()[:6])
@@ -184,6 +224,7 @@ def test_everything_off_is_the_plain_computation(monkeypatch):
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and relative(found[1][1], found[0][1]) < 1e-5
     # through both layers, for each of six histories: prefix 11, all places for items, two branches of three tokens
     assert found[0][2] < found[1][2] == 2 * 6 * (11 + width + 2 * 3)
+    assert llm_rec.share_rows is same_metrics.own_rows and llm_rec.masked_attention is same_metrics.copied_keys
     assert losses.LOGITS_AT_ONCE == metrics.SCORES_AT_ONCE == sasrec.GROUP == 2**62
     assert Dropout.forward is torch.nn.Dropout.forward and LoraLinear.forward is lora.Linear.forward
 

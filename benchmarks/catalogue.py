@@ -10,18 +10,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.llm_step import make_data
+from benchmarks.llm_step import make_data, peak_extra_bytes
 from models.losses import catalogue_cross_entropy
 from utils.checkpoint import write_json
 from utils.cli import ROOT
@@ -84,24 +82,18 @@ def step(kind: str, target: Path) -> None:
     loss_of = plain_cross_entropy if kind == "plain" else catalogue_cross_entropy
     warm = torch.randn(256, 128).requires_grad_(), torch.randn(9000, 128).requires_grad_(), targets % 8999 + 1
     loss_of(*warm).backward()  # what the libraries keep for themselves
-    me, done = psutil.Process(), threading.Event()
-    before = peak = me.memory_info().rss
+    found = []
 
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, me.memory_info().rss)
+    def work() -> None:
+        begun = time.perf_counter()
+        loss = loss_of(vectors, items, targets)
+        loss.backward()
+        found.extend((loss.detach(), time.perf_counter() - begun))
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    begun = time.perf_counter()
-    loss = loss_of(vectors, items, targets)
-    loss.backward()
-    taken = time.perf_counter() - begun
-    done.set()
-    thread.join()
-    np.savez(target, loss=loss.detach(), vectors=vectors.grad, items=items.grad[::97], targets=items.grad[targets])
-    print(peak - before, taken)
+    peak = peak_extra_bytes(work)
+    loss, taken = found
+    np.savez(target, loss=loss, vectors=vectors.grad, items=items.grad[::97], targets=items.grad[targets])
+    print(peak, taken)
 
 
 def compare_steps() -> dict[str, float]:

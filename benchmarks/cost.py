@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from matplotlib.ticker import LogLocator, StrMethodFormatter
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.catalogue import LastItem
@@ -38,6 +37,7 @@ from benchmarks.llm_step import (
     peft_sums,
     released_loss,
     seconds,
+    torch_dropout,
     training_step,
 )
 from benchmarks.same_metrics import all_tokens, copied_keys, own_rows, prefix_for_each
@@ -119,15 +119,6 @@ def prefix_every_batch(model: LLMRec) -> Iterator[None]:
     model.for_inference = for_inference
     yield
     del model.for_inference
-
-
-@contextmanager
-def torch_dropout(model: nn.Module) -> Iterator[None]:
-    """torch's own dropout."""
-    ours = Dropout.forward
-    Dropout.forward = nn.Dropout.forward
-    yield
-    Dropout.forward = ours
 
 
 def full_width(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
@@ -307,7 +298,7 @@ def language_model(num_layers: int, length: int | None, device) -> dict[str, flo
     """Milliseconds a sample; length None: Beauty's histories."""
     # the last two items are held out in training, the last one in inference; one more is the target
     data = [fixed_lengths(length + 3), fixed_lengths(length + 1)] if length else [None, None]
-    training, ranking = (Workload(None, BATCH, device, sequences) for sequences in data)
+    training, ranking = (Workload(None, BATCH, device, data=sequences) for sequences in data)
     model = make_model("smollm2-135m", num_layers, training.data.num_items, device, torch.float32)
     batches = training.batches(training.index())
     samples = BATCH * len(batches)

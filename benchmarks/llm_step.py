@@ -6,14 +6,18 @@
 
 The released computation pads every sample to 30 items, repeats the prompt in each, runs all positions through all
 layers, and draws the candidates of each sample in Python. Ours is what finetune.py and distill.py run. Both are
-measured alternately, five times; medians are reported. A bar chart is written beside the record.
+measured alternately, five times; medians are reported. To the released computation all batches are alike, so it runs
+the first of four, and at inference the first batch of the users that ours ranks. A bar chart is written beside the
+record.
 """
 
 import argparse
+import ctypes
 import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,24 +26,27 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from peft.tuners import lora
+from torch import nn
 from transformers import AutoModel, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models.dropout import Dropout
 from models.llm_rec import LLMRec, base_config, block_ends, load_decoder, prompt_ids
 from models.lora import Linear as LoraLinear
 from models.slmrec import SLMRec
 from utils.assets import base_model_path, dataset_folder
-from utils.checkpoint import write_json
+from utils.checkpoint import read_json, write_json
 from utils.cli import ROOT
 from utils.data import Examples, Sequences, shuffled_batches, split_examples, training_examples
 from utils.metrics import draw_negatives, rank_users
 from utils.report import environment, markdown_table, peak_memory
 
-MAX_ITEMS = 30
+MAX_ITEMS, LLAMA = 30, "llama-7b-shape"
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
 # Sequence lengths of Amazon 2014 Beauty (22,363 users, 5-core), as counts of users with 5, 6, ... 32, and 33 or more
 # items, of which 30 are read.
@@ -74,6 +81,15 @@ def peft_sums(model: LLMRec) -> Iterator[None]:
     LoraLinear.forward = ours
 
 
+@contextmanager
+def torch_dropout(model: nn.Module) -> Iterator[None]:
+    """torch's own dropout."""
+    ours = Dropout.forward
+    Dropout.forward = nn.Dropout.forward
+    yield
+    Dropout.forward = ours
+
+
 def released_states(model: LLMRec, histories: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """transformers' hidden_states of the released computation: histories (B, 30), left-padded with 0."""
     embed = model.base.get_input_embeddings()
@@ -82,7 +98,7 @@ def released_states(model: LLMRec, histories: torch.Tensor) -> tuple[torch.Tenso
     inputs = torch.cat([prefix, items, response], dim=1)
     ones = [torch.ones(part.shape[:2], dtype=torch.long, device=histories.device) for part in (prefix, response)]
     mask = torch.cat([ones[0], (histories != 0).long(), ones[1]], dim=1)
-    with all_positions(model), peft_sums(model):
+    with all_positions(model), peft_sums(model), torch_dropout(model):
         out = model.decoder(inputs_embeds=inputs, attention_mask=mask, output_hidden_states=True, use_cache=False)
     return out.hidden_states
 
@@ -131,7 +147,7 @@ def make_data(dataset: str | None, users: int, seed: int = 0) -> Sequences:
 
 def make_model(base_model: str, num_layers: int, num_items: int, device, dtype: torch.dtype, seed: int = 0) -> LLMRec:
     torch.manual_seed(seed)
-    if base_model == "llama-7b-shape":
+    if base_model == LLAMA:
         shape = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
         with torch.device(device):
             decoder = AutoModel.from_config(LlamaConfig(**shape, num_hidden_layers=num_layers), dtype=dtype)
@@ -161,7 +177,35 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def training_step(model: torch.nn.Module, loss_of: Callable, batches: list[dict]) -> Callable[[], None]:
+def peak_extra_bytes(work: Callable[[], object]) -> int:
+    """Memory that `work` takes at its peak beyond what was in use before: of the GPU, else of this process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: what was freed may still count as resident
+    if trim:
+        trim(0)
+    me, done = psutil.Process(), threading.Event()
+    before = peak = me.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, me.memory_info().rss)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        work()
+    finally:
+        done.set()
+        thread.join()
+    return peak - before
+
+
+def training_step(model: nn.Module, loss_of: Callable, batches: list[dict]) -> Callable[[], None]:
     """A function that takes one optimiser step on each batch."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
@@ -177,18 +221,25 @@ def training_step(model: torch.nn.Module, loss_of: Callable, batches: list[dict]
     return work
 
 
-def ours_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def ours_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return sum(model(batch).values())
 
 
 class Workload:
     """Training batches and users to rank, one set of lengths for everything that is compared."""
 
-    def __init__(self, dataset: str | None, batch_size: int, device, data: Sequences | None = None):
-        self.batch_size, self.device = batch_size, device
-        self.data = data or make_data(dataset, 16 * batch_size)
+    def __init__(
+        self,
+        dataset: str | None,
+        batch_size: int,
+        device,
+        infer_batch_size: int | None = None,
+        data: Sequences | None = None,
+    ):
+        self.batch_size, self.infer_batch_size, self.device = batch_size, infer_batch_size or batch_size, device
+        self.data = data or make_data(dataset, 16 * self.batch_size)
         self.examples = training_examples(self.data, "last", MAX_ITEMS)
-        self.ranked = replace(self.data, users=self.data.users[: max(512, 2 * batch_size)])
+        self.ranked = replace(self.data, users=self.data.users[: max(512, 2 * self.infer_batch_size)])
         self.tests = split_examples(self.ranked, "test", MAX_ITEMS)
 
     def index(self) -> list[np.ndarray]:
@@ -200,12 +251,12 @@ class Workload:
 
     def rank(self, model: LLMRec) -> None:
         """Candidates are drawn in here too, though a run draws them once for all its evaluations."""
-        how = {"max_length": MAX_ITEMS, "batch_size": self.batch_size, "device": self.device}
+        how = {"max_length": MAX_ITEMS, "batch_size": self.infer_batch_size, "device": self.device}
         rank_users(model.eval(), self.ranked, "test", draw_negatives(self.ranked, "test"), **how)
 
     def released_rank(self, model: LLMRec) -> None:
         with torch.inference_mode():
-            released_ranks(model.eval(), self.ranked, self.tests, np.arange(self.batch_size), self.device)
+            released_ranks(model.eval(), self.ranked, self.tests, np.arange(self.infer_batch_size), self.device)
 
 
 def alternate(repeats: int, **work: tuple[Callable[[], object], int]) -> dict[str, float]:
@@ -217,12 +268,10 @@ def alternate(repeats: int, **work: tuple[Callable[[], object], int]) -> dict[st
     return {name: samples / statistics.median(times[name]) for name, (_, samples) in work.items()}
 
 
-def tokens(model: LLMRec, batches: list[dict[str, torch.Tensor]], released: bool) -> int:
-    """Positions that go through the layers, of the whole list of batches."""
+def tokens(model: LLMRec, lengths: np.ndarray, prefixes: int) -> dict[str, float]:
+    """Tokens that go through the layers for each sample of these lengths; ours runs the prompt `prefixes` times."""
     P, R = model.prefix_ids.shape[1], model.response_ids.shape[1]
-    if released:
-        return sum(len(batch["histories"]) * (P + MAX_ITEMS + R) for batch in batches)
-    return sum(P + int((batch["histories"] != 0).sum()) + len(batch["histories"]) * R for batch in batches)
+    return {"released": P + MAX_ITEMS + R, "ours": prefixes * P / len(lengths) + float(lengths.mean()) + R}
 
 
 def differences(model: LLMRec, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
@@ -250,64 +299,75 @@ class Benchmark:
     def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
         self.args, self.device, self.dtype = args, device, dtype
         self.rows: list[dict] = []
-        self.distillation: dict[str, float] = {}
+        self.distillation = 0.0
         self.worst = [0.0, 0.0]
 
     def model(self, num_layers: int, num_items: int) -> LLMRec:
         return make_model(self.args.base_model, num_layers, num_items, self.device, self.dtype)
 
-    def row(self, work: Workload, kind: str, names: tuple[str, str], speeds: dict[str, float], **more) -> None:
-        ratio = speeds["ours"] / speeds["released"]
-        row = {"kind": kind, "released": names[0], "ours": names[1], "batch": work.batch_size, **more}
-        self.rows.append(row | {"released_per_s": speeds["released"], "ours_per_s": speeds["ours"], "ratio": ratio})
+    def row(
+        self, kind: str, names: tuple[str, str], batch: int, tokens: dict[str, float], **work: tuple[Callable, int]
+    ) -> dict[str, float]:
+        """Measure `released` and `ours`, (function, samples) each, and what else is given; returns samples a second."""
+        peaks = {name: peak_extra_bytes(work[name][0]) for name in ("released", "ours")}
+        speeds = alternate(self.args.repeats, **work)
+        row = {"kind": kind, "released": names[0], "ours": names[1], "batch": batch}
+        for name in ("released", "ours"):
+            row |= {f"{name}_per_s": speeds[name], f"{name}_tokens_a_sample": tokens[name]}
+            row[f"{name}_peak_extra_bytes"] = peaks[name]
+        self.rows.append(row | {"ratio": speeds["ours"] / speeds["released"]})
         print(
-            f"{kind:10s} batch {work.batch_size:4d}  released {names[0]}: {speeds['released']:8.2f} samples/s   "
-            f"ours {names[1]}: {speeds['ours']:8.2f}   {ratio:6.2f} x",
+            f"{kind:10s} batch {batch:4d}  released {names[0]}: {speeds['released']:8.2f} samples/s   "
+            f"ours {names[1]}: {speeds['ours']:8.2f}   {self.rows[-1]['ratio']:6.2f} x",
             flush=True,
+        )
+        return speeds
+
+    def inference(self, work: Workload, names: tuple[str, str], released: LLMRec, ours: LLMRec) -> None:
+        self.row(
+            "inference",
+            names,
+            work.infer_batch_size,
+            tokens(ours, work.tests.lengths, 1),
+            released=(lambda: work.released_rank(released), work.infer_batch_size),
+            ours=(lambda: work.rank(ours), len(work.tests)),
         )
 
     def equal_depth(self, work: Workload) -> None:
-        layers, size = self.args.num_layers, work.batch_size
-        model = self.model(layers, work.data.num_items)
-        batches = work.batches(work.index())
+        index = work.index()
+        model, batches = self.model(self.args.num_layers, work.data.num_items), work.batches(index)
         for batch in (batches[0], batches[-1]):
             found = differences(model, {name: value[:32] for name, value in batch.items()})
             self.worst = [max(pair) for pair in zip(self.worst, found, strict=True)]
-        samples = size * len(batches)
-        count = {kind: tokens(model, batches, kind == "released") / len(batches) for kind in ("released", "ours")}
-        names = (f"{layers} layers",) * 2
-        speeds = alternate(
-            self.args.repeats,
-            released=(training_step(model, released_loss, batches[:1]), size),
-            ours=(training_step(model, ours_loss, batches), samples),
+        names = (f"{self.args.num_layers} layers",) * 2
+        self.row(
+            "training",
+            names,
+            work.batch_size,
+            tokens(model, work.examples.lengths[np.concatenate(index)], len(index)),
+            released=(training_step(model, released_loss, batches[:1]), work.batch_size),
+            ours=(training_step(model, ours_loss, batches), work.batch_size * len(batches)),
         )
-        self.row(work, "training", names, speeds, released_tokens=count["released"], ours_tokens=count["ours"])
-        speeds = alternate(
-            self.args.repeats,
-            released=(lambda: work.released_rank(model), size),
-            ours=(lambda: work.rank(model), len(work.tests)),
-        )
-        self.row(work, "inference", names, speeds)
+        self.inference(work, names, model, model)
 
-    def student(self, work: Workload) -> None:
+    def student(self, work: Workload, depth: int) -> None:
         """The student with its whole loss and cached teacher against the released computation at full depth."""
-        depth, full = self.args.student_layers, self.args.full_layers
-        examples, ends = work.examples, block_ends(self.args.num_layers, 4)
+        full, examples, ends = self.args.full_layers, work.examples, block_ends(self.args.num_layers, 4)
         teacher = self.model(self.args.num_layers, work.data.num_items)
         index = work.index()
+        batches = work.batches(index)
         with tempfile.TemporaryDirectory() as folder:
             states = np.lib.format.open_memmap(
                 f"{folder}/states.npy", "w+", np.float32, (len(examples), 4, teacher.hidden_size)
             )
             with torch.inference_mode(), teacher.eval().for_inference():
-                for part, batch in zip(index, work.batches(index), strict=True):
+                for part, batch in zip(index, batches, strict=True):
                     states[part] = teacher.states(batch["histories"], batch["targets"] != 0, ends).float().cpu().numpy()
             del teacher
             weights = {"lambda_cos": 1.0, "lambda_norm": 0.1, "lambda_ms": 1.0}
             base = self.model(depth, work.data.num_items)
             slm = SLMRec(base, num_blocks=4, norm_form="l2", block_reduction="sum", **weights).to(self.device)
             slow = self.model(full, work.data.num_items)
-            batches = work.batches(index)
 
             def distil() -> None:
                 for part, batch in zip(index, batches, strict=True):
@@ -316,21 +376,19 @@ class Benchmark:
 
             step = training_step(slm, ours_loss, batches)
             names, samples = (f"{full} layers", f"student {depth}"), work.batch_size * len(batches)
-            speeds = alternate(
-                self.args.repeats,
+            speeds = self.row(
+                "training",
+                names,
+                work.batch_size,
+                tokens(base, examples.lengths[np.concatenate(index)], len(index)),
                 released=(training_step(slow, released_loss, batches[:1]), work.batch_size),
                 ours=(distil, samples),
                 plain=(training_step(base, ours_loss, batches), samples),
             )
-            self.distillation = {"plain_per_s": speeds["plain"], "distillation_per_s": speeds["ours"]}
-            self.row(work, "training", names, speeds)
-            print(f"distillation with cached teacher: {speeds['plain'] / speeds['ours']:.3f} x a plain step")
-            speeds = alternate(
-                self.args.repeats,
-                released=(lambda: work.released_rank(slow), work.batch_size),
-                ours=(lambda: work.rank(base), len(work.tests)),
-            )
-            self.row(work, "inference", names, speeds)
+            cost = speeds["plain"] / speeds["ours"]
+            print(f"distillation with cached teacher: {cost:.3f} x a plain step")
+            self.distillation = max(self.distillation, cost)
+            self.inference(work, names, slow, base)
 
     def summary(self) -> dict[str, float]:
         def ratio(kind: str, same: bool) -> float:
@@ -343,12 +401,13 @@ class Benchmark:
             "full_depth_infer_ratio": ratio("inference", False),
             "max_relative_difference": self.worst[0],
             "max_relative_gradient_difference": self.worst[1],
-            "distillation_over_plain": self.distillation["plain_per_s"] / self.distillation["distillation_per_s"],
+            "distillation_over_plain": self.distillation,
         }
 
 
 def speed_table(record: dict) -> str:
-    header = ["released -> ours", "batch", "released, samples/s", "ours, samples/s", "ratio"]
+    header = ["released -> ours", "batch", "samples/s: released", "ours", "ratio"]
+    header += ["tokens/sample: released", "ours", "extra MiB: released", "ours"]
     rows = [
         [
             f"{r['kind']}, {r['released']} -> {r['ours']}",
@@ -356,9 +415,29 @@ def speed_table(record: dict) -> str:
             f"{r['released_per_s']:.1f}",
             f"{r['ours_per_s']:.1f}",
             f"{r['ratio']:.1f}",
+            *(f"{r[f'{name}_tokens_a_sample']:.1f}" for name in ("released", "ours")),
+            *(f"{r[f'{name}_peak_extra_bytes'] / 2**20:,.0f}" for name in ("released", "ours")),
         ]
         for r in record["rows"]
     ]
+    return markdown_table(header, rows)
+
+
+def paper_table(record: dict) -> str:
+    """The paper's hours (table 7) and the ratios of the same depths here, with the shape of LLaMA-7B on a GPU."""
+    hours = read_json(ROOT / "results" / "paper_tables.json", "")["table_7"]["rows"]
+    e4srec, slmrec = hours["E4SRec"], hours["SLMRec_4<-8"]
+    settings = record["settings"]
+    header = ["LLaMA-7B, paper: one A100", "E4SRec, 32 layers", "SLMRec, 4 layers", "ratio", "here: released -> ours"]
+    rows = []
+    for column, (kind, name) in enumerate(
+        (("training", "training, hours an epoch"), ("inference", "inference, hours"))
+    ):
+        here = "needs a GPU, not measured"
+        if settings["base_model"] == LLAMA and record["environment"]["hardware"][-3:] != "CPU":
+            measured = next(r["ratio"] for r in record["rows"] if (r["kind"], r["ours"]) == (kind, "student 4"))
+            here = f"{measured:.1f}, {record['environment']['hardware']}"
+        rows.append([name, str(e4srec[column]), str(slmrec[column]), f"{e4srec[column] / slmrec[column]:.1f}", here])
     return markdown_table(header, rows)
 
 
@@ -378,30 +457,32 @@ def main() -> None:
     parser.add_argument("--base_model", default="smollm2-135m", help="as finetune.py takes it, or llama-7b-shape")
     parser.add_argument("--dataset", help="whose history lengths and catalogue size (default: those of Beauty)")
     parser.add_argument("--num_layers", type=int, default=8, help="at equal depth, and of the teacher")
-    parser.add_argument("--student_layers", type=int, default=4)
+    parser.add_argument("--student_layers", type=int, nargs="+", default=[4])
     parser.add_argument("--full_layers", type=int, help="default: all of the base")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[32, 128], help="at equal depth")
     parser.add_argument("--student_batch_size", type=int, default=32)
+    parser.add_argument("--infer_batch_size", type=int, help="default: that of training")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "llm_step.json")
     args = parser.parse_args()
     if args.full_layers is None:
-        shape = args.base_model == "llama-7b-shape"
-        args.full_layers = 32 if shape else base_config(base_model_path(args.base_model)).num_hidden_layers
+        known = 32 if args.base_model == LLAMA else None
+        args.full_layers = known or base_config(base_model_path(args.base_model)).num_hidden_layers
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     random.seed(0)
     benchmark = Benchmark(args, accelerator.device, getattr(torch, args.dtype))
+    more = {"device": accelerator.device, "infer_batch_size": args.infer_batch_size}
     for batch_size in args.batch_sizes:
-        benchmark.equal_depth(Workload(args.dataset, batch_size, accelerator.device))
-    work = Workload(args.dataset, args.student_batch_size, accelerator.device)
-    benchmark.student(work)
+        benchmark.equal_depth(Workload(args.dataset, batch_size, **more))
+    for depth in args.student_layers:
+        benchmark.student(Workload(args.dataset, args.student_batch_size, **more), depth)
     summary = benchmark.summary()
     record = {"summary": summary, "rows": benchmark.rows}
     settings = {name: str(value) for name, value in vars(args).items() if name != "out"}
     record |= {"settings": settings, "peak_memory_bytes": peak_memory(), "environment": environment(accelerator)}
     write_json(record, args.out)
-    print(speed_table(record))
+    print(speed_table(record), paper_table(record), sep="\n\n", end="\n\n")
     print(markdown_table(["summary", "value"], [[name, f"{value:.3g}"] for name, value in summary.items()]))
     plot(benchmark.rows, args.out.with_suffix(".png"))
     print(args.out)

@@ -90,7 +90,7 @@ def step(kind: str, target: Path) -> None:
         loss.backward()
         found.extend((loss.detach(), time.perf_counter() - begun))
 
-    peak = peak_extra_bytes(work)
+    peak = peak_extra_bytes(work, "cpu")
     loss, taken = found
     np.savez(target, loss=loss, vectors=vectors.grad, items=items.grad[::97], targets=items.grad[targets])
     print(peak, taken)

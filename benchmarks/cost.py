@@ -128,11 +128,11 @@ def full_width(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.T
 
 OFF = {
     "everything": "everything on",
-    "prefix_per_sample": "without: prefix once for all samples",
-    "padding_too": "without: packing",
-    "full_width": "without: packing and trimming",
-    "rows_apart": "without: short samples in one row of attention",
-    "keys_copied": "without: keys shared by query heads",
+    "prefix_per_sample": "without: prefix once for all samples (nor shared rows)",
+    "padding_too": "without: packing (nor shared rows)",
+    "full_width": "without: packing and trimming (nor shared rows)",
+    "rows_apart": "without: shared rows of attention",
+    "keys_copied": "without: keys shared among query heads",
     "all_positions": "without: top layer at read positions only",
     "peft_sums": "without: adapters added inside a product",
     "torch_dropout": "without: dropout from 16 bits a number",

@@ -298,7 +298,7 @@ class LLMRec(nn.Module):
         position = torch.arange(first, first + T, device=device).expand(B, -1)  # (B, T)
         branch_position = first + 1 + after[:, :, None] + torch.arange(R, device=device)  # (B, n, R)
         there = tokens_there(histories, after, R)  # in (B, L), L = T + n R
-        packed = vectors[torch.cat([of_items, of_branch], dim=1).flatten()[there].clamp_min(0)][None]  # (1, tokens, h)
+        packed = vectors[torch.cat([of_items, of_branch], dim=1).flatten()[there]][None]  # (1, tokens, h)
         positions = torch.cat([position, branch_position.flatten(1)], dim=1).flatten()[there]  # (tokens,)
         if self.kept_prefix is None:
             packed = torch.cat([prefix, packed], dim=1)
@@ -401,6 +401,7 @@ def lay_out(
 
     branch = ((column - T) // R).clamp_min(-1)  # -1: an item
     until = torch.cat([torch.arange(T, device=device).expand(B, -1), after.repeat_interleave(R, dim=1)], dim=1)
+    # whatever `there` holds: padding that went along (benchmarks/same_metrics.py) belongs to no sample
     known = torch.cat([histories != 0, torch.ones_like(until[:, T:], dtype=torch.bool)], dim=1).flatten()[there]
     tokens = torch.stack([torch.where(known, sample, -1), branch, until.flatten()[there]])  # (3, tokens)
     laid = tokens.new_full((3, rows * width), -1).index_copy(1, place, tokens).view(3, rows, width)
@@ -467,7 +468,7 @@ def masked_attention(
     module: nn.Module, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, **how
 ) -> torch.Tensor:
     """SDPA (rows, width, heads, size); on a CPU query heads share keys and values without transformers' copies."""
-    if query.device.type != "cpu":  # elsewhere only kernels without a mask share
+    if query.device.type != "cpu":  # transformers knows which kernels of others share under a mask
         return sdpa_attention_forward(module, query, keys, values, mask, **how)[0]
     options = {"dropout_p": how.get("dropout", 0.0), "scale": how.get("scaling"), "enable_gqa": True}
     return F.scaled_dot_product_attention(query, keys, values, mask, **options).transpose(1, 2)

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from peft.tuners import lora
 from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
 
 from benchmarks import cost, same_metrics
-from benchmarks.llm_step import released_states
+from benchmarks.llm_step import released_output, tokens
 from models import llm_rec, losses
 from models.dropout import Dropout
 from models.llm_rec import LLMRec, block_ends, count_parameters, keep_layers, select_layers
@@ -23,7 +24,8 @@ from utils.cli import UserError
 
 def plain_states(model: LLMRec, histories: list[list[int]], lengths: int) -> tuple[torch.Tensor, ...]:
     """hidden_states of the released computation: every sample left-padded to `lengths` items, the prompt in each."""
-    return released_states(model, torch.tensor([[0] * (lengths - len(h)) + h for h in histories]))
+    padded = torch.tensor([[0] * (lengths - len(h)) + h for h in histories])
+    return released_output(model, padded, output_hidden_states=True).hidden_states
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -115,6 +117,10 @@ def test_each_measure_switched_off_changes_cost_and_not_the_answer(off):
         assert counted[1 if off == "all_positions" else 0] > usual[1 if off == "all_positions" else 0]
     assert torch.equal(run(), expected) and counted == usual
     assert usual == [11 + sum(range(1, 31)) + 30 * 3, 30]  # prefix, items, responses: no padding; what is read
+    assert tokens(model, np.arange(1, 31), prefixes=1) == {
+        "released": 11 + 30 + 3,
+        "ours": pytest.approx(usual[0] / 30),
+    }
 
 
 @pytest.mark.parametrize("off", ["rows_apart", "keys_copied"])

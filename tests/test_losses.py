@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from conftest import tiny_llm_rec
 
 from benchmarks.catalogue import compare_steps
+from benchmarks.llm_step import peak_extra_bytes
 from models import losses
 from models.losses import (
     catalogue_cross_entropy,
@@ -208,6 +209,14 @@ def test_chunked_cross_entropy_equals_float64_with_its_gradients(monkeypatch):
     expected = np.concatenate([np.zeros((1, 16)), share.T @ v])
     np.testing.assert_allclose(vectors.grad.numpy(), share @ i[1:], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(items.grad.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_peak_memory_is_what_the_work_takes_and_not_what_was_freed_before():
+    for size in (2**26, 2**24):  # what the first leaves behind is not taken from the second
+        for _ in range(2):
+            assert peak_extra_bytes(lambda size=size: torch.ones(size // 4).add_(1), "cpu") == pytest.approx(
+                size, rel=0.1
+            )
 
 
 def test_a_step_over_the_catalogue_of_cloth_takes_a_quarter_of_the_memory():

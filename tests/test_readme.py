@@ -36,6 +36,23 @@ def test_the_tables_of_benchmarks_are_those_of_their_records(name, table):
     assert re.fullmatch(r"[0-9a-f]{40}", record["environment"]["git_commit"]), "a clean, committed tree"
 
 
+def test_the_papers_hours_stand_beside_what_a_gpu_measured():
+    """PAPER, table 7: 3.95 and 0.60 hours an epoch, 0.415 and 0.052 hours of inference."""
+    record = json.loads((BENCHMARKS / "llm_step.json").read_text())
+    assert llm_step.paper_table(record) in README
+    assert llm_step.paper_table(record).count("not measured") == 2
+    record["settings"]["base_model"], record["environment"]["hardware"] = llm_step.LLAMA, "some GPU"
+    record["rows"] = [{"kind": "training", "released": "32 layers", "ours": "student 4", "ratio": 41.26}]
+    found = llm_step.paper_table(record).splitlines()
+    assert [cell.strip() for cell in found[2].split("|")[2:-1]] == ["3.95", "0.6", "6.6", "41.3, some GPU"]
+    assert [cell.strip() for cell in found[3].split("|")[2:-1]] == [
+        "0.415",
+        "0.052",
+        "8.0",
+        "needs a GPU, not measured",
+    ]
+
+
 def test_the_fast_computations_move_no_metric():
     """The record of the whole pipeline without dropout, 24 metrics a step; a single user is 0.00106 of a hit rate."""
     runs = json.loads((BENCHMARKS / "same_metrics.json").read_text())["runs"]

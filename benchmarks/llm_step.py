@@ -7,8 +7,8 @@
 The released computation pads every sample to 30 items, repeats the prompt in each, runs all positions through all
 layers, and draws the candidates of each sample in Python. Ours is what finetune.py and distill.py run. Both are
 measured alternately, five times; medians are reported. To the released computation all batches are alike, so it runs
-the first of four, and at inference the first batch of the users that ours ranks. Extra memory is the peak of one more
-run, over what the process held before it. A bar chart is written beside the record.
+the first of four, and at inference the first batch of the users that ours ranks. Extra memory is the peak of the
+first run, over what the process held before it. A bar chart is written beside the record.
 """
 
 import argparse
@@ -310,8 +310,18 @@ class Benchmark:
         self, kind: str, names: tuple[str, str], batch: int, tokens: dict[str, float], **work: tuple[Callable, int]
     ) -> dict[str, float]:
         """Measure `released` and `ours`, (function, samples) each, and what else is given; returns samples a second."""
-        peaks = {name: peak_extra_bytes(work[name][0], self.device) for name in ("released", "ours")}
-        speeds = alternate(self.args.repeats, **work)
+        peaks: dict[str, int] = {}
+
+        def watched(name: str, function: Callable[[], None]) -> Callable[[], None]:
+            def run() -> None:
+                if name in peaks:
+                    function()
+                else:
+                    peaks[name] = peak_extra_bytes(function, self.device)
+
+            return run
+
+        speeds = alternate(self.args.repeats, **{n: (watched(n, f), samples) for n, (f, samples) in work.items()})
         row = {"kind": kind, "released": names[0], "ours": names[1], "batch": batch}
         for name in ("released", "ours"):
             row |= {f"{name}_per_s": speeds[name], f"{name}_tokens_a_sample": tokens[name]}

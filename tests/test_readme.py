@@ -36,6 +36,18 @@ def test_the_tables_of_benchmarks_are_those_of_their_records(name, table):
     assert re.fullmatch(r"[0-9a-f]{40}", record["environment"]["git_commit"]), "a clean, committed tree"
 
 
+def test_speed_and_memory_are_what_the_readme_says():
+    speed, large = (json.loads((BENCHMARKS / f"{n}.json").read_text())["summary"] for n in ("llm_step", "catalogue"))
+    assert speed["equal_depth_train_ratio"] >= 6 and speed["equal_depth_infer_ratio"] >= 5.5
+    assert speed["full_depth_train_ratio"] >= 40 and speed["full_depth_infer_ratio"] >= 38
+    assert speed["max_relative_difference"] <= 1e-4 and speed["max_relative_gradient_difference"] <= 1e-5
+    assert f"costs {speed['distillation_over_plain']:.2f} times a plain step" in README
+    drawn, passes = (large[f"candidates_{name}"] for name in ("seconds", "released_seconds_each_pass"))
+    assert f"candidates {drawn:.1f} s once, against {passes:.1f} s in every pass" in README
+    assert f"full ranking {large['rank_seconds']:.1f} s after" in README and large["full_ranks_that_are_the_same"] == 1
+    assert f"{large['loss_peak_share']:.0%} of the memory" in README and large["loss_and_gradient_difference"] <= 1e-5
+
+
 def test_the_papers_hours_stand_beside_what_a_gpu_measured():
     """PAPER, table 7: 3.95 and 0.60 hours an epoch, 0.415 and 0.052 hours of inference."""
     record = json.loads((BENCHMARKS / "llm_step.json").read_text())

@@ -437,8 +437,8 @@ def speed_table(record: dict) -> str:
 
 def paper_table(record: dict) -> str:
     """The paper's hours (table 7) and the ratios of the same depths here, with the shape of LLaMA-7B on a GPU."""
-    hours = read_json(ROOT / "results" / "paper_tables.json", "")["table_7"]["rows"]
-    e4srec, slmrec = hours["E4SRec"], hours["SLMRec_4<-8"]
+    paper = read_json(ROOT / "results" / "paper_tables.json", "")["table_7"]["rows"]
+    e4srec, slmrec = paper["E4SRec"], paper["SLMRec_4<-8"]
     header = ["LLaMA-7B, paper: one A100", "E4SRec, 32 layers", "SLMRec, 4 layers", "ratio", "here: released -> ours"]
     hardware = record["environment"]["hardware"]
     on_gpu = record["settings"]["base_model"] == LLAMA and not hardware.endswith("CPU")

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from models.llm_rec import HEADS_FILE, LLMRec, block_ends, build_llm_rec, count_parameters, load_llm_rec
 from models.slmrec import SLMRec
 from utils import assets, cli
-from utils.checkpoint import check_space, load_tensors, read_json, remove_left_over, sha256, whole_file
 from utils.data import Examples, Sequences, check_same_dataset, sorted_batches, training_examples
+from utils.errors import UserError
+from utils.files import check_space, load_tensors, read_json, remove_left_over, sha256, whole_file
 from utils.report import comparison, finished_runs
 from utils.train import Run
 
@@ -127,14 +128,14 @@ def main(
     make = f"{source} holds no finished teacher; make it: python finetune.py --dataset {dataset} --num_layers 8"
     taught, _ = (read_json(source / name, make) for name in ("config.json", "metrics.json"))
     if taught.get("kind") != "teacher":
-        raise cli.UserError(f"--teacher {source} is no run of finetune.py")
+        raise UserError(f"--teacher {source} is no run of finetune.py")
     check_same_dataset(data, taught.get("dataset_fingerprint"), source)
     cli.inherit(config, taught, INHERITED, cli.shown(source))
     depth = taught["num_layers"]
     if num_layers > depth:
-        raise cli.UserError(f"--num_layers {num_layers}: the teacher has {depth} layers, a student needs no more")
+        raise UserError(f"--num_layers {num_layers}: the teacher has {depth} layers, a student needs no more")
     if config["max_seq_length"] > taught["max_seq_length"]:
-        raise cli.UserError(f"--max_seq_length {max_seq_length}: the teacher reads {taught['max_seq_length']} items")
+        raise UserError(f"--max_seq_length {max_seq_length}: the teacher reads {taught['max_seq_length']} items")
     block_ends(num_layers, num_blocks)
     ends = block_ends(depth, num_blocks)
     base = assets.base_model_path(config["base_model"])

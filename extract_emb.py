@@ -11,8 +11,9 @@ import torch
 
 from models.sr import MODELS
 from utils import assets, cli
-from utils.checkpoint import load_tensors, read_json, save_tensors, sha256, whole_folder, write_json
 from utils.data import Sequences, check_same_dataset
+from utils.errors import UserError
+from utils.files import load_tensors, read_json, save_tensors, sha256, whole_folder, write_json
 
 TABLE_FILE = "item_embeddings.safetensors"
 
@@ -20,11 +21,11 @@ TABLE_FILE = "item_embeddings.safetensors"
 def summarise(table: torch.Tensor, initial_std: float) -> dict[str, float]:
     """Norms of the rows of (V + 1, d); UserError if the table holds NaN, or norms as they were drawn, untrained."""
     if not torch.isfinite(table).all():
-        raise cli.UserError("the item table holds NaN or infinity: train_sr_trad.py diverged; lower --learning_rate")
+        raise UserError("the item table holds NaN or infinity: train_sr_trad.py diverged; lower --learning_rate")
     norms = table[1:].norm(dim=1)
     drawn_mean, drawn_std = initial_std * table.shape[1] ** 0.5, initial_std * 0.5**0.5
     if abs(norms.mean() / drawn_mean - 1) < 0.05 and abs(norms.std() / drawn_std - 1) < 0.25:
-        raise cli.UserError("the item table is untrained: its norms are still those of its drawing; train longer")
+        raise UserError("the item table is untrained: its norms are still those of its drawing; train longer")
     summary = {f"norm_{name}": norms.quantile(q).item() for name, q in [("min", 0.0), ("median", 0.5), ("max", 1.0)]}
     return summary | {"norm_mean": norms.mean().item(), "norm_std": norms.std().item()}
 
@@ -42,15 +43,15 @@ def main(
     train = f"{source} holds no finished run; make it: python train_sr_trad.py --dataset {dataset} --model {model}"
     trained, metrics = (read_json(source / name, train) for name in ("config.json", "metrics.json"))
     if trained.get("kind") != "sr":
-        raise cli.UserError(f"--sr_dir {source} is no run of train_sr_trad.py")
+        raise UserError(f"--sr_dir {source} is no run of train_sr_trad.py")
     check_same_dataset(data, trained.get("dataset_fingerprint"), source)
     if target.exists() and any(target.iterdir()) and not (target / TABLE_FILE).exists():
-        raise cli.UserError(f"--output_dir {target} holds something else; choose another folder")
+        raise UserError(f"--output_dir {target} holds something else; choose another folder")
 
     weights = source / "model.safetensors"
     table = load_tensors(weights)[MODELS[trained["model"]].item_table_name]  # (V + 1, d)
     if len(table) != data.num_items + 1:
-        raise cli.UserError(f"{weights} has {len(table) - 1} items, dataset {data.name} has {data.num_items}")
+        raise UserError(f"{weights} has {len(table) - 1} items, dataset {data.name} has {data.num_items}")
     config = {
         "kind": "item_embeddings",
         "dataset": dataset,

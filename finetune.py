@@ -10,8 +10,9 @@ from typing import Literal
 
 from models.llm_rec import base_config, base_shape, build_llm_rec, count_parameters, select_layers
 from utils import assets, cli
-from utils.checkpoint import load_tensors, read_json
 from utils.data import Sequences, check_same_dataset, training_examples
+from utils.errors import UserError
+from utils.files import load_tensors, read_json
 from utils.report import comparison, finished_runs
 from utils.train import Run
 
@@ -55,7 +56,7 @@ def main(
         source / "config.json", f"{source} is missing; make it: python extract_emb.py --dataset {dataset}"
     )
     if extracted.get("kind") != "item_embeddings":
-        raise cli.UserError(f"--item_embeddings {source} was not written by extract_emb.py")
+        raise UserError(f"--item_embeddings {source} was not written by extract_emb.py")
     check_same_dataset(data, extracted.get("dataset_fingerprint"), source)
     cli.inherit(config, extracted, ["table_sha256", "hidden_size"], cli.shown(source))
     base = assets.base_model_path(base_model)

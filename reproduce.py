@@ -7,7 +7,8 @@ python reproduce.py --dataset my-data
 from pathlib import Path
 
 from utils import cli
-from utils.checkpoint import write_json
+from utils.errors import UserError
+from utils.files import write_json
 from utils.report import comparison, finished_runs
 
 RECORDS = cli.ROOT / "results" / "runs"
@@ -17,9 +18,7 @@ def main(*, dataset: str = "ml-100k") -> None:
     name = Path(dataset).name
     runs = finished_runs(cli.ROOT / "outputs" / name)
     if not runs:
-        raise cli.UserError(
-            f"outputs/{name} holds no finished run; make one: python train_sr_trad.py --dataset {dataset}"
-        )
+        raise UserError(f"outputs/{name} holds no finished run; make one: python train_sr_trad.py --dataset {dataset}")
     for run in runs:
         write_json(run, RECORDS / f"{name}-{Path(run['config']['output_dir']).name}.json")
     print(comparison(runs))

@@ -12,8 +12,9 @@ import torch
 from models.sr import MODELS
 from models.sr.popularity import Popularity
 from utils import assets, cli
-from utils.checkpoint import save_tensors
 from utils.data import Sequences, training_counts, training_examples
+from utils.errors import UserError
+from utils.files import save_tensors
 from utils.report import comparison, finished_runs
 from utils.train import Run
 
@@ -48,7 +49,7 @@ def main(
 ) -> None:
     config = dict(locals()) | {"kind": "sr", "title": MODELS[model].__name__}
     if hidden_size % num_heads:
-        raise cli.UserError(f"--num_heads {num_heads} does not divide --hidden_size {hidden_size}")
+        raise UserError(f"--num_heads {num_heads} does not divide --hidden_size {hidden_size}")
     data = Sequences.load(assets.dataset_folder(dataset))
     examples = training_examples(data, train_targets, max_seq_length)
     counts = torch.from_numpy(training_counts(data))

@@ -21,9 +21,9 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.llm_step import make_data, peak_extra_bytes
 from models.losses import catalogue_cross_entropy
-from utils.checkpoint import write_json
 from utils.cli import ROOT
 from utils.data import Sequences, sorted_batches, split_examples
+from utils.files import write_json
 from utils.metrics import draw_negatives, rank_users
 from utils.report import environment
 

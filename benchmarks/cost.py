@@ -45,9 +45,9 @@ from models import llm_rec
 from models.dropout import Dropout
 from models.llm_rec import LLMRec
 from models.sr import sasrec
-from utils.checkpoint import write_json
 from utils.cli import ROOT
 from utils.data import Sequences, shuffled_batches, training_examples
+from utils.files import write_json
 from utils.metrics import draw_negatives, rank_users
 from utils.report import environment, markdown_table
 

@@ -41,9 +41,9 @@ from models.llm_rec import LLMRec, base_config, block_ends, load_decoder, prompt
 from models.lora import Linear as LoraLinear
 from models.slmrec import SLMRec
 from utils.assets import base_model_path, dataset_folder
-from utils.checkpoint import read_json, write_json
 from utils.cli import ROOT
 from utils.data import Examples, Sequences, shuffled_batches, split_examples, training_examples
+from utils.files import read_json, write_json
 from utils.metrics import draw_negatives, rank_users
 from utils.report import environment, markdown_table
 

@@ -22,8 +22,8 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils.checkpoint import write_json
 from utils.cli import ROOT
+from utils.files import write_json
 from utils.report import environment, markdown_table
 
 METRICS = {"HR@10": ("sampled", "HR@10"), "NDCG@10": ("sampled", "NDCG@10")}

@@ -44,8 +44,8 @@ from models.lora import Linear as LoraLinear
 from models.sr import sasrec
 from models.sr.sasrec import SASRec
 from utils import cli, metrics
-from utils.checkpoint import read_json, write_json
 from utils.cli import ROOT
+from utils.files import read_json, write_json
 from utils.metrics import SPLITS
 from utils.report import environment, markdown_table
 from utils.train import flatten

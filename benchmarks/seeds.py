@@ -17,8 +17,8 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.same_metrics import over_seeds
-from utils.checkpoint import read_json, write_json
 from utils.cli import ROOT
+from utils.files import read_json, write_json
 from utils.metrics import SPLITS
 from utils.report import environment, markdown_table
 

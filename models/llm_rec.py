@@ -33,8 +33,8 @@ from transformers.utils import logging as transformers_logging
 from models.dropout import Dropout
 from models.lora import Linear as LoraLinear
 from models.losses import catalogue_cross_entropy
-from utils.checkpoint import load_tensors, read_json, save_tensors
-from utils.cli import UserError
+from utils.errors import UserError
+from utils.files import load_tensors, read_json, save_tensors
 
 PREFIX = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "

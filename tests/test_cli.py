@@ -9,7 +9,8 @@ import yaml
 from conftest import ROOT
 
 from utils import cli
-from utils.cli import FLAGS, RECIPE_SECTIONS, UserError, resolve
+from utils.cli import FLAGS, RECIPE_SECTIONS, resolve
+from utils.errors import UserError
 
 SCRIPTS = {"train_sr_trad": "sr", "extract_emb": "extract", "finetune": "teacher", "distill": "student"}
 CALLED = []

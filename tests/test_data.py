@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_sequences
 
-from utils.cli import UserError
 from utils.data import Sequences, shuffled_batches, sorted_batches, split_examples, training_counts, training_examples
+from utils.errors import UserError
 
 PROCESS = ROOT / "datasets" / "process.py"
 

@@ -19,7 +19,7 @@ from models.lora import Linear as LoraLinear
 from models.sr import sasrec
 from models.sr.sasrec import SASRec
 from utils import metrics
-from utils.cli import UserError
+from utils.errors import UserError
 
 
 def plain_states(model: LLMRec, histories: list[list[int]], lengths: int) -> tuple[torch.Tensor, ...]:

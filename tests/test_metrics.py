@@ -10,8 +10,8 @@ from conftest import make_sequences, tiny_llm_rec
 from models.sr.popularity import Popularity
 from models.sr.sasrec import SASRec
 from utils import metrics
-from utils.cli import RunError
 from utils.data import training_counts, training_examples
+from utils.errors import RunError
 from utils.metrics import draw_negatives, evaluate, metrics_from_ranks, rank_users
 
 

@@ -27,8 +27,8 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, LlamaConfig
 
 from models.llm_rec import load_llm_rec
 from utils import assets, cli
-from utils.cli import UserError
 from utils.data import Sequences
+from utils.errors import UserError
 from utils.metrics import SPLITS, draw_negatives, evaluate
 
 SCRIPTS = {"train_sr_trad": "sr", "extract_emb": "extract", "finetune": "teacher", "distill": "student"}

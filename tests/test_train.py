@@ -12,9 +12,9 @@ from transformers import get_scheduler
 from models import losses
 from models.slmrec import SLMRec
 from models.sr.sasrec import SASRec
-from utils.checkpoint import check_space, load_tensors, save_tensors
-from utils.cli import RunError, UserError
 from utils.data import training_examples
+from utils.errors import RunError, UserError
+from utils.files import check_space, load_tensors, save_tensors
 from utils.report import comparison, finished_runs
 from utils.train import Run, gradient_shares
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from utils.checkpoint import sha256, whole_folder
-from utils.cli import ROOT, UserError
+from utils.cli import ROOT
+from utils.errors import UserError
+from utils.files import sha256, whole_folder
 
 DATASETS = ROOT / "datasets"
 

@@ -20,6 +20,8 @@ import yaml
 from fire import decorators, helptext
 from fire import trace as fire_trace
 
+from utils.errors import RunError, UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE_SECTIONS = ("data", "sr", "teacher", "student")
 
@@ -72,14 +74,6 @@ FLAGS: dict[str, tuple[str, str]] = {
     "block_reduction": ("over blocks: sum as in the released code, or mean as printed", ""),
     "mode": ("offline: a frozen teacher, whose states are computed once", ""),
 }
-
-
-class UserError(Exception):
-    """Bad input: ends the program with this one line and exit code 2."""
-
-
-class RunError(Exception):
-    """A run that cannot go on (a loss that is not finite, say): ends with this one line and exit code 1."""
 
 
 def run(main: Callable, section: str, argv: list[str] | None = None) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.checkpoint import read_json
-from utils.cli import UserError
+from utils.errors import UserError
+from utils.files import read_json
 
 MIN_INTERACTIONS = 3  # one item each to train on, to validate on and to test on
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.cli import RunError
 from utils.data import Examples, Sequences, sorted_batches, split_examples
+from utils.errors import RunError
 
 NUM_NEGATIVES = 999
 CANDIDATE_SEED = 20240527  # candidates have a seed of their own: a run's --seed never changes who is ranked

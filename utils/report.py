@@ -13,9 +13,9 @@ import matplotlib
 import numpy as np
 import torch
 
-from utils.checkpoint import read_json
 from utils.cli import ROOT
 from utils.data import Sequences
+from utils.files import read_json
 from utils.metrics import CANDIDATE_SEED, NUM_NEGATIVES
 
 matplotlib.use("Agg")

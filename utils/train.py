@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -23,9 +23,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from utils.checkpoint import load_tensors, read_json, save_tensors, whole_folder, write_json
-from utils.cli import ROOT, RunError, UserError, print_config, shown
+from utils.cli import ROOT, print_config, shown
 from utils.data import Examples, Sequences, shuffled_batches
+from utils.errors import RunError, UserError
+from utils.files import load_tensors, read_json, remove, save_tensors, whole_folder, write_json
 from utils.metrics import SPLITS, Recommender, draw_negatives, evaluate
 from utils.report import card, environment, peak_memory, plot_curve, protocol
 
@@ -373,15 +374,6 @@ class Run:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         if self.accelerator.log_with:
             self.accelerator.end_training()
-
-
-def remove(paths: Iterable[Path]) -> None:
-    """Delete files and folders; what is not there is passed over."""
-    for path in list(paths):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def parameter_groups(model: nn.Module, trained: dict[str, nn.Parameter], config: dict) -> list[dict]:

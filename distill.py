@@ -22,7 +22,7 @@ from utils import assets, cli
 from utils.data import Examples, Sequences, check_same_dataset, sorted_batches, training_examples
 from utils.errors import UserError
 from utils.files import check_space, load_tensors, read_json, remove_left_over, sha256, whole_file
-from utils.report import comparison, finished_runs
+from utils.report import closing_table, finished_run
 from utils.train import Run
 
 INHERITED = ["base_model", "layer_selection", "train_strategy", "lora_r", "lora_alpha", "lora_dropout"]
@@ -51,7 +51,7 @@ def teacher_states(folder: Path, base: str, examples: Examples, ends: list[int],
     size = stored.itemsize * math.prod(shape)
     if run.accelerator.is_main_process:
         there = path.exists() and digest.exists()
-        whole = there and digest.read_text().strip() == sha256(path)
+        whole = there and digest.read_text(encoding="utf-8").strip() == sha256(path)
         state = "found" if whole else "damaged, computed anew" if there else "computed once"
         run.print(f"teacher states: {size / 2**20:.0f} MiB, {path} ({state})")
         if not whole:
@@ -59,7 +59,7 @@ def teacher_states(folder: Path, base: str, examples: Examples, ends: list[int],
             teacher = load_llm_rec(folder, base).to(run.accelerator.device)
             write_teacher_states(path, shape, stored, teacher, examples, ends, run)
             with whole_file(digest) as part:
-                part.write_text(sha256(path) + "\n")
+                part.write_text(sha256(path) + "\n", encoding="utf-8")
     run.accelerator.wait_for_everyone()
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
@@ -126,7 +126,7 @@ def main(
     data = Sequences.load(assets.dataset_folder(dataset))
     source = Path(teacher or cli.ROOT / "outputs" / data.name / "teacher-8")
     make = f"{source} holds no finished teacher; make it: python finetune.py --dataset {dataset} --num_layers 8"
-    taught, _ = (read_json(source / name, make) for name in ("config.json", "metrics.json"))
+    taught, _ = finished_run(source, make)
     if taught.get("kind") != "teacher":
         raise UserError(f"--teacher {source} is no run of finetune.py")
     check_same_dataset(data, taught.get("dataset_fingerprint"), source)
@@ -136,6 +136,8 @@ def main(
         raise UserError(f"--num_layers {num_layers}: the teacher has {depth} layers, a student needs no more")
     if config["max_seq_length"] > taught["max_seq_length"]:
         raise UserError(f"--max_seq_length {max_seq_length}: the teacher reads {taught['max_seq_length']} items")
+    if lambda_ms and num_blocks == 1:
+        raise UserError("--num_blocks 1 leaves no block before the last for L_ms: add --lambda_ms 0, or more blocks")
     block_ends(num_layers, num_blocks)
     ends = block_ends(depth, num_blocks)
     base = assets.base_model_path(config["base_model"])
@@ -160,8 +162,8 @@ def main(
         state = run.fit(student, examples, extra)
         size = count_parameters(student) | {"total": count_parameters(student.student)["total"]}  # ms_heads only train
         run.finish(student, state, size, student.student.save_pretrained)
-    run.print(comparison(finished_runs(run.folder.parent)))
+    run.print(closing_table(run.folder.parent, data.fingerprint))
 
 
 if __name__ == "__main__":
-    cli.run(main, section="student")
+    cli.run(main, section="student", inherits=INHERITED)

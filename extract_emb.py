@@ -13,7 +13,8 @@ from models.sr import MODELS
 from utils import assets, cli
 from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
-from utils.files import load_tensors, read_json, save_tensors, sha256, whole_folder, write_json
+from utils.files import check_replaceable, load_tensors, save_tensors, sha256, whole_folder, write_json
+from utils.report import finished_run
 
 TABLE_FILE = "item_embeddings.safetensors"
 
@@ -41,12 +42,11 @@ def main(
     source = Path(sr_dir or cli.ROOT / "outputs" / data.name / model)
     target = Path(output_dir or cli.ROOT / "outputs" / data.name / "item_embeddings")
     train = f"{source} holds no finished run; make it: python train_sr_trad.py --dataset {dataset} --model {model}"
-    trained, metrics = (read_json(source / name, train) for name in ("config.json", "metrics.json"))
+    trained, metrics = finished_run(source, train)
     if trained.get("kind") != "sr":
         raise UserError(f"--sr_dir {source} is no run of train_sr_trad.py")
     check_same_dataset(data, trained.get("dataset_fingerprint"), source)
-    if target.exists() and any(target.iterdir()) and not (target / TABLE_FILE).exists():
-        raise UserError(f"--output_dir {target} holds something else; choose another folder")
+    check_replaceable(target, ["config.json", TABLE_FILE], "--output_dir")
 
     weights = source / "model.safetensors"
     table = load_tensors(weights)[MODELS[trained["model"]].item_table_name]  # (V + 1, d)

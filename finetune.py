@@ -12,8 +12,8 @@ from models.llm_rec import base_config, base_shape, build_llm_rec, count_paramet
 from utils import assets, cli
 from utils.data import Sequences, check_same_dataset, training_examples
 from utils.errors import UserError
-from utils.files import load_tensors, read_json
-from utils.report import comparison, finished_runs
+from utils.files import load_tensors, read_json, sha256
+from utils.report import closing_table
 from utils.train import Run
 
 
@@ -58,12 +58,17 @@ def main(
     if extracted.get("kind") != "item_embeddings":
         raise UserError(f"--item_embeddings {source} was not written by extract_emb.py")
     check_same_dataset(data, extracted.get("dataset_fingerprint"), source)
+    table_file = source / "item_embeddings.safetensors"
+    if table_file.is_file() and sha256(table_file) != extracted.get("table_sha256"):
+        raise UserError(
+            f"{table_file} is not the one that extract_emb.py wrote: it changed since; run extract_emb.py again"
+        )
     cli.inherit(config, extracted, ["table_sha256", "hidden_size"], cli.shown(source))
     base = assets.base_model_path(base_model)
     shape = base_config(base)
     select_layers(num_layers, shape.num_hidden_layers, layer_selection)
     config |= {"item_embeddings": cli.shown(source), "base_shape": base_shape(shape)}
-    item_table = load_tensors(source / "item_embeddings.safetensors")["item_table"]
+    item_table = load_tensors(table_file)["item_table"]
     examples = training_examples(data, train_targets, max_seq_length)
 
     run = Run(config, data, default_dir=f"teacher-{num_layers}")
@@ -71,7 +76,7 @@ def main(
         teacher = build_llm_rec(config, base, item_table)
         state = run.fit(teacher, examples)
         run.finish(teacher, state, count_parameters(teacher), teacher.save_pretrained)
-    run.print(comparison(finished_runs(run.folder.parent)))
+    run.print(closing_table(run.folder.parent, data.fingerprint))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from utils import assets, cli
 from utils.data import Sequences, training_counts, training_examples
 from utils.errors import UserError
 from utils.files import save_tensors
-from utils.report import comparison, finished_runs
+from utils.report import closing_table
 from utils.train import Run
 
 
@@ -75,7 +75,7 @@ def main(
             save=lambda folder: save_tensors(recommender.state_dict(), folder / "model.safetensors"),
             floor={"Popularity": Popularity(counts)},
         )
-    run.print(comparison(finished_runs(run.folder.parent)))
+    run.print(closing_table(run.folder.parent, data.fingerprint))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,16 @@
 """Command lines: what is refused, in one line, with exit code 2, before any work."""
 
+import ast
+import errno
 import importlib
 import inspect
+import os
+import subprocess
+import sys
 import typing
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
@@ -13,6 +19,7 @@ from utils.cli import FLAGS, RECIPE_SECTIONS, resolve
 from utils.errors import UserError
 
 SCRIPTS = {"train_sr_trad": "sr", "extract_emb": "extract", "finetune": "teacher", "distill": "student"}
+EVERY = SCRIPTS | {"reproduce": "reproduce"}
 CALLED = []
 
 
@@ -78,7 +85,7 @@ def test_values_arrive_with_their_annotated_types():
     assert got["resume"] == "never"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_flag_can_be_given(name):
     """Its default, or a value of its annotated type where the default is None, comes back as given."""
     function = importlib.import_module(name).main
@@ -88,13 +95,13 @@ def test_every_flag_can_be_given(name):
         if value is None:
             value = (cli.choices(parameter.annotation) or [samples[cli.alternatives(parameter.annotation)[0]]])[-1]
         argv = [f"--{flag}", str(value)] + ([] if flag == "dataset" else ["--dataset", "none-such"])
-        assert resolve(function, SCRIPTS[name], argv)[flag] == value
+        assert resolve(function, EVERY[name], argv)[flag] == value
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_help_shows_every_flag_with_type_default_and_meaning(name, capsys):
     module = importlib.import_module(name)
-    cli.run(module.main, SCRIPTS[name], ["--help"])
+    cli.run(module.main, EVERY[name], ["--help"])
     text = capsys.readouterr().out
     for flag, parameter in inspect.signature(module.main).parameters.items():
         part = text[text.index(f"--{flag}=") :].split("\n    --")[0]
@@ -104,7 +111,7 @@ def test_help_shows_every_flag_with_type_default_and_meaning(name, capsys):
 
 
 def test_every_documented_flag_is_one_of_some_script():
-    used = {p for name in SCRIPTS for p in inspect.signature(importlib.import_module(name).main).parameters}
+    used = {p for name in EVERY for p in inspect.signature(importlib.import_module(name).main).parameters}
     assert used == set(FLAGS)
 
 
@@ -130,6 +137,118 @@ def test_recipe_stands_between_defaults_and_flags(tmp_path, monkeypatch, capsys)
     got = resolve(main, "sr", ["--dataset", "mine", "--num_layers", "7"])
     assert (got["learning_rate"], got["num_layers"], got["dropout"], got["resume"]) == (0.5, 7, 0.3, "never")
     assert "learning_rate=0.5" in capsys.readouterr().out
+
+
+def test_the_data_section_does_not_overrule_what_a_step_inherits(tmp_path, monkeypatch):
+    """The earlier run may have had another value on its command line."""
+    recipe_file(tmp_path, monkeypatch, "data: {lora_r: 4, dtype: bfloat16, dropout: 0.3}\nstudent: {dtype: float32}\n")
+    argv = ["--dataset", "mine"]
+    got = resolve(main, "student", argv, inherits=["lora_r", "dtype"])
+    assert (got["lora_r"], got["dtype"], got["dropout"]) == (None, "float32", 0.3)
+    assert resolve(main, "student", [*argv, "--lora_r", "2"], inherits=["lora_r"])["lora_r"] == 2
+    assert resolve(main, "teacher", argv)["lora_r"] == 4  # nothing to inherit from
+
+
+def test_distill_inherits_what_the_teacher_was_trained_with(tmp_path, monkeypatch):
+    recipe_file(tmp_path, monkeypatch, "data: {max_seq_length: 10, train_targets: all, lora_r: 3, batch_size: 7}\n")
+    distill = importlib.import_module("distill")
+    got = resolve(distill.main, "student", ["--dataset", "mine"], distill.INHERITED)
+    assert got["max_seq_length"] is got["train_targets"] is got["lora_r"] is None and got["batch_size"] == 7
+    assert "inherits=INHERITED" in inspect.getsource(distill)
+
+
+@pytest.mark.parametrize("order", [("data", "sr"), ("sr", "data")])
+def test_the_order_of_sections_does_not_matter(order, tmp_path, monkeypatch):
+    lines = {"data": "data: {learning_rate: 0.1, dropout: 0.3}\n", "sr": "sr: {learning_rate: 0.5}\n"}
+    recipe_file(tmp_path, monkeypatch, "".join(lines[title] for title in order))
+    got = resolve(main, "sr", ["--dataset", "mine"])
+    assert (got["learning_rate"], got["dropout"]) == (0.5, 0.3)
+
+
+def failing(error: Exception):
+    def main(*, dataset: str = "none-such", micro_batch_size: int | None = None, eval_batch_size: int = 1) -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 2, "No space left on device: /a/b; free space"),
+        (OSError(errno.EFBIG, "File too large"), 2, "File too large; free space"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), 2, "Permission denied: /a; choose a place that you"),
+        (OSError(errno.EROFS, "Read-only file system", "/a"), 2, "Read-only file system: /a; choose a place that you"),
+        (OSError(errno.EMFILE, "Too many open files"), 2, "Too many open files; allow more open files"),
+        (OSError(errno.EIO, "Input/output error", "/a"), 2, "Input/output error: /a\n"),
+        (ConnectionError("the host does not answer"), 2, "the host does not answer\n"),
+        (MemoryError(), 1, "out of memory; --micro_batch_size and --eval_batch_size make it need less"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1, "out of memory; --micro_batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; --micro_batch_size"),
+    ],
+)
+def test_errors_of_the_system_get_the_advice_that_fits(error, code, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(failing(error), "sr", [])
+    lines = capsys.readouterr().err
+    assert stop.value.code == code and len(lines.splitlines()) == 1 and words in lines
+
+
+def test_a_step_without_batches_names_no_flag_of_them(capsys):
+    def main(*, dataset: str = "none-such") -> None:
+        raise MemoryError
+
+    with pytest.raises(SystemExit):
+        cli.run(main, "sr", [])
+    assert capsys.readouterr().err == "test_cli.py: out of memory\n"
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="a mistake in the code"):
+        cli.run(failing(RuntimeError("a mistake in the code")), "sr", [])
+
+
+def text_calls(tree: ast.AST):
+    """Calls that read or write text, or start a process whose output is text, and the names of their keywords."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) == "os.open":
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        words = {word.arg for word in node.keywords}
+        mode = next((a.value for a in reversed(node.args) if isinstance(a, ast.Constant)), "r")
+        is_file = name in ("read_text", "write_text") or (name == "open" and "b" not in str(mode))
+        if is_file or {"text", "universal_newlines"} & words:
+            yield ast.unparse(node), words
+
+
+def test_text_is_utf_8_whatever_the_locale():
+    """Each call names its encoding, in every file of the product."""
+    folders = (ROOT, *(ROOT / name for name in ("utils", "models", "models/sr", "datasets", "benchmarks")))
+    product = [path for folder in folders for path in folder.glob("*.py")]
+    assert len(product) > 20
+    calls = [(path.name, *call) for path in product for call in text_calls(ast.parse(path.read_text(encoding="utf-8")))]
+    assert len(calls) > 10
+    assert [(name, call) for name, call, words in calls if "encoding" not in words] == []
+
+
+def test_a_recipe_in_utf_8_is_read_under_an_ascii_locale(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from utils import cli
+cli.ROOT = Path({str(tmp_path)!r})
+import reproduce
+reproduce.main.__kwdefaults__["dataset"] = "nüll"
+cli.run(reproduce.main, "reproduce", ["--dataset", "nüll"])
+"""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "nüll.yaml").write_text("# naïve\ndata: {dataset: nüll}\n", encoding="utf-8")
+    (tmp_path / "code.py").write_text(code, encoding="utf-8")
+    ascii_only = {"LC_ALL": "C", "LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, tmp_path / "code.py"], env=os.environ | ascii_only, capture_output=True)
+    assert done.returncode == 2 and b"Traceback" not in done.stderr, done.stderr
+    assert b"neither datasets/n" in done.stderr
 
 
 @pytest.mark.parametrize(

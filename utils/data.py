@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import is_plain_name, read_json
 
 MIN_INTERACTIONS = 3  # one item each to train on, to validate on and to test on
 
@@ -45,6 +45,8 @@ class Sequences:
             name, num_items, fingerprint = str(info["name"]), int(info["items"]), str(info["fingerprint"])
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
             raise UserError(f"dataset {folder} cannot be read ({error}); {remake}") from error
+        if not is_plain_name(name):  # runs are written to a folder of that name
+            raise UserError(f"dataset {folder}: dataset.json has the name {name!r}, no plain name; {remake}")
         if items.ndim != 1 or offsets.ndim != 1 or not len(items):
             raise UserError(f"dataset {folder} is empty; {remake}")
         if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(items) or (np.diff(offsets) < 0).any():

@@ -2,21 +2,28 @@
 
 import json
 import platform
-import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import psutil
 import torch
 
 from utils.cli import ROOT
 from utils.data import Sequences
+from utils.errors import UserError
 from utils.files import read_json
 from utils.metrics import CANDIDATE_SEED, NUM_NEGATIVES
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -29,7 +36,7 @@ def git_commit() -> str:
     """The checkout's commit, marked -dirty if tracked files differ from it; 'unknown' outside a git checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -51,12 +58,18 @@ def environment(accelerator) -> dict:
     }
 
 
-def protocol(data: Sequences, max_length: int) -> dict:
+def protocol(data: Sequences, max_length: int, negatives: np.ndarray) -> dict:
+    """How the metrics were measured. negatives (users, 999), 0 where a user has no more."""
+    counts = np.count_nonzero(negatives, axis=1)
+    fewest, most = int(counts.min()), int(counts.max())
+    drawn = f"{NUM_NEGATIVES}" if fewest == NUM_NEGATIVES else f"{fewest} to {most} (not {NUM_NEGATIVES})"
     return {
         "split": "leave-one-out: the last item tests, the one before validates",
         "users": len(data.users),
         "items": data.num_items,
-        "sampled": f"1 positive and {NUM_NEGATIVES} negatives the user never touched, seed {CANDIDATE_SEED}",
+        "sampled": f"1 positive and {drawn} negatives the user never touched, seed {CANDIDATE_SEED}",
+        "negatives": {"fewest": fewest, "most": most, "mean": float(counts.mean())},
+        "users_without_negatives": int((counts == 0).sum()),
         "full": "the whole catalogue, items of the history masked",
         "rank": "number of other candidates with score >= the positive's: ties count against",
         "max_seq_length": max_length,
@@ -67,12 +80,14 @@ def peak_memory() -> int:
     """Bytes: of the device if it is a GPU, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def plot_curve(folder: Path) -> None:
     """Loss terms and the validation metric over the steps, from log.jsonl to curve.png."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "valid" in row]
     figure, (left, right) = plt.subplots(1, 2, sharex=True, figsize=(10, 4), layout="constrained")
@@ -139,33 +154,68 @@ Commit {run["git_commit"]}, Python {run["python"]}, {", ".join(f"{k} {v}" for k,
 """
 
 
-def finished_runs(folder: Path) -> list[dict]:
-    """{"config", "metrics"} of every finished run of a training script below a folder; other things are passed over."""
-    runs = []
+def finished_run(folder: Path, missing: str) -> tuple[dict, dict]:
+    """config.json and metrics.json of a finished run; UserError with the text `missing` where `folder` holds none."""
+    config, metrics = (read_json(folder / name, missing) for name in ("config.json", "metrics.json"))
+    if metrics.get("run_id") != config.get("run_id"):  # metrics of the run that this one replaces
+        raise UserError(missing)
+    return config, metrics
+
+
+def finished_runs(folder: Path, fingerprint: str) -> tuple[list[dict], list[str]]:
+    """{"config", "metrics"} of every finished run of a training script below a folder, on one dataset.
+
+    Also a line for each run that is left out: damaged, or of another dataset than that of `fingerprint`. Other things
+    are passed over.
+    """
+    runs, left_out = [], []
     for path in sorted(folder.glob("*/metrics.json")):
-        config = path.parent / "config.json"
-        if config.exists() and read_json(config, "").get("kind") in ORDER:
-            runs.append({"config": read_json(config, ""), "metrics": read_json(path, "")})
-    return runs
+        try:
+            config, metrics = finished_run(path.parent, "not finished")
+            if config.get("kind") not in ORDER:
+                continue
+            run = {"config": config, "metrics": metrics}
+            list(table_rows(run))  # it holds what the table needs
+        except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+            why = str(error) if isinstance(error, UserError) else f"damaged ({type(error).__name__}: {error})"
+            if (path.parent / "config.json").exists():
+                left_out.append(f"left out of the table, {path.parent}: {why}")
+            continue
+        if config.get("dataset_fingerprint") == fingerprint:
+            runs.append(run)
+        else:
+            left_out.append(f"left out of the table, {path.parent}: made from another dataset than the present one")
+    return runs, left_out
+
+
+HEADER = ["test users", "HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR", "full HR@10", "full NDCG@10"]
+HEADER += ["params", "trained", "s/epoch", "s to score"]
+
+
+def table_rows(run: dict) -> Iterator[list[str]]:
+    """A run's rows of the table: recommenders without training first, then its own."""
+
+    def row(title: str, test: dict, total: int, trained: int, epoch: str, score: float) -> list[str]:
+        figures = [f"{test['sampled'][name]:.4f}" for name in HEADER[1:7]]
+        figures += [f"{test['full'][name]:.4f}" for name in ("HR@10", "NDCG@10")]
+        return [title, *figures, f"{total / 1e6:.2f} M", f"{trained / 1e6:.2f} M", epoch, f"{score:.1f}"]
+
+    config, metrics = run["config"], run["metrics"]
+    for name, floor in metrics["floor"].items():
+        yield row(name, floor["test"], 0, 0, "-", floor["score_test_seconds"])
+    seconds, sizes = metrics["seconds"], metrics["parameters"]
+    figures = (sizes["total"], sizes["trained"], f"{seconds['train_epoch']:.1f}", seconds["score_test"])
+    yield row(f"{config['title']} ({Path(config['output_dir']).name})", metrics["test"], *figures)
 
 
 def comparison(runs: list[dict]) -> str:
     """The closing table, test users: sampled and full metrics, parameters, seconds. Traditional models come first."""
-    header = ["test users", "HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR", "full HR@10", "full NDCG@10"]
-    header += ["params", "trained", "s/epoch", "s to score"]
+    in_order = sorted(runs, key=lambda run: ORDER.index(run["config"]["kind"]))
+    rows = {row[0]: row for run in in_order for row in table_rows(run)}
+    return markdown_table(HEADER, list(rows.values()))
 
-    def row(title: str, test: dict, total: int, trained: int, epoch: str, score: float) -> list[str]:
-        figures = [f"{test['sampled'][name]:.4f}" for name in header[1:7]]
-        figures += [f"{test['full'][name]:.4f}" for name in ("HR@10", "NDCG@10")]
-        return [title, *figures, f"{total / 1e6:.2f} M", f"{trained / 1e6:.2f} M", epoch, f"{score:.1f}"]
 
-    rows = {}
-    for run in sorted(runs, key=lambda run: ORDER.index(run["config"]["kind"])):
-        config, metrics = run["config"], run["metrics"]
-        for name, floor in metrics["floor"].items():
-            rows[name] = row(name, floor["test"], 0, 0, "-", floor["score_test_seconds"])
-        seconds, sizes = metrics["seconds"], metrics["parameters"]
-        figures = (sizes["total"], sizes["trained"], f"{seconds['train_epoch']:.1f}", seconds["score_test"])
-        title = f"{config['title']} ({Path(config['output_dir']).name})"
-        rows[title] = row(title, metrics["test"], *figures)
-    return markdown_table(header, list(rows.values()))
+def closing_table(folder: Path, fingerprint: str) -> str:
+    """The table of all finished runs of a dataset below `folder`, and what was left out of it."""
+    runs, left_out = finished_runs(folder, fingerprint)
+    return "\n".join([*left_out, comparison(runs)])

@@ -9,8 +9,8 @@ So a run continues exactly from weights, optimiser state and a step number.
 import importlib.util
 import json
 import math
-import shutil
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -26,22 +27,35 @@ from transformers import get_scheduler
 from utils.cli import ROOT, print_config, shown
 from utils.data import Examples, Sequences, shuffled_batches
 from utils.errors import RunError, UserError
-from utils.files import load_tensors, read_json, remove, save_tensors, whole_folder, write_json
+from utils.files import (
+    load_tensors,
+    read_json,
+    remove,
+    remove_left_over,
+    save_tensors,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 from utils.metrics import SPLITS, Recommender, draw_negatives, evaluate
-from utils.report import card, environment, peak_memory, plot_curve, protocol
+from utils.report import card, environment, git_commit, peak_memory, plot_curve, protocol
 
 SELECTION_METRIC = ("sampled", "NDCG@10")
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-RUN_FILES = ("config.json", "metrics.json", "log.jsonl", "curve.png", "README.md", "checkpoints")
+RUN_FILES = ("metrics.json", "checkpoints", "log.jsonl", "curve.png", "README.md")  # beside config.json
 WEIGHTS = ("model.safetensors", "rec_heads.safetensors", "decoder.safetensors", "adapter", "states")
-NOT_COMPARED = ("resume", "report_to", "output_dir")  # flags that do not change what is trained
+LOCK = ".slmrec.lock"  # the first file of a run folder, held while a process trains in it
+# what does not change what is trained: these may differ when a run is continued
+NOT_COMPARED = ("resume", "report_to", "output_dir", "micro_batch_size", "eval_batch_size", "run_id")
 
 
 class Run:
     """A run folder and what happens in it. Construct it only when every input has been checked.
 
     With --resume auto a finished run of the same configuration is left as it is (`finished`), an interrupted one goes
-    on, and one of another configuration is refused. With --resume never the folder's earlier run is replaced.
+    on, and one of another configuration is refused. With --resume never the folder's earlier run is replaced, in the
+    moment in which `start` writes the new configuration: it holds a new `run_id`, and metrics and checkpoints with
+    another one belong to no run. So a folder always holds the old run or the new one, wherever a kill comes.
     """
 
     def __init__(self, config: dict, data: Sequences, default_dir: str) -> None:
@@ -49,10 +63,10 @@ class Run:
         self.config = config | {"output_dir": shown(self.folder), "dataset_fingerprint": data.fingerprint}
         self.data = data
         self.checkpoints = self.folder / "checkpoints"
+        self.lock = FileLock(self.folder / LOCK)
         tracker = config.get("report_to", "none")
         if tracker != "none" and importlib.util.find_spec(tracker) is None:
             raise UserError(f"--report_to {tracker}: the package is not installed (pip install {tracker})")
-        self.finished = self._open_folder()
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision="bf16" if config["dtype"] == "bfloat16" else "no",
@@ -63,44 +77,99 @@ class Run:
                 InitProcessGroupKwargs(timeout=timedelta(days=1)),  # others wait for the first's teacher states
             ],
         )
+        self.finished = self._open_folder()
         if self.accelerator.is_main_process:
+            if (self.folder / LOCK).exists():  # tell a folder in use before long work; `start` keeps the lock
+                self._take_lock()
+                self.lock.release()
             print_config(self.config)
             print(data.describe(), flush=True)
+            if self.finished:
+                self._leave_finished()
+        self.accelerator.wait_for_everyone()  # all have seen the folder as it was
         torch.manual_seed(config["seed"] % 2**63)
 
     def _open_folder(self) -> bool:
         """Check what stands in the folder; True if it is this very run, finished."""
-        earlier = self.folder / "config.json"
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output_dir {self.folder} is a file; choose a folder")
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not earlier.exists():
-            raise UserError(f"--output_dir {self.folder} holds something that is no run; choose another folder")
-        old = read_json(earlier, "") if earlier.exists() else {}
-        if earlier.exists() and old.get("kind") != self.config["kind"]:
+        earlier = self.folder / "config.json"
+        if not earlier.exists():
+            if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / LOCK).exists():
+                raise UserError(f"--output_dir {self.folder} holds something that is no run; choose another folder")
+            return False
+        old = read_json(earlier, "")
+        if old.get("kind") != self.config["kind"]:
             raise UserError(
                 f"--output_dir {self.folder} holds something that is no run of this step; choose another folder"
             )
-        if earlier.exists() and self.config["resume"] == "auto":
-            new = {n: json.loads(json.dumps(value)) for n, value in self.config.items() if n not in NOT_COMPARED}
-            # a flag that the run's own version did not have, and that is off, changes nothing in what it did
-            changed = [n for n, value in new.items() if (n in old or value) and old.get(n) != value]
-            if changed:
-                name = changed[0]
-                raise UserError(
-                    f"{self.folder} holds a run with {name}={old.get(name)}, not {self.config[name]}: pass its "
-                    "flags to continue it, --resume never to replace it, or another --output_dir"
-                )
-            return (self.folder / "metrics.json").exists()
-        return False
+        if self.config["resume"] != "auto":
+            return False
+        new = {n: json.loads(json.dumps(value)) for n, value in self.config.items() if n not in NOT_COMPARED}
+        # a flag that the run's own version did not have, and that is off, changes nothing in what it did
+        changed = [n for n, value in new.items() if (n in old or value) and old.get(n) != value]
+        if changed:
+            name = changed[0]
+            raise UserError(
+                f"{self.folder} holds a run with {name}={old.get(name)}, not {self.config[name]}: pass its "
+                "flags to continue it, --resume never to replace it, or another --output_dir"
+            )
+        metrics = self.folder / "metrics.json"
+        return metrics.exists() and read_json(metrics, "").get("run_id") == old.get("run_id")
+
+    def _take_lock(self) -> None:
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"another process is training in {self.folder}: wait until it ends, or choose another --output_dir"
+            ) from None
+
+    def _leave_finished(self) -> None:
+        """Say which run it is, and end the clean-up that a kill may have cut off."""
+        remove([self.checkpoints])
+        ran, now = read_json(self.folder / "metrics.json", "")["environment"]["git_commit"], git_commit()
+        changed = "" if ran == now else f"; the code is at {now} now, --resume never trains it again"
+        print(f"{self.folder} is finished, at commit {ran}, and left as it is{changed}", flush=True)
 
     def start(self) -> None:
         """Make the folder this run's: after this, what an earlier run left there is gone unless it is continued."""
         if self.accelerator.is_main_process:
-            remove(self.folder.rglob(".*.part"))  # what a kill left half-written
-            if self.config["resume"] == "never":
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            if self._open_folder():
+                raise UserError(f"another process has finished {self.folder} meanwhile; start again to see its results")
+            self._start_tracker()
+            for folder in (self.folder, self.checkpoints):
+                remove_left_over(folder)
+            earlier = self.folder / "config.json"
+            old = read_json(earlier, "") if earlier.exists() and self.config["resume"] == "auto" else {}
+            self.config["run_id"] = old.get("run_id")
+            continued = bool(old) and self._newest_checkpoint() is not None
+            if not continued:
+                self.config["run_id"] = uuid.uuid4().hex
+            write_json(self.config, earlier)
+            if not continued:
                 remove(self.folder / name for name in (*RUN_FILES, *WEIGHTS))
-            write_json(self.config, self.folder / "config.json")
         self.accelerator.wait_for_everyone()
+        self.config["run_id"] = read_json(self.folder / "config.json", "")["run_id"]
+
+    def _start_tracker(self) -> None:
+        if not self.accelerator.log_with:
+            return
+        flat = {name: value for name, value in self.config.items() if isinstance(value, int | float | str | bool)}
+        try:
+            self.accelerator.init_trackers("slmrec", config=flat)
+        except Exception as error:  # each tracker has errors of its own: no key, no network, no permission
+            raise UserError(f"--report_to {self.config['report_to']} cannot start: {error}") from error
+
+    def _newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint of this very run."""
+        for place in sorted(self.checkpoints.glob("step-*"), reverse=True):
+            state = place / "state.json"
+            if state.exists() and read_json(state, "").get("run_id") == self.config["run_id"]:
+                return place
+        return None
 
     def evaluate(self, model: Recommender, split: str, progress: bool = False) -> tuple[dict, float]:
         """Metrics of `model` on a split, and the seconds it took to score and rank its users."""
@@ -128,7 +197,14 @@ class Run:
         """
         if not len(examples):
             raise UserError(f"dataset {self.data.name} gives no training example: every user has too few interactions")
-        self.start()
+        try:
+            self.start()
+            return self._train(model, examples, extra or {})
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _train(self, model: nn.Module, examples: Examples, extra: dict[str, np.ndarray]) -> dict:
         config, accelerator = self.config, self.accelerator
         model.to(accelerator.device)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -141,6 +217,7 @@ class Run:
         learning_rate_factor = schedule.lr_lambdas[0]  # a function of the step alone
         state = self._resume(trained, optimizer)
         started = state["step"]
+        state["starts"] = [*state.get("starts", []), {"step": started} | environment(accelerator)]
         wrapped = accelerator.prepare_model(model)
         self._open_log(started)
         shown = {"total": total, "initial": started, "unit": "step", "mininterval": 1}
@@ -164,7 +241,7 @@ class Run:
                     group["lr"] = group["initial_lr"] * factor
                 index = batches[step % per_epoch]
                 shares = (step + 1) % config["eval_steps"] == 0
-                terms = self._backward(wrapped, trained, examples, index, extra or {}, step, shares)
+                terms = self._backward(wrapped, trained, examples, index, extra, step, shares)
                 norm = nn.utils.clip_grad_norm_(trained.values(), config["max_grad_norm"]).item()
                 self._check_finite(terms, norm, step)
                 optimizer.step()
@@ -244,11 +321,12 @@ class Run:
 
     def _resume(self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict:
         """The state to start from: that of the newest checkpoint, whose weights are loaded, or a fresh one."""
-        saved = sorted(self.checkpoints.glob("step-*"))
-        if not saved:
-            return {"step": 0, "evaluated": 0, "best_step": 0, "evaluations": [], "train_seconds": 0.0}
-        state = read_json(saved[-1] / "state.json", f"{saved[-1]} is incomplete; remove it and start again")
-        weights, moments = (load_tensors(saved[-1] / f"{kind}.safetensors") for kind in ("model", "optimizer"))
+        saved = self._newest_checkpoint()
+        if saved is None:
+            fresh = {"step": 0, "evaluated": 0, "best_step": 0, "evaluations": [], "train_seconds": 0.0}
+            return {"run_id": self.config["run_id"]} | fresh
+        state = read_json(saved / "state.json", f"{saved} is incomplete; remove it and start again")
+        weights, moments = (load_tensors(saved / f"{kind}.safetensors") for kind in ("model", "optimizer"))
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(weights[name])
@@ -258,7 +336,7 @@ class Run:
                 if found:
                     on_device = {key: value.to(parameter.device) for key, value in found.items()}
                     optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]))} | on_device
-        self.print(f"continuing from step {state['step']} ({saved[-1]})")
+        self.print(f"continuing from step {state['step']} ({saved})")
         return state
 
     def _save(self, state: dict, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -276,8 +354,7 @@ class Run:
             save_tensors(trained, part / "model.safetensors")
             save_tensors(moments, part / "optimizer.safetensors")
             write_json(state, part / "state.json")
-        for old in sorted(self.checkpoints.glob("step-*"))[:-1]:
-            shutil.rmtree(old)
+        remove(sorted(self.checkpoints.glob("step-*"))[:-1])
 
     def _select(self, state: dict, model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
         """Evaluate on validation and keep the weights if they are the best so far."""
@@ -301,7 +378,7 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         path = self.folder / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() and step else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []
         kept = []
         for line in lines:
             try:
@@ -310,15 +387,13 @@ class Run:
                 continue
             if row["step"] < step or (row["step"] == step and "valid" not in row):  # that evaluation is made again
                 kept.append(f"{line}\n")
-        path.write_text("".join(kept))
-        if self.accelerator.log_with:
-            flat = {name: value for name, value in self.config.items() if isinstance(value, int | float | str | bool)}
-            self.accelerator.init_trackers("slmrec", config=flat)
+        with whole_file(path) as part:
+            part.write_text("".join(kept), encoding="utf-8")
 
     def _log(self, values: dict) -> None:
         if not self.accelerator.is_main_process:
             return
-        with open(self.folder / "log.jsonl", "a") as file:
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         if self.accelerator.log_with:
             self.accelerator.log(flatten({k: v for k, v in values.items() if k != "step"}), step=values["step"])
@@ -362,18 +437,21 @@ class Run:
                 },
                 "parameters": parameters,
                 "peak_memory_bytes": peak_memory(),
-                "protocol": protocol(self.data, self.config["max_seq_length"]),
+                "protocol": protocol(self.data, self.config["max_seq_length"], self.negatives["test"]),
                 "floor": below,
-                "environment": environment(self.accelerator),
+                "environment": {name: value for name, value in state["starts"][-1].items() if name != "step"},
+                "starts": state["starts"],
+                "run_id": self.config["run_id"],
             }
             plot_curve(self.folder)
-            (self.folder / "README.md").write_text(card(self.config, metrics))
+            (self.folder / "README.md").write_text(card(self.config, metrics), encoding="utf-8")
             write_json(metrics, self.folder / "metrics.json")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            remove([self.checkpoints])
         if self.accelerator.log_with:
             self.accelerator.end_training()
+        self.lock.release()
 
 
 def parameter_groups(model: nn.Module, trained: dict[str, nn.Parameter], config: dict) -> list[dict]:

@@ -58,17 +58,15 @@ def main(
     if extracted.get("kind") != "item_embeddings":
         raise UserError(f"--item_embeddings {source} was not written by extract_emb.py")
     check_same_dataset(data, extracted.get("dataset_fingerprint"), source)
-    table_file = source / "item_embeddings.safetensors"
-    if table_file.is_file() and sha256(table_file) != extracted.get("table_sha256"):
-        raise UserError(
-            f"{table_file} is not the one that extract_emb.py wrote: it changed since; run extract_emb.py again"
-        )
     cli.inherit(config, extracted, ["table_sha256", "hidden_size"], cli.shown(source))
     base = assets.base_model_path(base_model)
     shape = base_config(base)
     select_layers(num_layers, shape.num_hidden_layers, layer_selection)
     config |= {"item_embeddings": cli.shown(source), "base_shape": base_shape(shape)}
+    table_file = source / "item_embeddings.safetensors"
     item_table = load_tensors(table_file)["item_table"]
+    if sha256(table_file) != extracted["table_sha256"]:
+        raise UserError(f"{table_file} changed since extract_emb.py wrote it; run extract_emb.py again")
     examples = training_examples(data, train_targets, max_seq_length)
 
     run = Run(config, data, default_dir=f"teacher-{num_layers}")

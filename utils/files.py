@@ -59,7 +59,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """The same for a folder. One that is there is replaced with all that it holds: see `check_replaceable`."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_left_over(path.parent, path.name)
+    remove_left_over(path.parent)
     temporary, old = beside(path, "part"), beside(path, "old")
     remove([temporary])
     temporary.mkdir()

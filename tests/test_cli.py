@@ -237,18 +237,16 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from utils import cli
+import train_sr_trad
 cli.ROOT = Path({str(tmp_path)!r})
-import reproduce
-reproduce.main.__kwdefaults__["dataset"] = "nüll"
-cli.run(reproduce.main, "reproduce", ["--dataset", "nüll"])
+cli.run(train_sr_trad.main, "sr", ["--dataset", "mine"])
 """
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "nüll.yaml").write_text("# naïve\ndata: {dataset: nüll}\n", encoding="utf-8")
-    (tmp_path / "code.py").write_text(code, encoding="utf-8")
+    (tmp_path / "recipes" / "mine.yaml").write_text("# na\u00efve\nsr: {seed: 3, output_dir: caf\u00e9}\n", "utf-8")
     ascii_only = {"LC_ALL": "C", "LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    done = subprocess.run([sys.executable, tmp_path / "code.py"], env=os.environ | ascii_only, capture_output=True)
-    assert done.returncode == 2 and b"Traceback" not in done.stderr, done.stderr
-    assert b"neither datasets/n" in done.stderr
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | ascii_only, capture_output=True, cwd=tmp_path)
+    assert done.returncode == 2 and b"neither datasets/mine" in done.stderr, done.stderr
+    assert b"recipe mine.yaml: seed=3, output_dir=caf\\xe9" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from utils.data import training_examples
 from utils.errors import RunError, UserError
 from utils.files import check_space, load_tensors, save_tensors
 from utils.metrics import draw_negatives
-from utils.report import closing_table, comparison, finished_runs, git_commit, protocol
+from utils.report import closing_table, comparison, finished_runs, protocol
 from utils.train import LOCK, Run, gradient_shares
 
 CONFIG = {
@@ -245,18 +245,22 @@ def test_gradient_shares_equal_the_norms():
 
 
 def test_a_finished_run_is_left_alone_and_another_configuration_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("utils.report.git_commit", lambda: "a" * 40)
     finish(*train(tmp_path / "a"))
     before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
     held = {"config.json", "metrics.json", "model.safetensors", "log.jsonl", "curve.png", "README.md", LOCK}
     assert held == set(before)
     data = make_sequences(users=80)
     config = CONFIG | {"output_dir": str(tmp_path / "a"), "resume": "auto"}
-    capsys.readouterr()
-    assert Run(config, data, "unused").finished
-    assert f"finished, at commit {git_commit()}, and left as it is\n" in capsys.readouterr().out
-    monkeypatch.setattr("utils.train.git_commit", lambda: "f" * 40)
-    assert Run(config, data, "unused").finished
-    assert f"the code is at {'f' * 40} now, --resume never trains it again" in capsys.readouterr().out
+    for now, words in (
+        ("a", "left as it is\n"),
+        ("b", f"the code has changed, it is at {'b' * 40} now: --resume never"),
+    ):
+        monkeypatch.setattr("utils.train.git_commit", lambda now=now: now * 40)
+        capsys.readouterr()
+        assert Run(config, data, "unused").finished
+        told = capsys.readouterr().out
+        assert f"finished, at commit {'a' * 40}, and left as it is" in told and words in told
     with pytest.raises(UserError, match=r"learning_rate=0.01, not 0.5"):
         Run(config | {"learning_rate": 0.5}, data, "unused")
     with pytest.raises(UserError, match="dataset_fingerprint"):

@@ -129,8 +129,11 @@ class Run:
         """Say which run it is, and end the clean-up that a kill may have cut off."""
         remove([self.checkpoints])
         ran, now = read_json(self.folder / "metrics.json", "")["environment"]["git_commit"], git_commit()
-        changed = "" if ran == now else f"; the code is at {now} now, --resume never trains it again"
-        print(f"{self.folder} is finished, at commit {ran}, and left as it is{changed}", flush=True)
+        text = f"{self.folder} is finished, at commit {ran}, and left as it is"
+        if ran != now or now.endswith("-dirty"):
+            has = "may have changed" if ran == now else f"has changed, it is at {now} now"
+            text += f"; the code {has}: --resume never trains it again"
+        print(text, flush=True)
 
     def start(self) -> None:
         """Make the folder this run's: after this, what an earlier run left there is gone unless it is continued."""

@@ -1,68 +1,65 @@
 """Step 2: take the item table out of a trained traditional recommender.
 
 python extract_emb.py                                 from outputs/ml-100k/sasrec
-python extract_emb.py --sr_dir outputs/my-data/sasrec --output_dir outputs/my-data/item_embeddings
+python extract_emb.py --sr_dir outputs/my-data/sasrec --output_dir outputs/my-data/item_embeddings-sasrec
 """
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from models.sr import MODELS
+from models.sr.storage import load_recommender, new_recommender
 from utils import assets, cli
 from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
-from utils.files import check_replaceable, load_tensors, save_tensors, sha256, whole_folder, write_json
+from utils.files import check_replaceable, save_tensors, sha256, whole_folder, write_json
 from utils.report import finished_run
 
 TABLE_FILE = "item_embeddings.safetensors"
 
 
-def summarise(table: torch.Tensor, initial_std: float) -> dict[str, float]:
-    """Norms of the rows of (V + 1, d); UserError if the table holds NaN, or norms as they were drawn, untrained."""
+def summarise(table: torch.Tensor, drawn: torch.Tensor) -> dict[str, float]:
+    """Norms of the rows of (V + 1, d); UserError if it holds NaN or has the norms of `drawn`, an untrained table."""
     if not torch.isfinite(table).all():
         raise UserError("the item table holds NaN or infinity: train_sr_trad.py diverged; lower --learning_rate")
-    norms = table[1:].norm(dim=1)
-    drawn_mean, drawn_std = initial_std * table.shape[1] ** 0.5, initial_std * 0.5**0.5
-    if abs(norms.mean() / drawn_mean - 1) < 0.05 and abs(norms.std() / drawn_std - 1) < 0.25:
+    norms, untrained = (rows[1:].norm(dim=1) for rows in (table, drawn))
+    if abs(norms.mean() / untrained.mean() - 1) < 0.05 and abs(norms.std() / untrained.std() - 1) < 0.25:
         raise UserError("the item table is untrained: its norms are still those of its drawing; train longer")
     summary = {f"norm_{name}": norms.quantile(q).item() for name, q in [("min", 0.0), ("median", 0.5), ("max", 1.0)]}
     return summary | {"norm_mean": norms.mean().item(), "norm_std": norms.std().item()}
 
 
+@torch.no_grad()
 def main(
     *,
     dataset: str = "ml-100k",
-    model: Literal["sasrec"] = "sasrec",
+    model: str = "sasrec",
     sr_dir: str | None = None,
     output_dir: str | None = None,
 ) -> None:
     data = Sequences.load(assets.dataset_folder(dataset))
     source = Path(sr_dir or cli.ROOT / "outputs" / data.name / model)
-    target = Path(output_dir or cli.ROOT / "outputs" / data.name / "item_embeddings")
     train = f"{source} holds no finished run; make it: python train_sr_trad.py --dataset {dataset} --model {model}"
     trained, metrics = finished_run(source, train)
     if trained.get("kind") != "sr":
         raise UserError(f"--sr_dir {source} is no run of train_sr_trad.py")
     check_same_dataset(data, trained.get("dataset_fingerprint"), source)
+    target = Path(output_dir or cli.ROOT / "outputs" / data.name / f"item_embeddings-{trained['model']}")
     check_replaceable(target, ["config.json", TABLE_FILE], "--output_dir")
 
-    weights = source / "model.safetensors"
-    table = load_tensors(weights)[MODELS[trained["model"]].item_table_name]  # (V + 1, d)
-    if len(table) != data.num_items + 1:
-        raise UserError(f"{weights} has {len(table) - 1} items, dataset {data.name} has {data.num_items}")
+    table = load_recommender(source, trained, data).item_table()  # (V + 1, d)
     config = {
         "kind": "item_embeddings",
         "dataset": dataset,
         "dataset_fingerprint": data.fingerprint,
         "sr_dir": cli.shown(source),
-        "sr_weights_sha256": sha256(weights),
+        "sr_weights_sha256": sha256(source / "model.safetensors"),
         "sr_test_sampled_NDCG@10": metrics["test"]["sampled"]["NDCG@10"],
         "model": trained["model"],
         "num_items": data.num_items,
-        "hidden_size": table.shape[1],
-    } | summarise(table, MODELS[trained["model"]].initial_std)
+        "item_dim": table.shape[1],
+    } | summarise(table, new_recommender(trained, data).item_table())
     cli.print_config(config)
     with whole_folder(target) as part:
         save_tensors({"item_table": table, "item_ids": torch.arange(len(table))}, part / TABLE_FILE)
@@ -71,4 +68,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(main, section="extract")
+    cli.run(main, section="extract", models=MODELS)

@@ -5,31 +5,26 @@ python train_sr_trad.py --dataset my-data --train_targets last
 python train_sr_trad.py --resume auto                 go on with an interrupted run
 """
 
+from dataclasses import asdict
 from typing import Literal
 
-import torch
-
+from models.interface import Recommender
 from models.sr import MODELS
 from models.sr.popularity import Popularity
 from utils import assets, cli
-from utils.data import Sequences, training_counts, training_examples
-from utils.errors import UserError
+from utils.data import Sequences, training_examples
 from utils.files import save_tensors
 from utils.report import closing_table
-from utils.train import Run
+from utils.run import Run
+from utils.train import fit
 
 
 def main(
     *,
     dataset: str = "ml-100k",
-    model: Literal["sasrec"] = "sasrec",
-    hidden_size: int = 128,
-    num_layers: int = 2,
-    num_heads: int = 2,
-    dropout: float = 0.2,
-    max_seq_length: int = 30,
+    model: str = "sasrec",
+    model_config: Recommender.Config,
     train_targets: str = "last",
-    num_negatives: int = 0,
     batch_size: int = 256,
     micro_batch_size: int | None = None,
     eval_batch_size: int = 512,
@@ -48,35 +43,25 @@ def main(
     report_to: Literal["none", "tensorboard", "wandb"] = "none",
 ) -> None:
     config = dict(locals()) | {"kind": "sr", "title": MODELS[model].__name__}
-    if hidden_size % num_heads:
-        raise UserError(f"--num_heads {num_heads} does not divide --hidden_size {hidden_size}")
+    config |= asdict(config.pop("model_config"))
     data = Sequences.load(assets.dataset_folder(dataset))
-    examples = training_examples(data, train_targets, max_seq_length)
-    counts = torch.from_numpy(training_counts(data))
+    known = data.training_part()
+    examples = training_examples(data, train_targets, model_config.max_seq_length)
 
     run = Run(config, data, default_dir=model)
     if not run.finished:
-        recommender = MODELS[model](
-            data.num_items,
-            dim=hidden_size,
-            max_length=max_seq_length,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            dropout=dropout,
-            num_negatives=num_negatives,
-            counts=counts,
-        )
-        state = run.fit(recommender, examples)
+        recommender = MODELS[model](model_config, known)
+        state = fit(run, recommender, examples)
         size = sum(p.numel() for p in recommender.parameters())
         run.finish(
             recommender,
             state,
             parameters={"total": size, "trained": size},
             save=lambda folder: save_tensors(recommender.state_dict(), folder / "model.safetensors"),
-            floor={"Popularity": Popularity(counts)},
+            baselines={"Popularity": Popularity(None, known)},
         )
     run.print(closing_table(run.folder.parent, data.fingerprint))
 
 
 if __name__ == "__main__":
-    cli.run(main, section="sr")
+    cli.run(main, section="sr", models=MODELS)

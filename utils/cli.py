@@ -1,10 +1,11 @@
 """Command lines: fire collects the arguments and renders the help; this gate checks them before any work starts.
 
-Values come from the defaults in `main`'s signature, then the dataset's recipe, then the command line. `main` is
-called only when every flag is known, of its annotated type and within its range; otherwise one line says what is
-wrong and the exit code is 2.
+Flags are the keyword-only parameters of `main`, and the fields of the Config of the model that --model names. Values
+come from the defaults, then the dataset's recipe, then the command line. `main` is called only when every flag is
+known, of its annotated type and within its range; otherwise one line says what is wrong and the exit code is 2.
 """
 
+import dataclasses
 import difflib
 import errno
 import inspect
@@ -13,7 +14,8 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import fire
@@ -25,8 +27,9 @@ from utils.errors import RunError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE_SECTIONS = ("data", "sr", "teacher", "student")
+Models = Mapping[str, type] | None  # a registry: the classes by the names that --model takes
 
-# Every flag of every script: its meaning and, for numbers, the range of values that make sense.
+# Every flag in the signature of a script: its meaning and, for numbers, the range of values that make sense.
 FLAGS: dict[str, tuple[str, str]] = {
     "dataset": ("a processed dataset: a name under datasets/, or the path of its folder", ""),
     "model": ("traditional recommender", ""),
@@ -35,20 +38,16 @@ FLAGS: dict[str, tuple[str, str]] = {
     "sr_dir": ("run folder of train_sr_trad.py (default: this dataset's)", ""),
     "teacher": ("run folder of finetune.py (default: this dataset's teacher-8)", ""),
     "output_dir": ("where this run is written (default: under outputs/<dataset>/)", ""),
-    "num_layers": ("layers kept of the base model, or blocks of the traditional model", ">= 1"),
+    "num_layers": ("layers kept of the base model", ">= 1"),
     "layer_selection": ("keep the first layers of the base, or layers at an even interval", ""),
-    "hidden_size": ("item dimension d", ">= 1"),
-    "num_heads": ("attention heads", ">= 1"),
-    "dropout": ("dropout of the traditional model", "0..1"),
     "train_strategy": ("train LoRA adapters, all decoder layers, or neither (the two linear maps always train)", ""),
     "lora_r": ("rank of the adapters", ">= 1"),
     "lora_alpha": ("scale of the adapters", "> 0"),
     "lora_dropout": ("dropout before the adapters", "0..1"),
     "lora_target_modules": ("comma-separated modules that get adapters", ""),
     "max_seq_length": ("newest items of a history that are read", ">= 1"),
-    "train_targets": ("training targets a user: last (the released protocol), all, or a number of newest ones", ""),
-    "num_negatives": ("negatives a batch of the sampled softmax; 0: the cross-entropy over all items", ">= 0"),
-    "batch_size": ("examples an optimiser step, over all devices", ">= 1"),
+    "train_targets": ("training targets per user: last (the released protocol), all, or a number of newest ones", ""),
+    "batch_size": ("examples per optimiser step, over all devices", ">= 1"),
     "micro_batch_size": ("examples at once on a device (default: all of them); the rest is accumulated", ">= 1"),
     "eval_batch_size": ("users scored at once", ">= 1"),
     "num_epochs": ("passes over the training examples", "> 0"),
@@ -78,21 +77,52 @@ FLAGS: dict[str, tuple[str, str]] = {
 }
 
 
-def run(main: Callable, section: str, argv: list[str] | None = None, inherits: Sequence[str] = ()) -> None:
-    """Check the command line against `main`'s keyword-only annotated flags, and call it.
+@dataclass(frozen=True)
+class Flag:
+    """What is known of a flag: the type and default of its value, its meaning, and the range of a number."""
+
+    annotation: object
+    default: object
+    meaning: str
+    limits: str
+
+
+def flags_of(main: Callable, models: Models = None, model: str | None = None) -> dict[str, Flag]:
+    """The flags of `main`, and those of the Config of `models[model]` where `main` takes a `model_config`."""
+    parameters = inspect.signature(main).parameters
+    found = {n: Flag(p.annotation, p.default, *FLAGS[n]) for n, p in parameters.items() if n != "model_config"}
+    if models and "model_config" in parameters:
+        config = models[model or parameters["model"].default].Config
+        types_of = typing.get_type_hints(config)
+        for field in dataclasses.fields(config):
+            text = field.metadata["meaning"], field.metadata["limits"]
+            found[field.name] = Flag(types_of[field.name], field.default, *text)
+    return found
+
+
+def run(
+    main: Callable,
+    section: str,
+    argv: list[str] | None = None,
+    *,
+    inherits: Sequence[str] = (),
+    models: Models = None,
+) -> None:
+    """Check the command line, and call `main` with the value of every flag.
 
     section: of the recipe. inherits: flags that come from an earlier step's run unless this step is given its own.
+    models: the registry that --model chooses from; `main` gets its Config as `model_config` if it takes one.
     """
     script = Path(sys.modules[main.__module__].__file__).name
     argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows what it cannot print as \\u2019
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows what it cannot print as \u2019
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         if {"--help", "-h", "help"} & set(argv):
-            print(help_text(main, script))
+            print(help_text(main, script, argv, models))
             return
-        main(**resolve(main, section, argv, inherits))
+        main(**resolve(main, section, argv, inherits=inherits, models=models))
     except UserError as error:
         stop(script, str(error), 2)
     except RunError as error:
@@ -132,21 +162,38 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "allocate memory" in text
 
 
-def flags_of(main: Callable) -> typing.Mapping[str, inspect.Parameter]:
-    return inspect.signature(main).parameters
-
-
-def resolve(main: Callable, section: str, argv: list[str], inherits: Sequence[str] = ()) -> dict:
+def resolve(
+    main: Callable, section: str, argv: list[str], *, inherits: Sequence[str] = (), models: Models = None
+) -> dict:
     """Every flag's value; raises UserError on anything that is not exactly right."""
-    parameters = flags_of(main)
-    given = {}
-    for name, text in collect(argv).items():
-        if name not in parameters:
-            raise UserError(f"unknown flag --{name}{suggest(name, parameters)}; see --help")
-        given[name] = coerce(f"--{name}", text, parameters[name].annotation, name)
-    values = {name: parameter.default for name, parameter in parameters.items()}
-    dataset = given.get("dataset", values["dataset"])
-    return values | recipe(Path(dataset).name, section, parameters, inherits) | given
+    given = collect(argv)
+    dataset = given.get("dataset", inspect.signature(main).parameters["dataset"].default)
+    path, sections = read_recipe(Path(dataset).name)
+    model = None
+    if models:
+        plain = {"model": inspect.signature(main).parameters["model"].default}
+        model = str((plain | sections["data"] | sections.get(section, {}) | given)["model"])
+        if model not in models:
+            raise UserError(f"--model {model}: expected one of {', '.join(models)}")
+    flags = flags_of(main, models, model)
+    for name in given:
+        if name not in flags:
+            raise UserError(f"unknown flag --{name}{suggest(name, flags)}{of_another(name, models)}; see --help")
+    values = {name: flag.default for name, flag in flags.items()}
+    values |= recipe_values(path, sections, section, flags, inherits, models, model)
+    values |= {name: coerce(f"--{name}", text, flags[name]) for name, text in given.items()}
+    if "model_config" not in inspect.signature(main).parameters:
+        return values
+    own = {field.name: values.pop(field.name) for field in dataclasses.fields(models[model].Config)}
+    return values | {"model_config": models[model].Config(**own)}
+
+
+def of_another(name: str, models: Models) -> str:
+    """A hint where a flag belongs to another model."""
+    owners = [
+        m for m, kind in (models or {}).items() if name in {field.name for field in dataclasses.fields(kind.Config)}
+    ]
+    return f" (a flag of --model {' or '.join(owners)})" if owners else ""
 
 
 def collect(argv: list[str]) -> dict[str, str]:
@@ -169,9 +216,9 @@ def collect(argv: list[str]) -> dict[str, str]:
     return found
 
 
-def coerce(source: str, value: object, annotation: object, name: str) -> object:
-    """`value` as the annotated type, within the flag's range; anything else is a UserError naming `source`."""
-    options = alternatives(annotation)
+def coerce(source: str, value: object, flag: Flag) -> object:
+    """`value` as the flag's type, within its range; anything else is a UserError naming `source`."""
+    options = alternatives(flag.annotation)
     if type(None) in options and str(value).lower() == "none":
         return None
     wanted = next(option for option in options if option is not type(None))
@@ -192,9 +239,8 @@ def coerce(source: str, value: object, annotation: object, name: str) -> object:
     except ValueError:
         kind = {int: "a whole number", float: "a number"}[wanted]
         raise UserError(f"{source} {value}: expected {kind}") from None
-    limits = FLAGS[name][1]
-    if not math.isfinite(number) or not within(number, limits):
-        raise UserError(f"{source} {value}: expected a number {limits}")
+    if not math.isfinite(number) or not within(number, flag.limits):
+        raise UserError(f"{source} {value}: expected a number {flag.limits}")
     return number
 
 
@@ -225,51 +271,82 @@ def suggest(name: str, known: typing.Iterable[str]) -> str:
     return f" (did you mean --{close[0]}?)" if close else ""
 
 
-def recipe(
-    dataset: str, section: str, parameters: typing.Mapping[str, inspect.Parameter], inherits: Sequence[str] = ()
-) -> dict:
-    """The recipe's values for this script: its `data` section for every script, then the script's own section.
-
-    What a step inherits is not taken from `data`: the earlier step knows better what it was trained with.
-    """
+def read_recipe(dataset: str) -> tuple[Path, dict[str, dict]]:
+    """The recipe of a dataset, every section of it; empty sections where there is none."""
     path = ROOT / "recipes" / f"{dataset}.yaml"
+    empty: dict[str, dict] = {title: {} for title in RECIPE_SECTIONS}
     if not path.is_file():
-        return {}
+        return path, empty
     try:
         sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML: {error}") from error
     if not isinstance(sections, dict):
         raise UserError(f"{path}: expected sections, one of {', '.join(RECIPE_SECTIONS)}")
-    values: dict[str, dict] = {title: {} for title in RECIPE_SECTIONS}
     for title, entries in sections.items():
         if title not in RECIPE_SECTIONS:
             raise UserError(f"{path}: unknown section {title}; expected {', '.join(RECIPE_SECTIONS)}")
         if not isinstance(entries, dict):
             raise UserError(f"{path}: section {title}: expected name: value lines")
-        for name, value in entries.items():
-            if name not in (FLAGS if title != section else parameters):
-                raise UserError(f"{path}: unknown key {title}.{name}{suggest(str(name), FLAGS)}")
-            if title == section or (title == "data" and name in parameters and name not in inherits):
-                values[title][name] = coerce(f"{path}: {title}.{name}", value, parameters[name].annotation, name)
-    chosen = values["data"] | values.get(section, {})
-    if chosen:
-        print(f"recipe {path.name}: " + ", ".join(f"{name}={value}" for name, value in chosen.items()))
-    return chosen
+    return path, empty | sections
 
 
-def help_text(main: Callable, script: str) -> str:
-    """fire's help of `main`, with the meaning of each flag taken from FLAGS."""
-    lines = [inspect.getdoc(sys.modules[main.__module__]) or "", "", "Args:"]
-    for name in inspect.signature(main).parameters:
-        meaning, limits = FLAGS[name]
-        parameter = inspect.signature(main).parameters[name]
-        limits = limits or ", ".join(choices(parameter.annotation))
-        if len(str(parameter.default)) > 20:  # fire cuts long defaults short
-            limits = f"default: {parameter.default}"
-        lines.append(f"    {name}: {meaning}" + (f" ({limits})" if limits else ""))
-    main.__doc__ = "\n".join(lines)
-    text = helptext.HelpText(main, trace=fire_trace.FireTrace(main, name=script))
+def recipe_values(
+    path: Path,
+    sections: dict[str, dict],
+    section: str,
+    flags: dict[str, Flag],
+    inherits: Sequence[str],
+    models: Models,
+    model: str | None,
+) -> dict:
+    """The recipe's values for this script: section `data`, then the script's own, then what that has for the model.
+
+    What a step inherits is not taken from `data`: the earlier step knows better what it was trained with.
+    """
+    known = set(flags) | set(FLAGS)
+    for kind in (models or {}).values():
+        known |= {field.name for field in dataclasses.fields(kind.Config)}
+    entries: dict[str, tuple[str, object]] = {}
+    for title in (name for name in RECIPE_SECTIONS if name in ("data", section)):
+        own = sections[title]
+        per_model = own.get(model) if title == section else None
+        parts = [(title, {n: v for n, v in own.items() if n not in (models or {})})]
+        parts += [(f"{title}.{model}", per_model)] if per_model is not None else []
+        for place, part in parts:
+            if not isinstance(part, dict):
+                raise UserError(f"{path}: section {place}: expected name: value lines")
+            for name, value in part.items():
+                if name not in (flags if place != "data" and title == section else known):
+                    raise UserError(f"{path}: unknown key {place}.{name}{suggest(str(name), known)}")
+                if name in flags and not (title == "data" and name in inherits):
+                    entries[name] = (f"{path}: {place}.{name}", value)
+    values = {name: coerce(source, value, flags[name]) for name, (source, value) in entries.items()}
+    if values:
+        print(f"recipe {path.name}: " + ", ".join(f"{name}={value}" for name, value in values.items()))
+    return values
+
+
+def help_text(main: Callable, script: str, argv: list[str], models: Models) -> str:
+    """fire's help of the flags, with the meaning of each."""
+    model = next((argv[at + 1] for at, word in enumerate(argv[:-1]) if word == "--model"), None)
+    flags = flags_of(main, models, model if model in (models or {}) else None)
+    lines = [inspect.getdoc(sys.modules[main.__module__]) or ""]
+    if models:
+        lines += [f"Models: {', '.join(models)}. Each has flags of its own: --model NAME --help."]
+    lines += ["", "Args:"]
+    for name, flag in flags.items():
+        limits = flag.limits or ", ".join(choices(flag.annotation))
+        if len(str(flag.default)) > 20:  # fire cuts long defaults short
+            limits = f"default: {flag.default}"
+        lines.append(f"    {name}: {flag.meaning}" + (f" ({limits})" if limits else ""))
+
+    def shown_by_fire(**flags) -> None: ...
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(n, kind, default=f.default, annotation=f.annotation) for n, f in flags.items()]
+    shown_by_fire.__signature__, shown_by_fire.__doc__ = inspect.Signature(parameters), "\n".join(lines)
+    text = helptext.HelpText(shown_by_fire, trace=fire_trace.FireTrace(shown_by_fire, name=script))
     return re.sub(r"(?m)^    -\w, --", "    --", text)  # fire's one-letter flags are not accepted here
 
 

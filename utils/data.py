@@ -59,6 +59,14 @@ class Sequences:
             raise UserError(f"dataset {folder}: no user has {MIN_INTERACTIONS} interactions to split; bring more data")
         return cls(name, items, offsets, num_items, users, fingerprint)
 
+    def training_part(self) -> "TrainingPart":
+        """All but the last two items of every kept user (leave-one-out)."""
+        lengths = self.offsets[self.users + 1] - 2 - self.offsets[self.users]
+        users = np.repeat(self.users, lengths)
+        first = np.repeat(self.offsets[self.users] - (np.cumsum(lengths) - lengths), lengths)
+        items = self.items[np.arange(len(users)) + first]
+        return TrainingPart(self.num_items, len(self.offsets) - 1, users, items)
+
     def describe(self) -> str:
         dropped = len(self.offsets) - 1 - len(self.users)
         return (
@@ -68,14 +76,33 @@ class Sequences:
 
 
 @dataclass(frozen=True)
+class TrainingPart:
+    """What a model may know of the data when it is built: the interactions that training sees.
+
+    users, items (interactions,): who met what, users in order and each user's oldest first. Users are numbered
+    0..num_users - 1, items 1..num_items.
+    """
+
+    num_items: int
+    num_users: int
+    users: np.ndarray
+    items: np.ndarray
+
+    def counts(self) -> np.ndarray:
+        """(V + 1,) int64: how often each item occurs."""
+        return np.bincount(self.items, minlength=self.num_items + 1)
+
+
+@dataclass(frozen=True)
 class Examples:
     """What to predict from what, as positions in `Sequences.items`.
 
-    Example i reads items[start[i]:end[i]] and asks for items[first[i]:end[i] + 1], each from those before it. With
-    first == end it is one history and one target.
+    Example i, of user users[i], reads items[start[i]:end[i]] and asks for items[first[i]:end[i] + 1], each from those
+    before it. With first == end it is one history and one target.
     """
 
     items: np.ndarray
+    users: np.ndarray
     start: np.ndarray
     first: np.ndarray
     end: np.ndarray
@@ -101,8 +128,8 @@ class Examples:
     def batch(self, index: np.ndarray) -> dict[str, torch.Tensor]:
         """Cut out the examples `index`, left-padded with 0 to the longest of them.
 
-        Returns histories (B, T) and targets (B, T); targets[b, t] is the item to predict after histories[b, :t + 1],
-        0 where nothing is asked. The last column always asks.
+        Returns users (B,), histories (B, T) and targets (B, T); targets[b, t] is the item to predict after
+        histories[b, :t + 1], 0 where nothing is asked. The last column always asks.
         """
         width = int(self.lengths[index].max())
         position = self.end[index][:, None] - width + np.arange(width)  # (B, T)
@@ -110,7 +137,8 @@ class Examples:
         histories = np.where(inside, self.items[np.maximum(position, 0)], 0)
         asked = inside & (position + 1 >= self.first[index][:, None])
         targets = np.where(asked, self.items[np.maximum(position + 1, 0)], 0)
-        return {"histories": torch.from_numpy(histories.astype(np.int64)), "targets": torch.from_numpy(targets).long()}
+        batch = {"users": self.users[index], "histories": histories, "targets": targets}
+        return {name: torch.from_numpy(values.astype(np.int64)) for name, values in batch.items()}
 
 
 def parse_train_targets(train_targets: str) -> int:
@@ -139,13 +167,13 @@ def training_examples(data: Sequences, train_targets: str, max_length: int) -> E
     back = np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)
     end = stop[user] - 1 - back * max_length
     start = np.maximum(begin[user], end - max_length)
-    return Examples(data.items, start, np.maximum(first[user], start + 1), end)
+    return Examples(data.items, data.users[user], start, np.maximum(first[user], start + 1), end)
 
 
 def split_examples(data: Sequences, split: str, max_length: int) -> Examples:
     """One example a kept user: `valid` asks for the item before the last, `test` for the last."""
     end = data.offsets[data.users + 1] - {"valid": 2, "test": 1}[split]
-    return Examples(data.items, np.maximum(data.offsets[data.users], end - max_length), end, end)
+    return Examples(data.items, data.users, np.maximum(data.offsets[data.users], end - max_length), end, end)
 
 
 def shuffled_batches(examples: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -159,15 +187,6 @@ def sorted_batches(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]
     order = np.argsort(-lengths, kind="stable")
     for at in range(0, len(order), batch_size):
         yield order[at : at + batch_size]
-
-
-def training_counts(data: Sequences) -> np.ndarray:
-    """(V + 1,) int64: how often each item occurs in the training parts of the kept users."""
-    inside = np.zeros(len(data.items) + 1, np.int64)  # +1 where a training part begins, -1 where it ends
-    np.add.at(inside, data.offsets[data.users], 1)
-    np.add.at(inside, data.offsets[data.users + 1] - 2, -1)
-    used = np.cumsum(inside[:-1]) > 0
-    return np.bincount(data.items[used], minlength=data.num_items + 1)
 
 
 def check_same_dataset(data: Sequences, fingerprint: str | None, where: Path) -> None:

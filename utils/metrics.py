@@ -1,14 +1,10 @@
 """Candidates, ranks and metrics: written once for every recommender.
 
-A recommender is anything with `user_vectors(histories) -> (B, d)` for left-padded item ids (B, T), and
-`item_vectors() -> (V + 1, d)`, row 0 the padding; the score of item i for a user is the dot product. It may offer
-`for_inference()`, a context in which its weights stay as they are and it answers faster.
+A recommender is what `models/interface.py` says; this module uses its `score_blocks` and `for_inference`.
 """
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,12 +17,6 @@ NUM_NEGATIVES = 999
 CANDIDATE_SEED = 20240527  # candidates have a seed of their own: a run's --seed never changes who is ranked
 SPLITS = ("valid", "test")
 SCORES_AT_ONCE = 2**20  # entries of a block of scores: users x items never stands in memory
-
-
-class Recommender(Protocol):
-    def user_vectors(self, histories: torch.Tensor) -> torch.Tensor: ...
-
-    def item_vectors(self) -> torch.Tensor: ...
 
 
 def draw_negatives(data: Sequences, split: str, num: int = NUM_NEGATIVES, seed: int = CANDIDATE_SEED) -> np.ndarray:
@@ -101,7 +91,7 @@ def metrics_from_ranks(ranks: np.ndarray) -> dict[str, float]:
 
 @torch.inference_mode()
 def rank_users(
-    recommender: Recommender,
+    recommender: torch.nn.Module,
     data: Sequences,
     split: str,
     negatives: np.ndarray,
@@ -120,32 +110,28 @@ def rank_users(
     examples = split_examples(data, split, max_length)
     ranks = {kind: np.zeros(len(examples), np.int64) for kind in ("sampled", "full")}
     begun = time.perf_counter()
-    item_vectors = recommender.item_vectors().float()
-    at_once = max(64, SCORES_AT_ONCE // len(item_vectors))
+    users_at_once = max(64, SCORES_AT_ONCE // (data.num_items + 1))
     batches = list(sorted_batches(examples.lengths, batch_size))
-    with ExitStack() as stack:
-        with autocast():
-            stack.enter_context(getattr(recommender, "for_inference", nullcontext)())
+    with autocast(), recommender.for_inference():
         for index in tqdm(batches, desc=f"rank {split}", unit="batch", disable=not progress, leave=False):
-            with autocast():
-                vectors = recommender.user_vectors(examples.batch(index)["histories"].to(device))
-            for low in range(0, len(index), at_once):
-                part = slice(low, low + at_once)
-                found = rank_block(vectors[part].float(), item_vectors, data, examples, index[part], negatives)
-                ranks["sampled"][index[part]], ranks["full"][index[part]] = found
+            batch = {name: values.to(device) for name, values in examples.batch(index).items()}
+            for block, scores in recommender.score_blocks(batch["histories"], batch["users"], users_at_once):
+                found = rank_block(scores, data, examples, index[block], negatives)
+                ranks["sampled"][index[block]], ranks["full"][index[block]] = found
     return ranks, time.perf_counter() - begun
 
 
 def rank_block(
-    vectors: torch.Tensor,
-    items: torch.Tensor,
+    scores: torch.Tensor,
     data: Sequences,
     examples: Examples,
     index: np.ndarray,
     negatives: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sampled and full ranks (b,) of the examples `index`: vectors (b, d), items (V + 1, d), negatives of all users."""
-    scores = vectors @ items.T  # (b, V + 1)
+    """Sampled and full ranks (b,) of the examples `index`.
+
+    scores (b, V + 1), which are overwritten; negatives of all users.
+    """
     low, high = torch.aminmax(scores[:, 1:])
     if not (low > -torch.inf and high < torch.inf):  # neither holds for NaN
         raise RunError("scores are not finite: the model has diverged; lower --learning_rate")
@@ -163,7 +149,9 @@ def rank_block(
     return sampled.cpu().numpy(), ranks_from_scores(positive, scores).cpu().numpy()
 
 
-def evaluate(recommender: Recommender, data: Sequences, split: str, negatives: np.ndarray, **how) -> tuple[dict, float]:
+def evaluate(
+    recommender: torch.nn.Module, data: Sequences, split: str, negatives: np.ndarray, **how
+) -> tuple[dict, float]:
     """`rank_users` turned into {"sampled": {...}, "full": {...}}, with the seconds it took."""
     ranks, seconds = rank_users(recommender, data, split, negatives, **how)
     return {kind: metrics_from_ranks(values) for kind, values in ranks.items()}, seconds

@@ -201,8 +201,8 @@ def table_rows(run: dict) -> Iterator[list[str]]:
         return [title, *figures, f"{total / 1e6:.2f} M", f"{trained / 1e6:.2f} M", epoch, f"{score:.1f}"]
 
     config, metrics = run["config"], run["metrics"]
-    for name, floor in metrics["floor"].items():
-        yield row(name, floor["test"], 0, 0, "-", floor["score_test_seconds"])
+    for name, baseline in metrics["baselines"].items():
+        yield row(name, baseline["test"], 0, 0, "-", baseline["score_test_seconds"])
     seconds, sizes = metrics["seconds"], metrics["parameters"]
     figures = (sizes["total"], sizes["trained"], f"{seconds['train_epoch']:.1f}", seconds["score_test"])
     yield row(f"{config['title']} ({Path(config['output_dir']).name})", metrics["test"], *figures)

@@ -1,4 +1,4 @@
-"""Traditional recommenders by the name that --model takes."""
+"""Traditional recommenders by the name that --model takes: the only list of them."""
 
 from models.sr.sasrec import SASRec
 

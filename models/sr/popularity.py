@@ -1,20 +1,19 @@
-"""The floor: every user is recommended the items that occur most often in the training part."""
+"""The baseline without training: every user is recommended the items that occur most often in the training part."""
 
 import torch
-from torch import nn
+
+from models.interface import Recommender
+from utils.data import TrainingPart
 
 
-class Popularity(nn.Module):
-    """Scores are training counts, the same for everybody.
+class Popularity(Recommender):
+    """Scores are training counts, the same for everybody."""
 
-    counts: (V + 1,), how often each item occurs in the training part of the sequences; entry 0 is 0.
-    """
+    def __init__(self, config: Recommender.Config | None, data: TrainingPart) -> None:
+        super().__init__(config, data)
+        self.register_buffer("counts", torch.from_numpy(data.counts()).float())  # (V + 1,)
 
-    def __init__(self, counts: torch.Tensor):
-        super().__init__()
-        self.register_buffer("counts", counts.float())
-
-    def user_vectors(self, histories: torch.Tensor) -> torch.Tensor:
+    def user_vectors(self, histories: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
         return torch.ones(len(histories), 1, device=histories.device)  # (B, 1)
 
     def item_vectors(self) -> torch.Tensor:

@@ -1,11 +1,16 @@
 """SASRec (Kang and McAuley, 2018): self-attention over the history, item table shared between input and output."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models.dropout import Dropout
+from models.interface import Recommender, flag
 from models.losses import catalogue_cross_entropy, sampled_cross_entropy
+from utils.data import TrainingPart
+from utils.errors import UserError
 
 # A CPU runs the users of a training batch in groups of this size, sorted by length, which leaves little padding; an
 # accelerator would lose more to many small kernels.
@@ -31,39 +36,35 @@ class Block(nn.Module):
         return x + self.dropout(self.feed(self.norm2(x)))
 
 
-class SASRec(nn.Module):
-    """Histories are left-padded and may be trimmed: positions count back from the newest item.
+class SASRec(Recommender):
+    """Histories are left-padded and may be trimmed: positions count back from the newest item."""
 
-    num_negatives: 0 for the cross-entropy over the whole catalogue, else of a sampled one, whose negatives are drawn
-    once a (micro-)batch in proportion to (counts + 1) ** 0.75, counts (V + 1,) being how often an item is trained on.
-    """
+    @dataclass(frozen=True)
+    class Config(Recommender.Config):
+        item_dim: int = flag(128, "width d of the item table", ">= 1")
+        num_layers: int = flag(2, "blocks", ">= 1")
+        num_heads: int = flag(2, "attention heads", ">= 1")
+        dropout: float = flag(0.2, "dropout", "0..1")
+        num_negatives: int = flag(
+            0, "negatives per batch of the sampled softmax; 0: the cross-entropy over all items", ">= 0"
+        )
 
-    item_table_name, initial_std = "items.weight", 0.02
-
-    def __init__(
-        self,
-        num_items: int,
-        *,
-        dim: int,
-        max_length: int,
-        num_layers: int,
-        num_heads: int,
-        dropout: float,
-        num_negatives: int = 0,
-        counts: torch.Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.max_length, self.num_negatives = max_length, num_negatives
-        if num_negatives:
-            q = (counts.double() + 1) ** 0.75  # (V + 1,)
+    def __init__(self, config: Config, data: TrainingPart) -> None:
+        super().__init__(config, data)
+        d, heads, dropout = config.item_dim, config.num_heads, config.dropout
+        if d % heads:
+            raise UserError(f"--num_heads {heads} does not divide --item_dim {d}")
+        self.max_length, self.num_negatives = config.max_seq_length, config.num_negatives
+        if self.num_negatives:  # drawn once per (micro-)batch, in proportion to (count + 1) ** 0.75
+            q = (torch.from_numpy(data.counts()).double() + 1) ** 0.75  # (V + 1,)
             q[0] = 0
             self.register_buffer("log_q", (q / q.sum()).log().float(), persistent=False)
-        self.items = nn.Embedding(num_items + 1, dim, padding_idx=0)
-        self.positions = nn.Embedding(max_length, dim)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, dropout) for _ in range(num_layers))
-        self.dropout, self.norm = Dropout(dropout), nn.LayerNorm(dim)
+        self.items = nn.Embedding(data.num_items + 1, d, padding_idx=0)
+        self.positions = nn.Embedding(self.max_length, d)
+        self.blocks = nn.ModuleList(Block(d, heads, dropout) for _ in range(config.num_layers))
+        self.dropout, self.norm = Dropout(dropout), nn.LayerNorm(d)
         for table in (self.items, self.positions):
-            nn.init.trunc_normal_(table.weight, std=self.initial_std)
+            nn.init.trunc_normal_(table.weight, std=0.02)
         nn.init.zeros_(self.items.weight[0])
 
     def states(self, histories: torch.Tensor) -> torch.Tensor:
@@ -99,7 +100,7 @@ class SASRec(nn.Module):
         negatives = self.log_q.exp().multinomial(self.num_negatives, replacement=True)  # (S,)
         return {"sampled_ce": sampled_cross_entropy(vectors, self.items.weight, targets, negatives, self.log_q)}
 
-    def user_vectors(self, histories: torch.Tensor) -> torch.Tensor:
+    def user_vectors(self, histories: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
         return self.states(histories)[:, -1]  # (B, d)
 
     def item_vectors(self) -> torch.Tensor:

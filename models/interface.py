@@ -1,0 +1,112 @@
+"""What a recommender is: the page that the author of a new model reads.
+
+A traditional model is one file in `models/sr/` with one class, named in `models/sr/__init__.py`; nothing else changes.
+Teacher and student (`models/llm/`, `models/slmrec.py`) answer the same interface, so that training, evaluation, step 2
+and `recommend.py` are written once. Item ids are 1..V, 0 is padding; histories (B, T) are left-padded, the newest item
+last; d is the width of the item table.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.data import Examples, TrainingPart
+
+
+def flag(default: Any, meaning: str, limits: str = "") -> Any:
+    """A field of a Config: a command-line flag with its default, what it means, and the range of a number.
+
+    limits: "> 0", ">= 1", "0..1" (1 excluded) or "-1 or >= 1".
+    """
+    return field(default=default, metadata={"meaning": meaning, "limits": limits})
+
+
+class Recommender(nn.Module):
+    """Derive, give it a Config, and write `__init__`, `forward`, `user_vectors` and `item_vectors`.
+
+    The rest has defaults. What is random must come from torch's generator or from `rng`: both are seeded for each
+    step, so that an interrupted run continues exactly.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        """The model's flags: `--help` shows them, recipes and run folders hold them. Derive from this one."""
+
+        max_seq_length: int = flag(30, "newest items of a history that are read", ">= 1")
+
+    def __init__(self, config: Config, data: TrainingPart) -> None:
+        """config: the resolved flags. data: what training may know (counts, pairs for graphs, number of users)."""
+        super().__init__()
+
+    # --- needed ---
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Named loss terms of a batch of `batch`; their sum is minimised, and each is logged."""
+        raise NotImplementedError
+
+    def user_vectors(self, histories: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, d) from histories (B, T) and the users' numbers (B,), which only some models need."""
+        raise NotImplementedError
+
+    def item_vectors(self) -> torch.Tensor:
+        """(V + 1, d), row 0 the padding. The score of an item is its dot product with the user vector."""
+        raise NotImplementedError
+
+    # --- defaults that most models keep ---
+
+    def batch(self, examples: Examples, index: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """What `forward` gets for the training examples `index`: histories, targets (B, T) and users (B,).
+
+        targets[b, t] is the item to predict after histories[b, :t + 1], 0 where nothing is to be predicted. Masks,
+        positives and the like are drawn here, from `rng`.
+        """
+        return examples.batch(index)
+
+    def scores(
+        self, histories: torch.Tensor, users: torch.Tensor | None = None, items: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, V + 1), or (B, len(items)) for these items. A generative model, which has no vectors, overrides it."""
+        vectors = self.item_vectors() if items is None else self.item_vectors()[items]
+        return self.user_vectors(histories, users).float() @ vectors.float().T
+
+    def score_blocks(
+        self, histories: torch.Tensor, users: torch.Tensor, size: int
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`scores` of `size` users at a time: user vectors are computed for all at once, as they need less memory."""
+        blocks = [slice(low, low + size) for low in range(0, len(histories), size)]
+        if type(self).scores is not Recommender.scores:
+            yield from ((block, self.scores(histories[block], users[block]).float()) for block in blocks)
+            return
+        vectors, items = self.user_vectors(histories, users).float(), self.item_vectors().float()
+        with torch.autocast(vectors.device.type, enabled=False):
+            for block in blocks:
+                yield block, vectors[block] @ items.T
+
+    def item_table(self) -> torch.Tensor:
+        """(V + 1, d): what step 2 hands to the language model."""
+        return self.item_vectors()
+
+    # --- optional: nothing happens by default ---
+
+    def stages(self) -> list[tuple[str, float]]:
+        """Pre-training stages before the training proper: name and epochs of each. `self.stage` is the current one."""
+        return []
+
+    stage = "train"
+
+    def for_inference(self) -> AbstractContextManager[None]:
+        """Inside, while no weight changes, the model may keep what it computes."""
+        return nullcontext()
+
+    def for_accumulation(self) -> AbstractContextManager[None]:
+        """Inside, while micro-batches add up to one step, they may share what they have in common."""
+        return nullcontext()
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Those that --head_learning_rate is for."""
+        return []

@@ -23,10 +23,11 @@ from utils.data import Examples, Sequences, check_same_dataset, sorted_batches, 
 from utils.errors import UserError
 from utils.files import check_space, load_tensors, read_json, remove_left_over, sha256, whole_file
 from utils.report import closing_table, finished_run
-from utils.train import Run
+from utils.run import Run
+from utils.train import fit
 
 INHERITED = ["base_model", "layer_selection", "train_strategy", "lora_r", "lora_alpha", "lora_dropout"]
-INHERITED += ["lora_target_modules", "max_seq_length", "train_targets", "dtype", "hidden_size", "table_sha256"]
+INHERITED += ["lora_target_modules", "max_seq_length", "train_targets", "dtype", "item_dim", "table_sha256"]
 
 
 def teacher_states(folder: Path, base: str, examples: Examples, ends: list[int], run: Run) -> np.ndarray:
@@ -158,8 +159,9 @@ def main(
             norm_form=norm_form,
             block_reduction=block_reduction,
         )
-        extra = {"teacher_states": teacher_states(source, base, examples, ends, run)} if student.needs_teacher else {}
-        state = run.fit(student, examples, extra)
+        if student.needs_teacher:
+            student.teacher_states = teacher_states(source, base, examples, ends, run)
+        state = fit(run, student, examples)
         size = count_parameters(student) | {"total": count_parameters(student.student)["total"]}  # ms_heads only train
         run.finish(student, state, size, student.student.save_pretrained)
     run.print(closing_table(run.folder.parent, data.fingerprint))

@@ -14,7 +14,8 @@ from utils.data import Sequences, check_same_dataset, training_examples
 from utils.errors import UserError
 from utils.files import load_tensors, read_json, sha256
 from utils.report import closing_table
-from utils.train import Run
+from utils.run import Run
+from utils.train import fit
 
 
 def main(
@@ -58,7 +59,7 @@ def main(
     if extracted.get("kind") != "item_embeddings":
         raise UserError(f"--item_embeddings {source} was not written by extract_emb.py")
     check_same_dataset(data, extracted.get("dataset_fingerprint"), source)
-    cli.inherit(config, extracted, ["table_sha256", "hidden_size"], cli.shown(source))
+    cli.inherit(config, extracted, ["table_sha256", "item_dim"], cli.shown(source))
     base = assets.base_model_path(base_model)
     shape = base_config(base)
     select_layers(num_layers, shape.num_hidden_layers, layer_selection)
@@ -72,7 +73,7 @@ def main(
     run = Run(config, data, default_dir=f"teacher-{num_layers}")
     if not run.finished:
         teacher = build_llm_rec(config, base, item_table)
-        state = run.fit(teacher, examples)
+        state = fit(run, teacher, examples)
         run.finish(teacher, state, count_parameters(teacher), teacher.save_pretrained)
     run.print(closing_table(run.folder.parent, data.fingerprint))
 

@@ -39,7 +39,7 @@ class Recommender(nn.Module):
 
         max_seq_length: int = flag(30, "newest items of a history that are read", ">= 1")
 
-    def __init__(self, config: Config, data: TrainingPart) -> None:
+    def __init__(self, config: Config | None, data: TrainingPart | None) -> None:
         """config: the resolved flags. data: what training may know (counts, pairs for graphs, number of users)."""
         super().__init__()
 

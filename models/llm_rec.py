@@ -31,6 +31,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from models.dropout import Dropout
+from models.interface import Recommender
 from models.lora import Linear as LoraLinear
 from models.losses import catalogue_cross_entropy
 from utils.errors import UserError
@@ -141,7 +142,7 @@ def prompt_ids(base_model: str | Path) -> dict[str, list[int]]:
     }
 
 
-class LLMRec(nn.Module):
+class LLMRec(Recommender):
     """A decoder with a frozen item table, two trained maps and, by `train_strategy`, what else trains.
 
     decoder: as `load_decoder` returns it. item_table: (V + 1, d), row 0 the padding.
@@ -160,7 +161,7 @@ class LLMRec(nn.Module):
         train_strategy: str = "lora",
         lora: dict | None = None,
     ):
-        super().__init__()
+        super().__init__(None, None)
         hidden, dim = decoder.config.hidden_size, item_table.shape[1]
         self.max_length, self.train_strategy = max_length, train_strategy
         self.num_layers, self.hidden_size = len(decoder.layers), hidden
@@ -323,7 +324,7 @@ class LLMRec(nn.Module):
         vectors = self.head(self.states(batch["histories"], asked, [self.num_layers])[:, 0])
         return {"ce": catalogue_cross_entropy(vectors, self.item_table, batch["targets"][asked])}
 
-    def user_vectors(self, histories: torch.Tensor) -> torch.Tensor:
+    def user_vectors(self, histories: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
         asked = torch.zeros_like(histories, dtype=torch.bool)
         asked[:, -1] = True
         return self.head(self.states(histories, asked, [self.num_layers])[:, 0])  # (B, d)

@@ -2,19 +2,25 @@
 
 from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 from torch import nn
 
+from models.interface import Recommender
 from models.llm_rec import LLMRec, block_ends
 from models.losses import catalogue_cross_entropy, cosine_similarity, norm_distance, reduce_blocks
+from utils.data import Examples
 
 
-class SLMRec(nn.Module):
+class SLMRec(Recommender):
     """A student and its loss, L_ce + lambda_cos (1 - D_cos) + lambda_norm D_norm + lambda_ms L_ms.
 
     A term with weight 0 is neither computed nor logged, so with all weights 0 this is plain training. `ms_heads` are
-    L_ms's adapters (hidden -> d), one for each block but the last; they serve training only.
+    L_ms's adapters (hidden -> d), one for each block but the last; they serve training only. `teacher_states`
+    (targets, K, h), if a term needs them, have one row per target of the training examples, in their order.
     """
+
+    teacher_states: np.ndarray | None = None
 
     def __init__(
         self,
@@ -27,7 +33,7 @@ class SLMRec(nn.Module):
         norm_form: str,
         block_reduction: str,
     ):
-        super().__init__()
+        super().__init__(None, None)
         self.student = student
         self.ends = block_ends(student.num_layers, num_blocks)
         self.lambda_cos, self.lambda_norm, self.lambda_ms = lambda_cos, lambda_norm, lambda_ms
@@ -65,8 +71,14 @@ class SLMRec(nn.Module):
             terms["ms"] = self.lambda_ms * reduce_blocks(losses, self.block_reduction)
         return terms
 
-    def user_vectors(self, histories: torch.Tensor) -> torch.Tensor:
-        return self.student.user_vectors(histories)
+    def batch(self, examples: Examples, index: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        batch = super().batch(examples, index, rng)
+        if self.needs_teacher:
+            batch["teacher_states"] = torch.from_numpy(self.teacher_states[examples.target_rows(index)])
+        return batch
+
+    def user_vectors(self, histories: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
+        return self.student.user_vectors(histories, users)
 
     def for_inference(self) -> AbstractContextManager[None]:
         return self.student.for_inference()

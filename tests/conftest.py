@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModel, LlamaConfig
 
 from models.llm_rec import LLMRec, keep_layers
+from models.sr.sasrec import SASRec
 from utils.data import Sequences
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,12 @@ def tiny_llm_rec(num_layers: int = 4, max_length: int = 30, seed: int = 0, **kwa
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def sasrec(data: Sequences, **flags) -> SASRec:
+    torch.manual_seed(0)
+    small = {"item_dim": 16, "max_seq_length": 30, "num_layers": 2, "num_heads": 2, "dropout": 0.5}
+    return SASRec(SASRec.Config(**(small | flags)), data.training_part())
 
 
 def make_sequences(users: int = 60, num_items: int = 40, seed: int = 0, low: int = 3, high: int = 12) -> Sequences:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_sequences
 
-from utils.data import Sequences, shuffled_batches, sorted_batches, split_examples, training_counts, training_examples
+from utils.data import Sequences, shuffled_batches, sorted_batches, split_examples, training_examples
 from utils.errors import UserError
 
 PROCESS = ROOT / "datasets" / "process.py"
@@ -74,7 +74,7 @@ def test_training_counts(sequences):
     for s in users(sequences):
         for item in s[:-2]:
             naive[item] += 1
-    assert (training_counts(sequences) == naive).all()
+    assert (sequences.training_part().counts() == naive).all()
 
 
 def test_target_rows_follow_the_batches(sequences):

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import LORA, tiny_llm_rec
+from conftest import LORA, make_sequences, sasrec, tiny_llm_rec
 from torch import nn
 
 from models.dropout import Dropout
-from models.sr.sasrec import SASRec
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
@@ -54,7 +53,7 @@ def test_the_seed_decides_and_evaluation_drops_nothing():
 def test_the_models_use_it():
     models = (
         tiny_llm_rec(2, lora=LORA | {"lora_dropout": 0.1}),
-        SASRec(9, dim=4, max_length=5, num_layers=2, num_heads=1, dropout=0.1),
+        sasrec(make_sequences(), dropout=0.1),
     )
     for model in models:
         found = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p]

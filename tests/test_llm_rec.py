@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LORA, tiny_decoder, tiny_llm_rec
+from conftest import LORA, make_sequences, sasrec, tiny_decoder, tiny_llm_rec
 from peft.tuners import lora
 from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
 
@@ -16,7 +16,7 @@ from models import llm_rec, losses
 from models.dropout import Dropout
 from models.llm_rec import LLMRec, block_ends, count_parameters, keep_layers, select_layers
 from models.lora import Linear as LoraLinear
-from models.sr import sasrec
+from models.sr import sasrec as sasrec_module
 from models.sr.sasrec import SASRec
 from utils import metrics
 from utils.errors import UserError
@@ -219,7 +219,7 @@ def test_everything_off_is_the_plain_computation(monkeypatch):
             found[-1].append(model.user_vectors(histories))
             assert model.base.layers[0].mlp.up_proj.merged == (not off)
         torch.manual_seed(0)
-        traditional = SASRec(40, dim=8, max_length=width, num_layers=1, num_heads=2, dropout=0.0)
+        traditional = sasrec(make_sequences(), item_dim=8, max_seq_length=width, num_layers=1, dropout=0.0)
         traditional.blocks[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
         found[-1].append(traditional.user_vectors(histories))
         traditional.norm.register_forward_pre_hook(lambda module, args: groups.append(len(args[0])))

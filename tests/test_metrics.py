@@ -5,12 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences, tiny_llm_rec
+from conftest import make_sequences, sasrec, tiny_llm_rec
 
 from models.sr.popularity import Popularity
-from models.sr.sasrec import SASRec
 from utils import metrics
-from utils.data import training_counts, training_examples
+from utils.data import training_examples
 from utils.errors import RunError
 from utils.metrics import draw_negatives, evaluate, metrics_from_ranks, rank_users
 
@@ -115,16 +114,14 @@ def test_users_with_few_unseen_items_get_all_of_them():
         assert sorted(row) == sorted(set(range(1, 15)) - seen)
 
 
-def sasrec(data, **kwargs) -> SASRec:
-    torch.manual_seed(0)
-    options = {"dim": 16, "max_length": 30, "num_layers": 2, "num_heads": 2, "dropout": 0.5} | kwargs
-    return SASRec(data.num_items, **options).eval()
+def counted(data) -> Popularity:
+    return Popularity(None, data.training_part())
 
 
-@pytest.mark.parametrize("make", [sasrec, lambda data: tiny_llm_rec().eval(), lambda d: counted(d)])
+@pytest.mark.parametrize("make", [sasrec, lambda data: tiny_llm_rec(), counted])
 def test_batch_size_changes_no_rank(sequences, make):
     """Fault 6: and every recommender answers the same interface."""
-    model = make(sequences)
+    model = make(sequences).eval()
     negatives = draw_negatives(sequences, "test", num=19)
     results = [rank_users(model, sequences, "test", negatives, max_length=30, batch_size=b)[0] for b in (1, 7, 64)]
     for other in results[1:]:
@@ -133,7 +130,7 @@ def test_batch_size_changes_no_rank(sequences, make):
 
 def test_ranks_by_blocks_of_users_are_those_of_all_at_once(monkeypatch):
     data = make_sequences(users=300)
-    model, negatives = sasrec(data), draw_negatives(data, "test", num=19)
+    model, negatives = sasrec(data).eval(), draw_negatives(data, "test", num=19)
     how = {"max_length": 30, "batch_size": 300}
     whole, _ = rank_users(model, data, "test", negatives, **how)
     sizes, rank_block = [], metrics.rank_block
@@ -146,9 +143,8 @@ def test_ranks_by_blocks_of_users_are_those_of_all_at_once(monkeypatch):
 
 def test_sasrec_learns_with_a_sampled_softmax():
     data = make_sequences(users=64, num_items=40)
-    counts = torch.from_numpy(training_counts(data))
-    torch.manual_seed(0)
-    model = SASRec(40, dim=16, max_length=12, num_layers=1, num_heads=2, dropout=0.0, num_negatives=30, counts=counts)
+    counts = torch.from_numpy(data.training_part().counts())
+    model = sasrec(data, max_seq_length=12, num_layers=1, dropout=0.0, num_negatives=30)
     q = model.log_q.exp()
     expected = (counts[1:].double() + 1) ** 0.75
     assert q[0] == 0 and torch.allclose(q[1:].double(), expected / expected.sum(), rtol=1e-5)
@@ -173,10 +169,6 @@ def test_sasrec_learns_with_a_sampled_softmax():
     assert "log_q" not in model.state_dict()
 
 
-def counted(data) -> Popularity:
-    return Popularity(torch.from_numpy(training_counts(data)))
-
-
 def test_metrics_are_means_over_users_not_over_batches():
     ranks = np.array([0] * 10 + [500])
     assert metrics_from_ranks(ranks)["HR@1"] == pytest.approx(10 / 11)
@@ -184,7 +176,7 @@ def test_metrics_are_means_over_users_not_over_batches():
 
 def test_sasrec_padding_is_attended_by_nobody(sequences):
     """Fault 5: the released mask compares embeddings with 0, so padding takes part."""
-    model = sasrec(sequences)
+    model = sasrec(sequences).eval()
     short = torch.tensor([[5, 8, 13]])
     padded = torch.nn.functional.pad(short, (27, 0))
     assert torch.allclose(model.user_vectors(short), model.user_vectors(padded), atol=1e-6)
@@ -198,7 +190,7 @@ def test_sasrec_trains_the_same_in_groups_of_like_lengths(sequences, monkeypatch
     examples = training_examples(sequences, "all", 30)
     batch = examples.batch(np.random.default_rng(0).permutation(len(examples))[:40])
     asked, widths = batch["targets"] != 0, []
-    model = sasrec(sequences)
+    model = sasrec(sequences).eval()
     scores = model.states(batch["histories"])[asked] @ model.items.weight[1:].T
     plain = torch.nn.functional.cross_entropy(scores, batch["targets"][asked] - 1)
     model.blocks[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[:2]))
@@ -212,7 +204,7 @@ def test_sasrec_trains_the_same_in_groups_of_like_lengths(sequences, monkeypatch
 
 
 def test_sasrec_never_looks_ahead(sequences):
-    model = sasrec(sequences)
+    model = sasrec(sequences).eval()
     a, b = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 2, 3, 9]])
     assert torch.allclose(model.states(a)[:, :3], model.states(b)[:, :3], atol=1e-6)
     assert not torch.allclose(model.states(a)[:, 3], model.states(b)[:, 3], atol=1e-3)

@@ -21,7 +21,8 @@ from utils.errors import RunError, UserError
 from utils.files import check_space, load_tensors, save_tensors
 from utils.metrics import draw_negatives
 from utils.report import closing_table, comparison, finished_runs, protocol
-from utils.train import LOCK, Run, gradient_shares
+from utils.run import LOCK, Run
+from utils.train import Loop, fit, gradient_shares
 
 CONFIG = {
     "dataset": "synthetic",
@@ -54,7 +55,8 @@ class Model(SASRec):
     """SASRec with a fuse: raises, or spoils its loss, in the given training step."""
 
     def __init__(self, dropout: float = 0.3, raise_at: int = -1, spoil_at: int = -1):
-        super().__init__(40, dim=16, max_length=8, num_layers=1, num_heads=2, dropout=dropout)
+        config = SASRec.Config(item_dim=16, max_seq_length=8, num_layers=1, num_heads=2, dropout=dropout)
+        super().__init__(config, make_sequences().training_part())
         self.calls, self.raise_at, self.spoil_at = 0, raise_at, spoil_at
 
     def forward(self, batch):
@@ -69,7 +71,7 @@ def train(folder, model_options=None, **changes):
     data = make_sequences(users=80)
     run = Run(CONFIG | {"output_dir": str(folder)} | changes, data, "unused")
     model = Model(**(model_options or {}))
-    state = run.fit(model, training_examples(data, "all", 8))
+    state = fit(run, model, training_examples(data, "all", 8))
     return run, model, state
 
 
@@ -101,7 +103,7 @@ def test_an_interrupted_run_continues_exactly(at, tmp_path):
 def test_a_kill_between_checkpoint_and_evaluation_loses_nothing(tmp_path, monkeypatch):
     _, whole, expected = train(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_select", lambda *args: (_ for _ in ()).throw(Interrupted))
+        patch.setattr(Loop, "select", lambda *args: (_ for _ in ()).throw(Interrupted))
         with pytest.raises(Interrupted):
             train(tmp_path / "cut")
     _, resumed, state = train(tmp_path / "cut", resume="auto")
@@ -133,7 +135,9 @@ def test_accumulation_keeps_the_global_batch(micro, tmp_path):
         run = Run(CONFIG | {"output_dir": str(tmp_path / "a"), "micro_batch_size": size}, make_sequences(), "unused")
         model = Model(dropout=0.0)
         trained = dict(model.named_parameters())
-        terms = run._backward(model, trained, examples, index, {}, 0, False)
+        loop = Loop(run, model, examples)
+        loop.wrapped = model
+        terms = loop.backward(index, 0, shares=False)
         found.append((terms, torch.cat([p.grad.flatten() for p in trained.values()])))
     (whole_terms, whole), (terms, gradient) = found
     assert terms == pytest.approx(whole_terms) and (gradient - whole).norm() < 1e-5 * whole.norm()
@@ -153,7 +157,9 @@ def test_micro_batches_share_the_prompt_prefix(dtype, strategy, tmp_path):
         run = Run(CONFIG | flags, make_sequences(), "unused")
         model.to(run.accelerator.device)
         through.clear()
-        terms = run._backward(model, trained, examples, index, {}, 0, False)
+        loop = Loop(run, model, examples)
+        loop.wrapped = model
+        terms = loop.backward(index, 0, shares=False)
         found.append((terms, torch.cat([p.grad.flatten() for p in trained.values()]), list(through)))
         model.zero_grad(set_to_none=True)
         assert model.kept_prefix is None
@@ -203,7 +209,7 @@ def test_the_heads_may_have_a_learning_rate_of_their_own(head_learning_rate, tmp
         seen.append({name: (p - before[name]).abs().max().item() for name, p in trained.items()})
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    run.fit(model, training_examples(data, "last", 8))
+    fit(run, model, training_examples(data, "last", 8))
     factors = [0, 0.5, *(0.5 + 0.5 * math.cos(math.pi * k / 6) for k in range(6))]
     rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "lr" in row]
@@ -256,7 +262,7 @@ def test_a_finished_run_is_left_alone_and_another_configuration_is_refused(tmp_p
         ("a", "left as it is\n"),
         ("b", f"the code has changed, it is at {'b' * 40} now: --resume never"),
     ):
-        monkeypatch.setattr("utils.train.git_commit", lambda now=now: now * 40)
+        monkeypatch.setattr("utils.run.git_commit", lambda now=now: now * 40)
         capsys.readouterr()
         assert Run(config, data, "unused").finished
         told = capsys.readouterr().out
@@ -301,7 +307,7 @@ def test_a_second_process_in_the_folder_is_refused(tmp_path):
     early = Run(config, data, "")  # looked at the folder before the first one took it
     run = Run(CONFIG | {"output_dir": str(tmp_path / "a")}, data, "")
     before_the_first_step = contents(tmp_path)
-    state = run.fit(Watched(), training_examples(data, "all", 8))
+    state = fit(run, Watched(), training_examples(data, "all", 8))
     assert not before_the_first_step and refused[0] == refused[1]
     with pytest.raises(UserError, match="another process is training in"):
         early.start()  # the first has not written its results yet
@@ -398,7 +404,7 @@ def test_no_training_example_is_refused_before_anything_is_written(tmp_path):
     data = make_sequences(users=5, low=3, high=3)
     run = Run(CONFIG | {"output_dir": str(tmp_path / "a")}, data, "unused")
     with pytest.raises(UserError, match="no training example"):
-        run.fit(Model(), training_examples(data, "last", 8))
+        fit(run, Model(), training_examples(data, "last", 8))
     assert not (tmp_path / "a").exists()
 
 
@@ -416,7 +422,7 @@ def test_a_tracker_that_cannot_start_fails_before_anything_is_removed(tmp_path, 
         raise RuntimeError("no API key")
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    monkeypatch.setattr("utils.train.Accelerator.init_trackers", fail)
+    monkeypatch.setattr("utils.run.Accelerator.init_trackers", fail)
     monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *args: ["wandb"])
     with pytest.raises(UserError, match="--report_to wandb cannot start: no API key"):
         train(tmp_path / "a", report_to="wandb")

@@ -158,7 +158,9 @@ def main(
             norm_form=norm_form,
             block_reduction=block_reduction,
         )
-        extra = {"teacher_states": teacher_states(source, base, examples, ends, run)} if student.needs_teacher else {}
+        extra = {}
+        if mode == "offline" and student.needs_teacher:
+            extra["teacher_states"] = teacher_states(source, base, examples, ends, run)
         state = run.fit(student, examples, extra)
         size = count_parameters(student) | {"total": count_parameters(student.student)["total"]}  # ms_heads only train
         run.finish(student, state, size, student.student.save_pretrained)

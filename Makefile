@@ -1,11 +1,11 @@
 # `make run` and `make test` need only Python 3.11+, pip and make. A virtual environment that is active is used;
-# otherwise .venv is created here.
+# otherwise .venv is created here. Its path may hold spaces, which names of make's own can not: the shell expands it.
 PYTHON ?= python3
-VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
-PY := $(VENV)/bin/python
-INSTALLED := $(VENV)/.slmrec-$(shell cksum < requirements.txt | cut -d' ' -f1)
+VENV = "$${VIRTUAL_ENV:-.venv}"
+PY = $(VENV)/bin/python
+CHECK = -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
 
-.PHONY: run test setup lint
+.PHONY: run test records setup lint
 
 run: setup
 	$(PY) train_sr_trad.py --resume auto
@@ -16,16 +16,17 @@ run: setup
 test: setup lint
 	$(PY) -m pytest
 
+records: setup
+	$(PY) -m pytest -m records
+
 lint: setup
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
-setup: $(INSTALLED)
-
-$(INSTALLED): | $(PY)
-	@$(PY) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@touch $@
-
-$(PY):
-	$(PYTHON) -m venv $(VENV)
+setup:
+	@test -x $(PY) || { "$(PYTHON)" $(CHECK) && "$(PYTHON)" -m venv $(VENV); }
+	@$(PY) $(CHECK)
+	@cmp -s requirements.txt $(VENV)/.slmrec-installed || { \
+		echo installing requirements.txt && \
+		$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt && \
+		cp requirements.txt $(VENV)/.slmrec-installed; }

@@ -159,7 +159,7 @@ def main(
             norm_form=norm_form,
             block_reduction=block_reduction,
         )
-        if student.needs_teacher:
+        if mode == "offline" and student.needs_teacher:
             student.teacher_states = teacher_states(source, base, examples, ends, run)
         state = fit(run, student, examples)
         size = count_parameters(student) | {"total": count_parameters(student.student)["total"]}  # ms_heads only train

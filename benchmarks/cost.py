@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -56,57 +57,45 @@ CATALOGUES, USERS = (1_000, 10_000, 100_000, 376_858), (5_000, 20_000, 80_000, 3
 BATCH = 32
 
 
-@contextmanager
-def replaced(name: str, by: Callable) -> Iterator[None]:
-    """A function of models.llm_rec replaced by another."""
-    original = getattr(llm_rec, name)
-    setattr(llm_rec, name, by)
-    yield
-    setattr(llm_rec, name, original)
-
-
-def padding_too(model: LLMRec) -> AbstractContextManager[None]:
+def padding_too(model: LLMRec) -> AbstractContextManager:
     """Padding goes through the layers as well."""
-    return replaced("tokens_there", all_tokens)
+    return patch.object(llm_rec, "tokens_there", all_tokens)
 
 
-def rows_apart(model: LLMRec) -> AbstractContextManager[None]:
+def rows_apart(model: LLMRec) -> AbstractContextManager:
     """No two samples share a row of attention: each is padded there to the longest."""
-    return replaced("share_rows", own_rows)
+    return patch.object(llm_rec, "share_rows", own_rows)
 
 
-def keys_copied(model: LLMRec) -> AbstractContextManager[None]:
+def keys_copied(model: LLMRec) -> AbstractContextManager:
     """Keys and values copied for each query head, as transformers does under a mask."""
-    return replaced("masked_attention", copied_keys)
+    return patch.object(llm_rec, "masked_attention", copied_keys)
 
 
 @contextmanager
 def prefix_per_sample(model: LLMRec) -> Iterator[None]:
     """The prompt prefix through the layers once for every sample of a batch, which then needs a row of its own."""
-    model.states = partial(prefix_for_each(LLMRec.states), model)
-    with rows_apart(model):
+    states = partial(prefix_for_each(LLMRec.states), model)
+    with patch.object(model, "states", states), rows_apart(model):
         yield
-    del model.states
 
 
-@contextmanager
-def adapters_apart(model: LLMRec) -> Iterator[None]:
+def adapters_apart(model: LLMRec) -> AbstractContextManager:
     """No merging at inference; the prefix is still computed once."""
 
     @contextmanager
     def for_inference() -> Iterator[None]:
         with torch.no_grad():
             model.kept_prefix = model.prefix_keys_values()
-        yield
-        model.kept_prefix = None
+        try:
+            yield
+        finally:
+            model.kept_prefix = None
 
-    model.for_inference = for_inference
-    yield
-    del model.for_inference
+    return patch.object(model, "for_inference", for_inference)
 
 
-@contextmanager
-def prefix_every_batch(model: LLMRec) -> Iterator[None]:
+def prefix_every_batch(model: LLMRec) -> AbstractContextManager:
     """The prefix once a batch at inference, as in training."""
     merged = model.for_inference
 
@@ -116,9 +105,7 @@ def prefix_every_batch(model: LLMRec) -> Iterator[None]:
             model.kept_prefix = None
             yield
 
-    model.for_inference = for_inference
-    yield
-    del model.for_inference
+    return patch.object(model, "for_inference", for_inference)
 
 
 def full_width(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
@@ -254,9 +241,8 @@ def sasrec_groups(repeats: int, device) -> dict[str, float]:
     groups = training_step(model, ours_loss, batches)
 
     def one_piece() -> None:
-        size, sasrec.GROUP = sasrec.GROUP, 256
-        groups()
-        sasrec.GROUP = size
+        with patch.object(sasrec, "GROUP", 256):
+            groups()
 
     one_piece()
     number = len(examples)
@@ -268,7 +254,6 @@ def compiled(work: Workload, repeats: int) -> dict[str, float]:
 
     Compiled is every layer but the top one, whose hooks change state; dropout is off, as graphs would break at it.
     """
-    torch._dynamo.config.recompile_limit = 64  # one entry a layer and shape; beyond the limit code would run as it is
     models = [make_model("smollm2-135m", 8, work.data.num_items, work.device, torch.float32) for _ in range(2)]
     for module in (module for model in models for module in model.modules()):
         if isinstance(module, Dropout):
@@ -277,10 +262,12 @@ def compiled(work: Workload, repeats: int) -> dict[str, float]:
     plain, fast = (training_step(model, ours_loss, batches) for model in models)
     for layer in models[1].base.layers[:-1]:
         layer.compile(dynamic=True)
-    first = seconds(fast)
-    plain()
     number = BATCH * len(batches)
-    return alternate(repeats, plain=(plain, number), compiled=(fast, number)) | {"first_seconds": first}
+    # one entry for each layer and shape; beyond the limit code would run as it is
+    with torch._dynamo.config.patch(recompile_limit=64):
+        first = seconds(fast)
+        plain()
+        return alternate(repeats, plain=(plain, number), compiled=(fast, number)) | {"first_seconds": first}
 
 
 def median(work, repeats: int = 3) -> float:

@@ -20,9 +20,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -64,31 +65,25 @@ BEAUTY_ITEMS, BEAUTY_LENGTHS = 12_101, (
 def all_positions(model: LLMRec) -> Iterator[None]:
     """Every position through the whole top layer."""
     hooks = [(module, module._forward_pre_hooks.copy(), module._forward_hooks.copy()) for module in model.readers]
-    for module, *_ in hooks:
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
-    yield
-    for module, before, after in hooks:
-        module._forward_pre_hooks.update(before)
-        module._forward_hooks.update(after)
+    try:
+        for module, *_ in hooks:
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
+        yield
+    finally:
+        for module, before, after in hooks:
+            module._forward_pre_hooks.update(before)
+            module._forward_hooks.update(after)
 
 
-@contextmanager
-def peft_sums(model: LLMRec) -> Iterator[None]:
+def peft_sums(model: LLMRec) -> AbstractContextManager:
     """PEFT's own LoRA, which scales and adds whole outputs."""
-    ours = LoraLinear.forward
-    LoraLinear.forward = lora.Linear.forward
-    yield
-    LoraLinear.forward = ours
+    return patch.object(LoraLinear, "forward", lora.Linear.forward)
 
 
-@contextmanager
-def torch_dropout(model: nn.Module) -> Iterator[None]:
+def torch_dropout(model: nn.Module) -> AbstractContextManager:
     """torch's own dropout."""
-    ours = Dropout.forward
-    Dropout.forward = nn.Dropout.forward
-    yield
-    Dropout.forward = ours
+    return patch.object(Dropout, "forward", nn.Dropout.forward)
 
 
 def released_output(model: LLMRec, histories: torch.Tensor, **options) -> ModelOutput:

@@ -49,10 +49,10 @@ def call(script: str, *arguments: object) -> None:
 
 def by_item(source: Path, target: Path) -> Path:
     """The same TSV with its lines sorted by item, as raw files are."""
-    with gzip.open(source, "rt") as file:
+    with gzip.open(source, "rt", encoding="utf-8") as file:
         header, *rows = csv.reader(file, delimiter="\t")
     rows.sort(key=lambda row: row[header.index("asin")])
-    with open(target, "w", newline="") as file:
+    with open(target, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter="\t").writerows([header, *rows])
     return target
 
@@ -97,14 +97,14 @@ def main() -> None:
         ):
             name = f"{data}-{order}".replace(" ", "_").replace(",", "")
             call("datasets/process.py", *how, "--name", name)
-            info = json.loads((place / name / "dataset.json").read_text())
+            info = json.loads((place / name / "dataset.json").read_text(encoding="utf-8"))
             if info["fingerprint"] not in done:
                 reports = []
                 for seed in range(args.seeds):
                     folder = place / "runs" / f"{name}-{seed}"
                     flags = ["--dataset", place / name, "--seed", seed, "--output_dir", folder, *TRAINING]
                     call("train_sr_trad.py", *flags)
-                    reports.append(json.loads((folder / "metrics.json").read_text()))
+                    reports.append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
                 values = {
                     column: [report["test"][kind][metric] for report in reports]
                     for column, (kind, metric) in METRICS.items()

@@ -85,7 +85,7 @@ def take_users(source: Path, target: Path, below: int) -> int:
 
 def in_memory(path: Path) -> dict[str, list[str]]:
     """The paper's filter in plain Python."""
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         found = map(json.loads, file)
         rows = [(r["reviewerID"], r["asin"], r["unixReviewTime"]) for r in found if r["overall"] >= 3]
     rows.sort(key=lambda r: r[2])
@@ -167,8 +167,10 @@ def main() -> None:
             raise SystemExit("the sample filters to nothing: take a larger --sample")
         process(sample, place, "sample")
         items, offsets = (np.load(place / "sample" / f"{name}.npy") for name in ("items", "offsets"))
-        ids = [line.split("\t")[0] for line in (place / "sample" / "items.tsv").read_text().splitlines()]
-        users = (place / "sample" / "user_ids.txt").read_text().split()
+        ids = [
+            line.split("\t")[0] for line in (place / "sample" / "items.tsv").read_text(encoding="utf-8").splitlines()
+        ]
+        users = (place / "sample" / "user_ids.txt").read_text(encoding="utf-8").split()
         spans = zip(users, offsets[:-1], offsets[1:], strict=True)
         found = {user: [ids[item] for item in items[low:high]] for user, low, high in spans}
         print(f"sample of {lines:,} lines, {len(expected):,} users left: identical = {found == expected}")

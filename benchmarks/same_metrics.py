@@ -22,8 +22,9 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -63,12 +64,13 @@ def prefix_for_each(states: Callable) -> Callable:
 
     def of_each(self: LLMRec, histories: torch.Tensor, *rest) -> torch.Tensor:
         ids = self.prefix_ids
-        self.prefix_ids = ids.expand(len(histories), -1)
-        self.kept_prefix = self.prefix_keys_values()
-        self.prefix_ids = ids
-        found = states(self, histories, *rest)
-        self.kept_prefix = None
-        return found
+        try:
+            self.prefix_ids = ids.expand(len(histories), -1)
+            self.kept_prefix = self.prefix_keys_values()
+            self.prefix_ids = ids
+            return states(self, histories, *rest)
+        finally:
+            self.prefix_ids, self.kept_prefix = ids, None
 
     return of_each
 
@@ -88,8 +90,8 @@ def copied_keys(*args, **how) -> torch.Tensor:
     return sdpa_attention_forward(*args, **how)[0]
 
 
-def switch_off(with_dropout: bool) -> None:
-    """Replace each fast computation by the plain one, in this process."""
+def switch_off(with_dropout: bool) -> ExitStack:
+    """Replace each fast computation by the plain one, until what is returned (a context manager) is closed."""
     packed, trimmed = prefix_for_each(LLMRec.states), SASRec.states
 
     def sasrec_states(self: SASRec, histories: torch.Tensor) -> torch.Tensor:
@@ -100,14 +102,18 @@ def switch_off(with_dropout: bool) -> None:
         missing = self.max_length - histories.shape[1]
         return packed(self, F.pad(histories, (missing, 0)), F.pad(asked, (missing, 0)), ends)
 
-    SASRec.states, LLMRec.states = sasrec_states, states
-    LoraLinear.forward = lora.Linear.forward
-    LLMRec.for_inference = LLMRec.for_accumulation = nullcontext
-    llm_rec.tokens_there, llm_rec.share_rows, llm_rec.masked_attention = all_tokens, own_rows, copied_keys
-    llm_rec.read_only_some = lambda layer, adapted: []
-    losses.LOGITS_AT_ONCE = metrics.SCORES_AT_ONCE = sasrec.GROUP = 2**62
+    plain = [(SASRec, "states", sasrec_states), (LLMRec, "states", states)]
+    plain += [(LLMRec, "for_inference", nullcontext), (LLMRec, "for_accumulation", nullcontext)]
+    plain += [(llm_rec, "tokens_there", all_tokens), (llm_rec, "share_rows", own_rows)]
+    plain += [(llm_rec, "masked_attention", copied_keys), (llm_rec, "read_only_some", lambda layer, adapted: [])]
+    plain += [(LoraLinear, "forward", lora.Linear.forward)]
+    plain += [(losses, "LOGITS_AT_ONCE", 2**62), (metrics, "SCORES_AT_ONCE", 2**62), (sasrec, "GROUP", 2**62)]
     if with_dropout:
-        Dropout.forward = nn.Dropout.forward
+        plain += [(Dropout, "forward", nn.Dropout.forward)]
+    with ExitStack() as replaced:
+        for owner, name, by in plain:
+            replaced.enter_context(patch.object(owner, name, by))
+        return replaced.pop_all()
 
 
 def run_pipeline(
@@ -169,10 +175,9 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        if args.off:
-            switch_off(args.dropout)
         step, section = STEPS[args.run]
-        cli.run(step.main, section=section, argv=args.flags)
+        with switch_off(args.dropout) if args.off else nullcontext():
+            cli.run(step.main, section=section, argv=args.flags)
         return
     if args.flags:
         parser.error(f"unknown: {' '.join(args.flags)}")

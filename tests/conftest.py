@@ -63,6 +63,14 @@ def make_sequences(users: int = 60, num_items: int = 40, seed: int = 0, low: int
     return Sequences("synthetic", items, offsets, num_items, np.arange(users), "0" * 64)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the checks of records unless -m names them: a -m of the command line replaces one in addopts."""
+    if "records" not in config.getoption("markexpr"):
+        records = [item for item in items if item.get_closest_marker("records")]
+        items[:] = [item for item in items if item not in records]
+        config.hook.pytest_deselected(items=records)
+
+
 @pytest.fixture
 def sequences() -> Sequences:
     return make_sequences()

@@ -1,0 +1,94 @@
+"""Benchmarks: they start, and what they replace in the product comes back, whatever happens meanwhile."""
+
+import ast
+import importlib
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, tiny_llm_rec
+
+from benchmarks import busy, cost, same_metrics
+from models import llm_rec, losses
+from models.dropout import Dropout
+from models.llm_rec import LLMRec
+from models.lora import Linear as LoraLinear
+from models.sr import sasrec
+from utils import metrics
+
+NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+REPLACED = {name: getattr(cost, name) for name in cost.OFF if name not in ("everything", "full_width")}
+REPLACED |= {"switch_off": lambda model: same_metrics.switch_off(with_dropout=True)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_is_printed(name, capsys, monkeypatch):
+    module = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 0 and module.__doc__.splitlines()[0] in capsys.readouterr().out
+
+
+def state(model: LLMRec) -> list[dict]:
+    """All that is set in a model and in what benchmarks replace parts of."""
+    owners = (llm_rec, LLMRec, LoraLinear, Dropout, losses, metrics, sasrec, sasrec.SASRec, model)
+    hooks = [hooks for part in model.modules() for hooks in (part._forward_pre_hooks, part._forward_hooks)]
+    return [dict(vars(owner)) for owner in owners] + [dict(found) for found in hooks]
+
+
+@pytest.mark.parametrize("replaced", REPLACED.values(), ids=REPLACED)
+def test_what_was_replaced_comes_back_after_an_error(replaced):
+    model = tiny_llm_rec()
+    before = state(model)
+    with pytest.raises(KeyError), replaced(model):
+        assert state(model) != before
+        raise KeyError
+    assert state(model) == before
+
+
+def test_a_prefix_does_not_outlive_an_error():
+    model = tiny_llm_rec()
+    ids = model.prefix_ids
+    with pytest.raises(KeyError), cost.adapters_apart(model), model.for_inference():
+        assert model.kept_prefix
+        raise KeyError
+    assert model.kept_prefix is None
+    with pytest.raises(ZeroDivisionError):
+        same_metrics.prefix_for_each(lambda *args: 1 / 0)(model, torch.ones(2, 3, dtype=torch.long))
+    assert model.kept_prefix is None and model.prefix_ids is ids
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_that_is_imported_is_assigned_to(name):
+    """`unittest.mock.patch.object` puts back what it replaces."""
+    tree = ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))
+    nodes = list(ast.walk(tree))
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    imported = {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            assert ast.unparse(node).split(".")[0] not in imported, ast.unparse(node)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr"):
+            assert ast.unparse(node.args[0]).split(".")[0] not in imported, ast.unparse(node)
+
+
+def test_busy_compares_within_a_turn():
+    found = {"default": {"quiet": [1.0, 2.0, 4.0], "busy": [8.0, 9.0, 7.0]}}
+    found["A=1"] = {"quiet": [1.5, 2.2, 4.0], "busy": [2.0, 4.5, 3.5]}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in busy.table({"seconds": found}).splitlines()]
+    assert rows[2:] == [["default", "2.00", "1.00", "8.00", "1.00"], ["A=1", "2.20", "1.10", "3.50", "0.50"]]
+
+
+def test_a_setting_of_busy_reaches_the_process_and_others_do_not(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    seen = []
+    monkeypatch.setattr(
+        busy.subprocess,
+        "run",
+        lambda command, env, **how: seen.append(env) or busy.subprocess.CompletedProcess(command, 0, "recipe\n1.5\n"),
+    )
+    assert busy.measure("default", 2) == busy.measure("OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1", 2) == 1.5
+    found = [{name: value for name, value in env.items() if "OMP_" in name} for env in seen]
+    assert found == [{}, {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}] and "PATH" in seen[0]

@@ -103,7 +103,7 @@ def compare_steps() -> dict[str, float]:
         for kind in ("plain", "ours"):
             target = Path(folder) / f"{kind}.npz"
             command = [sys.executable, __file__, "--step", kind, "--target", str(target)]
-            out = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+            out = subprocess.run(command, capture_output=True, check=True, encoding="utf-8").stdout
             figures[kind], found[kind] = [float(x) for x in out.split()], dict(np.load(target))
     differences = [
         float(np.linalg.norm(found["ours"][name] - value) / np.linalg.norm(value))

@@ -154,7 +154,10 @@ def main() -> None:
             f"processed: {args.reviews / seconds:,.0f} review lines a second ({seconds:.0f} s), peak {memory:,.0f} MiB"
         )
         loaded = subprocess.run(
-            [sys.executable, "-c", LOAD, str(ROOT), str(place / "scale")], capture_output=True, text=True, check=True
+            [sys.executable, "-c", LOAD, str(ROOT), str(place / "scale")],
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
         ).stdout.split("|")
         seconds, more, total = map(float, loaded[:3])
         print(

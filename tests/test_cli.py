@@ -5,6 +5,7 @@ import errno
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -255,8 +256,9 @@ def text_calls(tree: ast.AST):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         words = {word.arg for word in node.keywords}
-        mode = next((a.value for a in reversed(node.args) if isinstance(a, ast.Constant)), "r")
-        is_file = name in ("read_text", "write_text") or (name == "open" and "b" not in str(mode))
+        constants = [str(part.value) for arg in node.args for part in ast.walk(arg) if isinstance(part, ast.Constant)]
+        binary = any(re.fullmatch("[rwax+]*b[+]?", text) for text in constants)
+        is_file = name in ("read_text", "write_text") or (name == "open" and not binary)
         if is_file or {"text", "universal_newlines"} & words:
             yield ast.unparse(node), words
 

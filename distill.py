@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from models.llm_rec import HEADS_FILE, LLMRec, block_ends, build_llm_rec, count_parameters, load_llm_rec
 from models.slmrec import SLMRec
+from models.sr import MODELS
 from utils import assets, cli
 from utils.data import Examples, Sequences, check_same_dataset, sorted_batches, training_examples
 from utils.errors import UserError
@@ -168,4 +169,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(main, section="student", inherits=INHERITED)
+    cli.run(main, section="student", models=MODELS, inherits=INHERITED)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from models.llm_rec import base_config, base_shape, build_llm_rec, count_parameters, select_layers
+from models.sr import MODELS
 from utils import assets, cli
 from utils.data import Sequences, check_same_dataset, training_examples
 from utils.errors import UserError
@@ -79,4 +80,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(main, section="teacher")
+    cli.run(main, section="teacher", models=MODELS)

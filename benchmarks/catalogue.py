@@ -20,6 +20,7 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.llm_step import make_data, peak_extra_bytes
+from models.interface import Recommender
 from models.losses import catalogue_cross_entropy
 from utils.cli import ROOT
 from utils.data import Sequences, sorted_batches, split_examples
@@ -37,13 +38,14 @@ def released_candidates(data: Sequences) -> None:
         random.sample(list(set(range(1, data.num_items + 1)) - seen), 999)
 
 
-class LastItem:
+class LastItem(Recommender):
     """User vectors that cost nothing, so that ranking is what is timed."""
 
     def __init__(self, num_items: int):
+        super().__init__(None, None)
         self.table = torch.randn(num_items + 1, 128)
 
-    def user_vectors(self, histories: torch.Tensor) -> torch.Tensor:
+    def user_vectors(self, histories: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
         return self.table[histories[:, -1]]
 
     def item_vectors(self) -> torch.Tensor:

@@ -47,7 +47,7 @@ from models.dropout import Dropout
 from models.llm_rec import LLMRec
 from models.sr import sasrec
 from utils.cli import ROOT
-from utils.data import Sequences, shuffled_batches, training_examples
+from utils.data import Sequences, TrainingPart, shuffled_batches, training_examples
 from utils.files import write_json
 from utils.metrics import draw_negatives, rank_users
 from utils.report import environment, markdown_table
@@ -235,9 +235,8 @@ def sasrec_groups(repeats: int, device) -> dict[str, float]:
     examples = training_examples(data, "all", MAX_ITEMS)
     index = shuffled_batches(len(examples), 256, seed=0, epoch=0)
     batches = [{k: v.to(device) for k, v in examples.batch(part).items()} for part in index]
-    options = {"dim": 128, "max_length": MAX_ITEMS, "num_layers": 2, "num_heads": 2, "dropout": 0.2}
-    counts = torch.ones(data.num_items + 1)
-    model = sasrec.SASRec(data.num_items, num_negatives=2048, counts=counts, **options).to(device)
+    config = sasrec.SASRec.Config(max_seq_length=MAX_ITEMS, num_negatives=2048)
+    model = sasrec.SASRec(config, data.training_part()).to(device)
     groups = training_step(model, ours_loss, batches)
 
     def one_piece() -> None:
@@ -303,9 +302,8 @@ def catalogue(num_items: int, device) -> dict[str, float]:
     targets = torch.randint(1, num_items + 1, (256, 10), device=device) * (torch.arange(10, device=device) >= 7)
     found = {}
     for name, negatives in (("whole softmax", 0), ("2,048 negatives", 2048)):
-        options = {"dim": 128, "max_length": 30, "num_layers": 2, "num_heads": 2, "dropout": 0.2}
-        counts = torch.ones(num_items + 1)
-        model = sasrec.SASRec(num_items, num_negatives=negatives, counts=counts, **options).to(device)
+        known = TrainingPart(num_items, 1, np.zeros(1, int), np.ones(1, int))
+        model = sasrec.SASRec(sasrec.SASRec.Config(num_negatives=negatives), known).to(device)
 
         def step(model=model) -> None:
             model.zero_grad(set_to_none=True)

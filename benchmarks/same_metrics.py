@@ -42,14 +42,14 @@ from models import llm_rec, losses
 from models.dropout import Dropout
 from models.llm_rec import LLMRec
 from models.lora import Linear as LoraLinear
-from models.sr import sasrec
+from models.sr import MODELS, sasrec
 from models.sr.sasrec import SASRec
 from utils import cli, metrics
 from utils.cli import ROOT
 from utils.files import read_json, write_json
 from utils.metrics import SPLITS
 from utils.report import environment, markdown_table
-from utils.train import flatten
+from utils.run import flatten
 
 STEPS = {
     "train_sr_trad": (train_sr_trad, "sr"),
@@ -177,7 +177,7 @@ def main() -> None:
     if args.run:
         step, section = STEPS[args.run]
         with switch_off(args.dropout) if args.off else nullcontext():
-            cli.run(step.main, section=section, argv=args.flags)
+            cli.run(step.main, section=section, argv=args.flags, models=MODELS)
         return
     if args.flags:
         parser.error(f"unknown: {' '.join(args.flags)}")

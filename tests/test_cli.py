@@ -1,6 +1,7 @@
 """Command lines: what is refused, in one line, with exit code 2, before any work."""
 
 import ast
+import dataclasses
 import errno
 import importlib
 import inspect
@@ -15,6 +16,8 @@ import torch
 import yaml
 from conftest import ROOT
 
+from models.interface import Recommender, flag
+from models.sr import MODELS
 from utils import cli
 from utils.cli import FLAGS, RECIPE_SECTIONS, resolve
 from utils.errors import UserError
@@ -31,7 +34,7 @@ def main(
     num_layers: int = 4,
     lora_r: int | None = None,
     resume: typing.Literal["auto", "never"] = "never",
-    dropout: float = 0.1,
+    lora_dropout: float = 0.1,
     max_steps: int = -1,
     dtype: typing.Literal["float32", "bfloat16"] | None = None,
     output_dir: str | None = None,
@@ -67,7 +70,7 @@ def one_line(capsys, argv: list[str]) -> str:
         (["--learning_rate", "0"], "> 0"),
         (["--learning_rate", "nan"], "> 0"),
         (["--learning_rate", "inf"], "> 0"),
-        (["--dropout", "1"], "0..1"),
+        (["--lora_dropout", "1"], "0..1"),
         (["--resume", "maybe"], "auto, never"),
         (["--dataset"], "needs a value"),
         (["--lora_r", "0"], ">= 1"),
@@ -86,34 +89,38 @@ def test_values_arrive_with_their_annotated_types():
     assert got["resume"] == "never"
 
 
+def got(values: dict, name: str) -> object:
+    return values[name] if name in values else getattr(values["model_config"], name)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_every_flag_can_be_given(name):
     """Its default, or a value of its annotated type where the default is None, comes back as given."""
     function = importlib.import_module(name).main
     samples = {int: 3, float: 0.25, str: "text"}
-    for flag, parameter in inspect.signature(function).parameters.items():
-        value = parameter.default
+    for flag_name, known in cli.flags_of(function, MODELS).items():
+        value = known.default
         if value is None:
-            value = (cli.choices(parameter.annotation) or [samples[cli.alternatives(parameter.annotation)[0]]])[-1]
-        argv = [f"--{flag}", str(value)] + ([] if flag == "dataset" else ["--dataset", "none-such"])
-        assert resolve(function, EVERY[name], argv)[flag] == value
+            value = (cli.choices(known.annotation) or [samples[cli.alternatives(known.annotation)[0]]])[-1]
+        argv = [f"--{flag_name}", str(value)] + ([] if flag_name == "dataset" else ["--dataset", "none-such"])
+        assert got(resolve(function, EVERY[name], argv, models=MODELS), flag_name) == value
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_help_shows_every_flag_with_type_default_and_meaning(name, capsys):
     module = importlib.import_module(name)
-    cli.run(module.main, EVERY[name], ["--help"])
+    cli.run(module.main, EVERY[name], ["--help"], models=MODELS)
     text = capsys.readouterr().out
-    for flag, parameter in inspect.signature(module.main).parameters.items():
-        part = text[text.index(f"--{flag}=") :].split("\n    --")[0]
-        assert "Type:" in part and FLAGS[flag][0] in part
-        if parameter.default is not None:
-            assert str(parameter.default) in part
+    for flag_name, known in cli.flags_of(module.main, MODELS).items():
+        part = text[text.index(f"--{flag_name}=") :].split("\n    --")[0]
+        assert "Type:" in part and known.meaning in part
+        if known.default is not None:
+            assert str(known.default) in part
 
 
 def test_every_documented_flag_is_one_of_some_script():
     used = {p for name in EVERY for p in inspect.signature(importlib.import_module(name).main).parameters}
-    assert used == set(FLAGS)
+    assert used - {"model_config"} == set(FLAGS)
 
 
 def what_is_read(tree: ast.AST) -> tuple[set[str], set[str]]:
@@ -148,6 +155,15 @@ def unread_flags(source: str) -> set[str]:
     return {argument.arg for argument in main.args.kwonlyargs} - read
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_flag_of_a_model_is_read(name):
+    tree = ast.parse(inspect.getsource(inspect.getmodule(MODELS[name])))
+    read = {
+        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "config"
+    }
+    assert {field.name for field in dataclasses.fields(MODELS[name].Config)} <= read
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_is_read(name):
     """Fault 6: flags that nothing reads."""
@@ -173,19 +189,21 @@ def recipe_file(tmp_path, monkeypatch, text: str) -> None:
 
 
 def test_recipe_stands_between_defaults_and_flags(tmp_path, monkeypatch, capsys):
-    text = "data: {dropout: 0.3}\nsr: {learning_rate: 0.5, num_layers: 2}\nteacher: {num_layers: 9}\n"
+    text = "data: {lora_dropout: 0.3}\nsr: {learning_rate: 0.5, num_layers: 2}\nteacher: {num_layers: 9}\n"
     recipe_file(tmp_path, monkeypatch, text)
     got = resolve(main, "sr", ["--dataset", "mine", "--num_layers", "7"])
-    assert (got["learning_rate"], got["num_layers"], got["dropout"], got["resume"]) == (0.5, 7, 0.3, "never")
+    assert (got["learning_rate"], got["num_layers"], got["lora_dropout"], got["resume"]) == (0.5, 7, 0.3, "never")
     assert "learning_rate=0.5" in capsys.readouterr().out
 
 
 def test_the_data_section_does_not_overrule_what_a_step_inherits(tmp_path, monkeypatch):
     """The earlier run may have had another value on its command line."""
-    recipe_file(tmp_path, monkeypatch, "data: {lora_r: 4, dtype: bfloat16, dropout: 0.3}\nstudent: {dtype: float32}\n")
+    recipe_file(
+        tmp_path, monkeypatch, "data: {lora_r: 4, dtype: bfloat16, lora_dropout: 0.3}\nstudent: {dtype: float32}\n"
+    )
     argv = ["--dataset", "mine"]
     got = resolve(main, "student", argv, inherits=["lora_r", "dtype"])
-    assert (got["lora_r"], got["dtype"], got["dropout"]) == (None, "float32", 0.3)
+    assert (got["lora_r"], got["dtype"], got["lora_dropout"]) == (None, "float32", 0.3)
     assert resolve(main, "student", [*argv, "--lora_r", "2"], inherits=["lora_r"])["lora_r"] == 2
     assert resolve(main, "teacher", argv)["lora_r"] == 4  # nothing to inherit from
 
@@ -193,17 +211,17 @@ def test_the_data_section_does_not_overrule_what_a_step_inherits(tmp_path, monke
 def test_distill_inherits_what_the_teacher_was_trained_with(tmp_path, monkeypatch):
     recipe_file(tmp_path, monkeypatch, "data: {max_seq_length: 10, train_targets: all, lora_r: 3, batch_size: 7}\n")
     distill = importlib.import_module("distill")
-    got = resolve(distill.main, "student", ["--dataset", "mine"], distill.INHERITED)
+    got = resolve(distill.main, "student", ["--dataset", "mine"], inherits=distill.INHERITED, models=MODELS)
     assert got["max_seq_length"] is got["train_targets"] is got["lora_r"] is None and got["batch_size"] == 7
     assert "inherits=INHERITED" in inspect.getsource(distill)
 
 
 @pytest.mark.parametrize("order", [("data", "sr"), ("sr", "data")])
 def test_the_order_of_sections_does_not_matter(order, tmp_path, monkeypatch):
-    lines = {"data": "data: {learning_rate: 0.1, dropout: 0.3}\n", "sr": "sr: {learning_rate: 0.5}\n"}
+    lines = {"data": "data: {learning_rate: 0.1, lora_dropout: 0.3}\n", "sr": "sr: {learning_rate: 0.5}\n"}
     recipe_file(tmp_path, monkeypatch, "".join(lines[title] for title in order))
     got = resolve(main, "sr", ["--dataset", "mine"])
-    assert (got["learning_rate"], got["dropout"]) == (0.5, 0.3)
+    assert (got["learning_rate"], got["lora_dropout"]) == (0.5, 0.3)
 
 
 def failing(error: Exception):
@@ -281,7 +299,7 @@ from pathlib import Path
 from utils import cli
 import train_sr_trad
 cli.ROOT = Path({str(tmp_path)!r})
-cli.run(train_sr_trad.main, "sr", ["--dataset", "mine"])
+cli.run(train_sr_trad.main, "sr", ["--dataset", "mine"], models=train_sr_trad.MODELS)
 """
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "mine.yaml").write_text("# na\u00efve\nsr: {seed: 3, output_dir: caf\u00e9}\n", "utf-8")
@@ -289,6 +307,61 @@ cli.run(train_sr_trad.main, "sr", ["--dataset", "mine"])
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | ascii_only, capture_output=True, cwd=tmp_path)
     assert done.returncode == 2 and b"neither datasets/mine" in done.stderr, done.stderr
     assert b"recipe mine.yaml: seed=3, output_dir=caf\\xe9" in done.stdout
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherConfig(Recommender.Config):
+    width: int = flag(5, "an own flag", ">= 1")
+
+
+class Other(Recommender):
+    Config = OtherConfig
+
+
+TWO = {"sasrec": MODELS["sasrec"], "other": Other}
+
+
+def test_a_model_brings_its_own_flags_help_and_recipe(tmp_path, monkeypatch, capsys):
+    train = importlib.import_module("train_sr_trad").main
+    text = "sr: {seed: 3, other: {width: 7, batch_size: 9}, sasrec: {num_heads: 4}}\n"
+    recipe_file(tmp_path, monkeypatch, text)
+    argv = ["--dataset", "mine", "--model"]
+    values = resolve(train, "sr", [*argv, "other"], models=TWO)
+    assert values["model_config"] == OtherConfig(width=7) and (values["batch_size"], values["seed"]) == (9, 3)
+    values = resolve(train, "sr", [*argv, "sasrec", "--num_heads", "1"], models=TWO)
+    assert values["model_config"].num_heads == 1 and values["batch_size"] == 256
+    assert resolve(train, "sr", [*argv, "other", "--width", "8"], models=TWO)["model_config"].width == 8
+    with pytest.raises(UserError, match=r"unknown flag --num_heads .*a flag of --model sasrec"):
+        resolve(train, "sr", [*argv, "other", "--num_heads", "2"], models=TWO)
+    with pytest.raises(UserError, match="expected a number >= 1"):
+        resolve(train, "sr", [*argv, "other", "--width", "0"], models=TWO)
+    with pytest.raises(UserError, match="--model third: expected one of sasrec, other"):
+        resolve(train, "sr", [*argv, "third"], models=TWO)
+    cli.run(train, "sr", ["--model", "other", "--help"], models=TWO)
+    out = capsys.readouterr().out
+    assert "--width=WIDTH" in out and "an own flag" in out and "--num_heads" not in out
+
+
+def test_a_recipe_may_name_the_model(tmp_path, monkeypatch):
+    recipe_file(tmp_path, monkeypatch, "sr: {model: other, other: {width: 2}}\n")
+    values = resolve(importlib.import_module("train_sr_trad").main, "sr", ["--dataset", "mine"], models=TWO)
+    assert values["model"] == "other" and values["model_config"].width == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sr: {sasrec: {width: 2}}", r"sr\.sasrec\.width is no flag"),
+        ("sr: {other: 3}", "section sr.other: expected name: value"),
+        ("sr: {other: {with: 3}}", r"unknown key sr\.other\.with"),
+        ("teacher: {with: 3}", r"unknown key teacher\.with"),
+        ("sr: {third: {width: 3}}", r"unknown key sr\.third"),
+    ],
+)
+def test_bad_values_for_a_model_are_refused(text, words, tmp_path, monkeypatch):
+    recipe_file(tmp_path, monkeypatch, text)
+    with pytest.raises(UserError, match=words):
+        resolve(importlib.import_module("train_sr_trad").main, "sr", ["--dataset", "mine"], models=TWO)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +388,7 @@ def test_all_recipes_resolve_for_every_step():
         assert set(yaml.safe_load(path.read_text())) <= set(RECIPE_SECTIONS)
         assert path.read_text().startswith("#"), "a recipe opens with where its values come from"
         for name, section in SCRIPTS.items():
-            assert resolve(importlib.import_module(name).main, section, ["--dataset", path.stem])
+            assert resolve(importlib.import_module(name).main, section, ["--dataset", path.stem], models=MODELS)
 
 
 def test_paper_recipes_hold_table_8():
@@ -323,7 +396,7 @@ def test_paper_recipes_hold_table_8():
     expected = {"cloth": (0.003, 1500, 50, 1.0), "movie": (0.001, -1, 50, 1.0), "music": (0.002, 800, 100, 0.01)}
     for name, (rate, steps, warmup, lambda_ms) in (expected | {"sport": (0.002, 2000, 50, 0.1)}).items():
         for module, section in ((finetune, "teacher"), (distill, "student")):
-            got = resolve(module.main, section, ["--dataset", name])
+            got = resolve(module.main, section, ["--dataset", name], models=MODELS)
             assert (got["learning_rate"], got["max_steps"], got["warmup_steps"]) == (rate, steps, warmup)
             assert got["lr_scheduler"] == "cosine" and got["max_grad_norm"] == 1.0 and got["batch_size"] == 256
         assert (got["lambda_cos"], got["lambda_norm"], got["lambda_ms"]) == (1.0, 0.1, lambda_ms)

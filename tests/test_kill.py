@@ -15,6 +15,7 @@ from transformers import AutoModel, LlamaConfig, PreTrainedTokenizerFast
 
 import finetune
 import train_sr_trad
+from models.sr import MODELS
 from utils import cli, files, report
 from utils.errors import UserError
 
@@ -32,7 +33,7 @@ def sources(tmp_path_factory) -> Path:
     (place / "table").mkdir()
     table = torch.randn(data.num_items + 1, 8)
     save_file({"item_table": table}, place / "table" / "item_embeddings.safetensors")
-    config = {"kind": "item_embeddings", "dataset_fingerprint": data.fingerprint, "hidden_size": 8}
+    config = {"kind": "item_embeddings", "dataset_fingerprint": data.fingerprint, "item_dim": 8}
     config["table_sha256"] = files.sha256(place / "table" / "item_embeddings.safetensors")
     (place / "table" / "config.json").write_text(json.dumps(config))
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -46,11 +47,11 @@ def sources(tmp_path_factory) -> Path:
 def step(script, section: str, sources: Path, *flags: object) -> None:
     common = ["--dataset", sources / "data", "--max_steps", 4, "--eval_steps", 2, "--batch_size", 8]
     main = script.main
-    main(**cli.resolve(main, section, [str(word) for word in (*common, *flags)]))
+    main(**cli.resolve(main, section, [str(word) for word in (*common, *flags)], models=MODELS))
 
 
 STEPS = {
-    "train_sr_trad": (train_sr_trad, "sr", "--hidden_size 8 --num_layers 1"),
+    "train_sr_trad": (train_sr_trad, "sr", "--item_dim 8 --num_layers 1"),
     "finetune": (finetune, "teacher", "--base_model {0}/base --item_embeddings {0}/table --num_layers 2 --lora_r 2"),
 }
 

@@ -16,7 +16,6 @@ from models import llm_rec, losses
 from models.dropout import Dropout
 from models.llm_rec import LLMRec, block_ends, count_parameters, keep_layers, select_layers
 from models.lora import Linear as LoraLinear
-from models.sr import sasrec as sasrec_module
 from models.sr.sasrec import SASRec
 from utils import metrics
 from utils.errors import UserError

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_sequences, sasrec, tiny_llm_rec
 
+from models.interface import Recommender
 from models.sr.popularity import Popularity
 from utils import metrics
 from utils.data import training_examples
@@ -14,17 +15,18 @@ from utils.errors import RunError
 from utils.metrics import draw_negatives, evaluate, metrics_from_ranks, rank_users
 
 
-class Table:
+class Table(Recommender):
     """Scores that are a fixed function of user and item; the user is told by the newest item of the history."""
 
     def __init__(self, scores: np.ndarray):
-        self.scores = torch.from_numpy(scores).float()  # (V + 1, V + 1)
+        super().__init__(None, None)
+        self.table = torch.from_numpy(scores).float()  # (V + 1, V + 1)
 
-    def user_vectors(self, histories):
-        return torch.nn.functional.one_hot(histories[:, -1], len(self.scores)).float()
+    def user_vectors(self, histories, users=None):
+        return torch.nn.functional.one_hot(histories[:, -1], len(self.table)).float()
 
     def item_vectors(self):
-        return self.scores.T
+        return self.table.T
 
 
 def naive_ranks(data, scores, split, negatives):

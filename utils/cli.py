@@ -167,12 +167,14 @@ def resolve(
 ) -> dict:
     """Every flag's value; raises UserError on anything that is not exactly right."""
     given = collect(argv)
-    dataset = given.get("dataset", inspect.signature(main).parameters["dataset"].default)
+    parameters = inspect.signature(main).parameters
+    dataset = given.get("dataset", parameters["dataset"].default)
     path, sections = read_recipe(Path(dataset).name)
+    check_recipe(path, sections, models)
     model = None
-    if models:
-        plain = {"model": inspect.signature(main).parameters["model"].default}
-        model = str((plain | sections["data"] | sections.get(section, {}) | given)["model"])
+    if models and "model" in parameters:
+        chosen = {"model": parameters["model"].default} | sections["data"] | sections.get(section, {}) | given
+        model = str(chosen["model"])
         if model not in models:
             raise UserError(f"--model {model}: expected one of {', '.join(models)}")
     flags = flags_of(main, models, model)
@@ -180,9 +182,10 @@ def resolve(
         if name not in flags:
             raise UserError(f"unknown flag --{name}{suggest(name, flags)}{of_another(name, models)}; see --help")
     values = {name: flag.default for name, flag in flags.items()}
-    values |= recipe_values(path, sections, section, flags, inherits, models, model)
+    parts = [part for title in RECIPE_SECTIONS for part in per_model(title, sections[title], models)]
+    values |= recipe_values(path, parts, section, flags, inherits, f"{section}.{model}")
     values |= {name: coerce(f"--{name}", text, flags[name]) for name, text in given.items()}
-    if "model_config" not in inspect.signature(main).parameters:
+    if "model_config" not in parameters:
         return values
     own = {field.name: values.pop(field.name) for field in dataclasses.fields(models[model].Config)}
     return values | {"model_config": models[model].Config(**own)}
@@ -291,36 +294,42 @@ def read_recipe(dataset: str) -> tuple[Path, dict[str, dict]]:
     return path, empty | sections
 
 
+def per_model(title: str, entries: dict, models: Models) -> list[tuple[str, object]]:
+    """The parts of a recipe's section: what it says of every model, then what it says of each by name."""
+    apart = {name: part for name, part in entries.items() if name in (models or {})}
+    plain = {name: value for name, value in entries.items() if name not in apart}
+    return [(title, plain), *((f"{title}.{name}", part) for name, part in apart.items())]
+
+
+def check_recipe(path: Path, sections: dict[str, dict], models: Models) -> None:
+    """UserError for a key that is a flag of no script and no model, in whichever section."""
+    known = set(FLAGS).union(*({field.name for field in dataclasses.fields(m.Config)} for m in (models or {}).values()))
+    for title, entries in sections.items():
+        for place, part in per_model(title, entries, models):
+            if not isinstance(part, dict):
+                raise UserError(f"{path}: section {place}: expected name: value lines")
+            for name in part:
+                if name not in known:
+                    raise UserError(f"{path}: unknown key {place}.{name}{suggest(str(name), known)}")
+
+
 def recipe_values(
-    path: Path,
-    sections: dict[str, dict],
-    section: str,
-    flags: dict[str, Flag],
-    inherits: Sequence[str],
-    models: Models,
-    model: str | None,
+    path: Path, sections: list, section: str, flags: dict[str, Flag], inherits: Sequence[str], own: str
 ) -> dict:
     """The recipe's values for this script: section `data`, then the script's own, then what that has for the model.
 
-    What a step inherits is not taken from `data`: the earlier step knows better what it was trained with.
+    own: where the model's stand, as in "sr.sasrec". What a step inherits is not taken from `data`: the earlier step
+    knows better what it was trained with.
     """
-    known = set(flags) | set(FLAGS)
-    for kind in (models or {}).values():
-        known |= {field.name for field in dataclasses.fields(kind.Config)}
     entries: dict[str, tuple[str, object]] = {}
-    for title in (name for name in RECIPE_SECTIONS if name in ("data", section)):
-        own = sections[title]
-        per_model = own.get(model) if title == section else None
-        parts = [(title, {n: v for n, v in own.items() if n not in (models or {})})]
-        parts += [(f"{title}.{model}", per_model)] if per_model is not None else []
-        for place, part in parts:
-            if not isinstance(part, dict):
-                raise UserError(f"{path}: section {place}: expected name: value lines")
-            for name, value in part.items():
-                if name not in (flags if place != "data" and title == section else known):
-                    raise UserError(f"{path}: unknown key {place}.{name}{suggest(str(name), known)}")
-                if name in flags and not (title == "data" and name in inherits):
-                    entries[name] = (f"{path}: {place}.{name}", value)
+    for place, part in sections:
+        if place not in ("data", section, own):
+            continue
+        for name, value in part.items():
+            if name not in flags and place != "data":
+                raise UserError(f"{path}: {place}.{name} is no flag of this step{suggest(str(name), flags)}")
+            if name in flags and not (place == "data" and name in inherits):
+                entries[name] = (f"{path}: {place}.{name}", value)
     values = {name: coerce(source, value, flags[name]) for name, (source, value) in entries.items()}
     if values:
         print(f"recipe {path.name}: " + ", ".join(f"{name}={value}" for name, value in values.items()))

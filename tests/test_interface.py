@@ -1,0 +1,94 @@
+"""A recommender that is written here, in a few lines, goes through every step without a change anywhere else."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from test_kill import outcome, sources, step  # noqa: F401
+from torch import nn
+
+import extract_emb
+import finetune
+import train_sr_trad
+from models.interface import Recommender, flag
+from models.losses import catalogue_cross_entropy
+from models.sr import MODELS
+from utils import cli
+from utils.files import load_tensors
+
+
+class GRU(Recommender):
+    """A GRU over the history, with the item table of the input as that of the output."""
+
+    @dataclass(frozen=True)
+    class Config(Recommender.Config):
+        width: int = flag(8, "width of the item table and of the state", ">= 1")
+
+    def __init__(self, config, data):
+        super().__init__(config, data)
+        self.items = nn.Embedding(data.num_items + 1, config.width, padding_idx=0)
+        self.gru = nn.GRU(config.width, config.width, batch_first=True)
+
+    def states(self, histories):
+        return self.gru(self.items(histories))[0]  # (B, T, d)
+
+    def forward(self, batch):
+        asked = batch["targets"] != 0
+        vectors = self.states(batch["histories"])[asked]
+        return {"ce": catalogue_cross_entropy(vectors, self.items.weight, batch["targets"][asked])}
+
+    def user_vectors(self, histories, users=None):
+        return self.states(histories)[:, -1]
+
+    def item_vectors(self):
+        return self.items.weight
+
+
+def test_a_new_model_goes_through_every_step(sources, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(MODELS, "gru", GRU)
+    flags = ["--model", "gru", "--width", 6, "--learning_rate", 0.05]
+
+    def train(name, *more):
+        step(train_sr_trad, "sr", sources, *flags, *more, "--output_dir", tmp_path / name)
+        return outcome(tmp_path / name)
+
+    whole = train("whole")
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert config["model"] == "gru" and config["width"] == 6 and config["title"] == "GRU"
+    forward = GRU.forward
+    monkeypatch.setattr(
+        GRU, "forward", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt) if calls.pop() else forward(*args)
+    )
+    calls = [True, False, False, False]
+    with pytest.raises(KeyboardInterrupt):
+        train("cut")
+    monkeypatch.setattr(GRU, "forward", forward)
+    assert train("cut", "--resume", "auto") == whole
+
+    common = ["--dataset", str(sources / "data")]
+    argv = [*common, "--model", "gru", "--sr_dir", str(tmp_path / "whole"), "--output_dir", str(tmp_path / "table")]
+    extract_emb.main(**cli.resolve(extract_emb.main, "extract", argv, models=MODELS))
+    trained = load_tensors(tmp_path / "whole" / "model.safetensors")["items.weight"]
+    table = load_tensors(tmp_path / "table" / "item_embeddings.safetensors")["item_table"]
+    assert torch.equal(table, trained) and table.shape == (41, 6)
+
+    base = ["--base_model", sources / "base", "--num_layers", 1, "--lora_r", 2]
+    step(
+        finetune,
+        "teacher",
+        sources,
+        *base,
+        "--item_embeddings",
+        tmp_path / "table",
+        "--output_dir",
+        tmp_path / "teacher",
+    )
+    assert json.loads((tmp_path / "teacher" / "config.json").read_text())["item_dim"] == 6
+    assert outcome(tmp_path / "teacher")[0]["test"]["full"]["HR@10"] >= 0
+
+
+def test_the_model_of_the_test_is_short():
+    import inspect
+
+    assert len(inspect.getsource(GRU).splitlines()) < 40

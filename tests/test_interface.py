@@ -48,7 +48,7 @@ class GRU(Recommender):
 
 def test_a_new_model_goes_through_every_step(sources, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setitem(MODELS, "gru", GRU)
-    flags = ["--model", "gru", "--width", 6, "--learning_rate", 0.5, "--warmup_steps", 1]
+    flags = ["--model", "gru", "--width", 6, "--learning_rate", 3, "--warmup_steps", 1]
 
     def train(name, *more):
         step(train_sr_trad, "sr", sources, *flags, *more, "--output_dir", tmp_path / name)

@@ -48,7 +48,7 @@ def main(
     target = Path(output_dir or cli.ROOT / "outputs" / data.name / f"item_embeddings-{trained['model']}")
     check_replaceable(target, ["config.json", TABLE_FILE], "--output_dir")
 
-    table = load_recommender(source, trained, data).item_table()  # (V + 1, d)
+    table = load_recommender(source, trained, data.training_part()).item_table()  # (V + 1, d)
     config = {
         "kind": "item_embeddings",
         "dataset": dataset,
@@ -59,7 +59,7 @@ def main(
         "model": trained["model"],
         "num_items": data.num_items,
         "item_dim": table.shape[1],
-    } | summarise(table, new_recommender(trained, data).item_table())
+    } | summarise(table, new_recommender(trained, data.training_part()).item_table())
     cli.print_config(config)
     with whole_folder(target) as part:
         save_tensors({"item_table": table, "item_ids": torch.arange(len(table))}, part / TABLE_FILE)

@@ -72,6 +72,13 @@ FLAGS: dict[str, tuple[str, str]] = {
     "lambda_ms": ("weight of the multi-supervision term L_ms (lambda_3)", ">= 0"),
     "norm_form": ("D_norm as the released code has it (l2) or as the paper prints it (squared)", ""),
     "block_reduction": ("over blocks: sum as in the released code, or mean as printed", ""),
+    "run": ("run folder of a trained recommender", ""),
+    "history": ("items of one history, ids or titles, oldest first, separated by ';'", ""),
+    "input": ("histories: a .jsonl or .csv file, or - for standard input", ""),
+    "k": ("items recommended per history", ">= 1"),
+    "exclude_seen": ("leave out the items of the history", ""),
+    "candidates": ("file with the only items to rank, one per line (default: all)", ""),
+    "output": ("write to this .jsonl or .csv file (default: print)", ""),
     "record": ("also write a record of each run to results/runs/", ""),
     "mode": ("offline: a frozen teacher, whose states are computed once", ""),
 }
@@ -168,7 +175,7 @@ def resolve(
     """Every flag's value; raises UserError on anything that is not exactly right."""
     given = collect(argv)
     parameters = inspect.signature(main).parameters
-    dataset = given.get("dataset", parameters["dataset"].default)
+    dataset = given.get("dataset", parameters["dataset"].default if "dataset" in parameters else "")
     path, sections = read_recipe(Path(dataset).name)
     check_recipe(path, sections, models)
     model = None
@@ -209,6 +216,9 @@ def collect(argv: list[str]) -> dict[str, str]:
             raise UserError(f"stray word {words[0]!r}: every value belongs to a flag, as in --batch_size 64")
         found.update(flags)
 
+    for at in reversed(range(1, len(argv))):  # standard input as a value, which fire takes for a separator
+        if argv[at] == "-" and argv[at - 1].startswith("--") and "=" not in argv[at - 1]:
+            argv = [*argv[: at - 1], f"{argv[at - 1]}=-", *argv[at + 1 :]]
     if {"-", "--"} & set(argv):
         raise UserError("stray '-' on the command line; see --help")
     # a flag without a value is given fire's own True, before fire takes --nonsense for a negated --nsense

@@ -25,6 +25,7 @@ class Sequences:
     offsets: (users + 1,) int64; user u owns items[offsets[u]:offsets[u + 1]].
     users: (kept,) the users with at least three interactions, the only ones that are split and ranked.
     fingerprint: SHA-256 of what the arrays hold, as the dataset's maker recorded it.
+    folder: where they were read, None for sequences made in memory.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Sequences:
     num_items: int
     users: np.ndarray
     fingerprint: str
+    folder: Path | None = None
 
     @classmethod
     def load(cls, folder: Path) -> "Sequences":
@@ -57,7 +59,7 @@ class Sequences:
         users = np.flatnonzero(np.diff(offsets) >= MIN_INTERACTIONS)
         if not len(users):
             raise UserError(f"dataset {folder}: no user has {MIN_INTERACTIONS} interactions to split; bring more data")
-        return cls(name, items, offsets, num_items, users, fingerprint)
+        return cls(name, items, offsets, num_items, users, fingerprint, folder)
 
     def training_part(self) -> "TrainingPart":
         """All but the last two items of every kept user (leave-one-out)."""

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
+from utils.catalogue import CATALOGUE_FILE, Catalogue
 from utils.cli import ROOT, print_config, shown
 from utils.data import Sequences
 from utils.errors import UserError
@@ -34,7 +35,7 @@ from utils.metrics import SPLITS, draw_negatives, evaluate
 from utils.report import card, git_commit, peak_memory, plot_curve, protocol
 
 SELECTION_METRIC = ("sampled", "NDCG@10")
-RUN_FILES = ("metrics.json", "checkpoints", "log.jsonl", "curve.png", "README.md")  # beside config.json
+RUN_FILES = ("metrics.json", "checkpoints", "log.jsonl", "curve.png", "README.md", CATALOGUE_FILE)  # beside config.json
 WEIGHTS = ("model.safetensors", "rec_heads.safetensors", "decoder.safetensors", "adapter", "states")
 LOCK = ".slmrec.lock"  # the first file of a run folder, held while a process trains in it
 # what does not change what is trained: these may differ when a run is continued
@@ -53,6 +54,7 @@ class Run:
     def __init__(self, config: dict, data: Sequences, default_dir: str) -> None:
         self.folder = Path(config["output_dir"] or ROOT / "outputs" / data.name / default_dir)
         self.config = config | {"output_dir": shown(self.folder), "dataset_fingerprint": data.fingerprint}
+        self.config["num_users"] = len(data.offsets) - 1
         self.data = data
         self.checkpoints = self.folder / "checkpoints"
         self.lock = FileLock(self.folder / LOCK)
@@ -280,6 +282,7 @@ class Run:
         test, seconds = self.evaluate(model, "test", progress=True)
         if self.accelerator.is_main_process:
             save(self.folder)
+            Catalogue.of(self.data).save(self.folder)
         below = {}
         for name, other in (baselines or {}).items():
             measured = {split: self.evaluate(other, split) for split in SPLITS}

@@ -1,0 +1,210 @@
+"""Recommend: the best next items for a history, from the run folder of any trained recommender.
+
+python recommend.py --history "Star Wars (1977); Fargo (1996)"            titles or ids, oldest first
+python recommend.py --input histories.jsonl --output top.csv              one history per line; - is standard input
+python recommend.py --run outputs/ml-100k/sasrec --history 50 --candidates candidates.txt
+
+JSONL: a list of items per line, or an object with such a list under `history`. CSV: one history per line, one item per
+cell. In Python: `recommend.load("outputs/ml-100k/sasrec").recommend([["50", "181"]], k=10)`.
+"""
+
+import csv
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from models.llm_rec import load_llm_rec
+from models.sr.storage import load_recommender
+from utils import assets, cli
+from utils.catalogue import Catalogue
+from utils.errors import UserError
+from utils.files import whole_file
+from utils.report import finished_run
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    rank: int
+    id: str
+    title: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is recommended after a history. unknown: its items that the dataset does not have, which were skipped."""
+
+    items: list[Recommendation]
+    unknown: list[str]
+    by_popularity: bool
+
+
+class Trained:
+    """A trained recommender that speaks of items by their original ids and titles."""
+
+    def __init__(self, model: torch.nn.Module, catalogue: Catalogue, max_length: int, autocast: bool) -> None:
+        self.device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+        self.model, self.catalogue, self.max_length = model.eval().to(self.device), catalogue, max_length
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext()
+
+    def recommend(
+        self,
+        histories: Iterable[list[str]],
+        k: int = 10,
+        exclude_seen: bool = True,
+        candidates: list[str] | None = None,
+        batch_size: int = 64,
+    ) -> list[Answer]:
+        """The k best items after each history of ids or titles, oldest first; `candidates`: of these alone."""
+        allowed = np.zeros(len(self.catalogue) + 1, bool)
+        numbers = None if candidates is None else [self.catalogue.number(item) for item in candidates]
+        allowed[1:] = candidates is None
+        allowed[[number for number in numbers or [] if number]] = True
+        if not allowed.any():
+            raise UserError("none of the candidates is an item of the dataset")
+        answers, batch = [], []
+        with torch.inference_mode(), self.autocast, self.model.for_inference():
+            for history in histories:
+                batch.append(history)
+                if len(batch) == batch_size:
+                    answers += self._batch(batch, k, exclude_seen, allowed)
+                    batch = []
+            return answers + (self._batch(batch, k, exclude_seen, allowed) if batch else [])
+
+    def _batch(self, histories: list[list[str]], k: int, exclude_seen: bool, allowed: np.ndarray) -> list[Answer]:
+        known = [[number for item in history if (number := self.catalogue.number(item))] for history in histories]
+        scores = np.tile(self.catalogue.counts.astype(np.float32), (len(known), 1))  # (B, V + 1): popularity
+        rows = [row for row, items in enumerate(known) if items]
+        if rows:
+            width = min(self.max_length, max(len(known[row]) for row in rows))
+            padded = torch.tensor([[0] * (width - len(known[row])) + known[row][-width:] for row in rows])
+            scores[rows] = self.model.scores(padded.to(self.device)).float().cpu().numpy()
+        answers = []
+        for items, history, row in zip(known, histories, scores, strict=True):
+            open_to = allowed.copy()
+            open_to[items if exclude_seen else []] = False
+            best = best_of(row, np.flatnonzero(open_to), k)
+            found = [(int(n), self.catalogue.ids[n - 1], self.catalogue.titles[n - 1], float(row[n])) for n in best]
+            unknown = [item for item in history if not self.catalogue.number(item)]
+            listed = [Recommendation(rank, *what[1:]) for rank, what in enumerate(found, 1)]
+            answers.append(Answer(listed, unknown, by_popularity=not items))
+        return answers
+
+
+def best_of(scores: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
+    """The k of `items` with the highest scores, the lower number first where scores are equal."""
+    values = scores[items]
+    if len(values) > k:
+        items = items[values >= np.partition(values, -k)[-k]]
+    return items[np.lexsort((items, -scores[items]))][:k]
+
+
+def load(folder: str | Path) -> Trained:
+    """A trained recommender from its run folder, traditional or a language model."""
+    folder = Path(folder)
+    config, _ = finished_run(folder, f"{folder} holds no finished run: give the folder of one with --run")
+    catalogue = Catalogue.load(folder)
+    if config.get("kind") == "sr":
+        model = load_recommender(folder, config, catalogue.training_part(config["num_users"]))
+    else:
+        model = load_llm_rec(folder, assets.base_model_path(config["base_model"]))
+    return Trained(model, catalogue, config["max_seq_length"], config["dtype"] == "bfloat16")
+
+
+def read_histories(path: str) -> Iterator[list[str]]:
+    """Histories of a .csv or .jsonl file; - is standard input, of either kind, told by its first character."""
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--input {path} is no UTF-8 text ({error})") from error
+    if path.endswith(".csv") or (path == "-" and text.lstrip()[:1] not in ("[", "{")):
+        yield from (
+            [cell.strip() for cell in row if cell.strip()] for row in csv.reader(text.splitlines(keepends=True))
+        )
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            history = value["history"] if isinstance(value, dict) else value
+            if not isinstance(history, list):
+                raise ValueError("no list of items")
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"--input {path}, line {number}: {error}; expected a list or {{'history': [...]}}"
+            ) from error
+        yield [str(item) for item in history]
+
+
+def write_answers(answers: list[Answer], file: TextIO, form: str) -> None:
+    if form == "jsonl":
+        for answer in answers:
+            file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+        return
+    rows = csv.writer(file)
+    rows.writerow(["history", "rank", "id", "title", "score", "by_popularity"])
+    for number, answer in enumerate(answers, 1):
+        rows.writerows([number, *asdict(item).values(), answer.by_popularity] for item in answer.items)
+
+
+def show(answers: list[Answer], catalogue: Catalogue) -> None:
+    for number, answer in enumerate(answers, 1):
+        if answer.by_popularity:
+            print(f"history {number} has no known item: the most popular ones")
+        for item in answer.items:
+            print(f"{item.rank:3}. {item.title or '(no title)'}  [{item.id}]  {item.score:.3f}")
+
+
+def main(
+    *,
+    run: str = "outputs/ml-100k/student-4from8",
+    history: str | None = None,
+    input: str | None = None,
+    k: int = 10,
+    exclude_seen: bool = True,
+    candidates: str | None = None,
+    output: str | None = None,
+    batch_size: int = 64,
+) -> None:
+    if (history is None) == (input is None):
+        raise UserError('give one of --history "item; item" and --input FILE')
+    form = Path(output).suffix.lstrip(".") if output else ""
+    if output and form not in ("csv", "jsonl"):
+        raise UserError(f"--output {output}: a name that ends in .csv or .jsonl")
+    folder = next((p for p in (Path(run), cli.ROOT / run) if p.is_dir()), Path(run))
+    trained = load(folder)
+    wanted = None
+    if candidates:
+        wanted = [line.strip() for line in Path(candidates).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    histories = (
+        [[part.strip() for part in history.split(";") if part.strip()]] if history else list(read_histories(input))
+    )
+    begun = time.perf_counter()
+    with tqdm(histories, desc="recommend", unit="history", disable=None if len(histories) > 1 else True) as bar:
+        answers = trained.recommend(bar, k, exclude_seen, wanted, batch_size)
+    seconds = time.perf_counter() - begun
+    told = set()
+    for item in (item for answer in answers for item in answer.unknown):
+        if item not in told and len(told) < 20:
+            print(trained.catalogue.unknown(item), file=sys.stderr)
+        told.add(item)
+    if output:
+        with whole_file(Path(output)) as part, open(part, "w", encoding="utf-8", newline="") as file:
+            write_answers(answers, file, form)
+        print(f"{output}: {len(answers):,} histories, {len(answers) / seconds:,.0f} per second")
+    else:
+        show(answers, trained.catalogue)
+
+
+if __name__ == "__main__":
+    cli.run(main, section="recommend")

@@ -1,0 +1,76 @@
+"""The items of a dataset as people know them: original ids and titles, which run folders keep."""
+
+import difflib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from utils.data import Sequences, TrainingPart
+from utils.errors import UserError
+from utils.files import whole_file
+
+CATALOGUE_FILE = "items.jsonl"
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Items 1..V; entry i - 1 of ids and titles is item i. counts (V + 1,): how often each occurs in training."""
+
+    ids: list[str]
+    titles: list[str]
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, data: Sequences) -> "Catalogue":
+        """Of a dataset folder; numbers stand for ids where the data have no folder."""
+        ids, titles = [str(item) for item in range(1, data.num_items + 1)], [""] * data.num_items
+        if data.folder:
+            rows = (data.folder / "items.tsv").read_text(encoding="utf-8").split("\n")[1:-1]
+            ids, titles = map(list, zip(*(row.split("\t", 1) for row in rows), strict=True))
+        return cls(ids, titles, data.training_part().counts())
+
+    @classmethod
+    def load(cls, folder: Path) -> "Catalogue":
+        """Of a run folder."""
+        path = folder / CATALOGUE_FILE
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            return cls(
+                *([row[name] for row in rows] for name in ("id", "title")), np.array([0] + [r["count"] for r in rows])
+            )
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing: the run was made by another version; train it again") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); train the run again") from error
+
+    def save(self, folder: Path) -> None:
+        with whole_file(folder / CATALOGUE_FILE) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
+            for name, title, count in zip(self.ids, self.titles, self.counts[1:].tolist(), strict=True):
+                file.write(json.dumps({"id": name, "title": title, "count": count}, ensure_ascii=False) + "\n")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def training_part(self, num_users: int) -> TrainingPart:
+        """What a model without its dataset is built from: the items with their counts, of one user."""
+        items = np.repeat(np.arange(len(self.counts)), self.counts)
+        return TrainingPart(len(self), num_users, np.zeros_like(items), items)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        titles = {title.casefold(): number for number, title in enumerate(self.titles, 1) if title}
+        return titles | {name: number for number, name in enumerate(self.ids, 1)}  # an id goes before a title
+
+    def number(self, item: str) -> int | None:
+        """The number of an item given by id or by title, in whatever case."""
+        return self._numbers.get(item) or self._numbers.get(item.casefold())
+
+    def unknown(self, item: str) -> str:
+        """One line about an item that is not there, with titles and ids that are close to it."""
+        close = difflib.get_close_matches(item.casefold(), self._numbers, n=3, cutoff=0.5)
+        names = {number: title or self.ids[number - 1] for number, title in enumerate(self.titles, 1)}
+        meant = " or ".join(repr(names[self._numbers[name]]) for name in close)
+        return f"item {item!r} is not in the dataset and is skipped" + (f"; did you mean {meant}?" if meant else "")

@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -51,10 +51,14 @@ class Answer:
 class Trained:
     """A trained recommender that speaks of items by their original ids and titles."""
 
-    def __init__(self, model: torch.nn.Module, catalogue: Catalogue, max_length: int, autocast: bool) -> None:
+    def __init__(self, model: torch.nn.Module, config: dict, catalogue: Catalogue) -> None:
         self.device = torch.device(torch.accelerator.current_accelerator() or "cpu")
-        self.model, self.catalogue, self.max_length = model.eval().to(self.device), catalogue, max_length
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext()
+        self.model, self.config, self.catalogue = model.eval().to(self.device), config, catalogue
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision that the run was trained in."""
+        reduced = self.config["dtype"] == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16) if reduced else nullcontext()
 
     def recommend(
         self,
@@ -72,7 +76,7 @@ class Trained:
         if not allowed.any():
             raise UserError("none of the candidates is an item of the dataset")
         answers, batch = [], []
-        with torch.inference_mode(), self.autocast, self.model.for_inference():
+        with torch.inference_mode(), self.autocast(), self.model.for_inference():
             for history in histories:
                 batch.append(history)
                 if len(batch) == batch_size:
@@ -85,7 +89,7 @@ class Trained:
         scores = np.tile(self.catalogue.counts.astype(np.float32), (len(known), 1))  # (B, V + 1): popularity
         rows = [row for row, items in enumerate(known) if items]
         if rows:
-            width = min(self.max_length, max(len(known[row]) for row in rows))
+            width = min(self.config["max_seq_length"], max(len(known[row]) for row in rows))
             padded = torch.tensor([[0] * (width - len(known[row])) + known[row][-width:] for row in rows])
             scores[rows] = self.model.scores(padded.to(self.device)).float().cpu().numpy()
         answers = []
@@ -117,7 +121,7 @@ def load(folder: str | Path) -> Trained:
         model = load_recommender(folder, config, catalogue.training_part(config["num_users"]))
     else:
         model = load_llm_rec(folder, assets.base_model_path(config["base_model"]))
-    return Trained(model, catalogue, config["max_seq_length"], config["dtype"] == "bfloat16")
+    return Trained(model, config, catalogue)
 
 
 def read_histories(path: str) -> Iterator[list[str]]:
@@ -159,8 +163,10 @@ def write_answers(answers: list[Answer], file: TextIO, form: str) -> None:
 
 def show(answers: list[Answer], catalogue: Catalogue) -> None:
     for number, answer in enumerate(answers, 1):
+        if len(answers) > 1:
+            print(f"history {number}:")
         if answer.by_popularity:
-            print(f"history {number} has no known item: the most popular ones")
+            print("no item of the history is known: these are the most popular ones")
         for item in answer.items:
             print(f"{item.rank:3}. {item.title or '(no title)'}  [{item.id}]  {item.score:.3f}")
 
@@ -207,4 +213,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(main, section="recommend")
+    cli.run(main, section=None)

@@ -30,4 +30,4 @@ def main(*, dataset: str = "ml-100k", record: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, section="reproduce")
+    cli.run(main, section=None)

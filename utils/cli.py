@@ -73,6 +73,9 @@ FLAGS: dict[str, tuple[str, str]] = {
     "norm_form": ("D_norm as the released code has it (l2) or as the paper prints it (squared)", ""),
     "block_reduction": ("over blocks: sum as in the released code, or mean as printed", ""),
     "run": ("run folder of a trained recommender", ""),
+    "split": ("users' held-out items that are ranked", ""),
+    "negatives": ("sampled candidates per user beside the held-out item", ">= 1"),
+    "candidate_seed": ("seed of the sampled candidates", ">= 0"),
     "history": ("items of one history, ids or titles, oldest first, separated by ';'", ""),
     "input": ("histories: a .jsonl or .csv file, or - for standard input", ""),
     "k": ("items recommended per history", ">= 1"),
@@ -109,7 +112,7 @@ def flags_of(main: Callable, models: Models = None, model: str | None = None) ->
 
 def run(
     main: Callable,
-    section: str,
+    section: str | None,
     argv: list[str] | None = None,
     *,
     inherits: Sequence[str] = (),
@@ -117,7 +120,7 @@ def run(
 ) -> None:
     """Check the command line, and call `main` with the value of every flag.
 
-    section: of the recipe. inherits: flags that come from an earlier step's run unless this step is given its own.
+    section: of the recipe, None where a script has none. inherits: flags that come from an earlier step's run unless this step is given its own.
     models: the registry that --model chooses from; `main` gets its Config as `model_config` if it takes one.
     """
     script = Path(sys.modules[main.__module__].__file__).name
@@ -170,13 +173,13 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def resolve(
-    main: Callable, section: str, argv: list[str], *, inherits: Sequence[str] = (), models: Models = None
+    main: Callable, section: str | None, argv: list[str], *, inherits: Sequence[str] = (), models: Models = None
 ) -> dict:
     """Every flag's value; raises UserError on anything that is not exactly right."""
     given = collect(argv)
     parameters = inspect.signature(main).parameters
-    dataset = given.get("dataset", parameters["dataset"].default if "dataset" in parameters else "")
-    path, sections = read_recipe(Path(dataset).name)
+    name = Path(given.get("dataset", parameters["dataset"].default)).name if section else ""
+    path, sections = read_recipe(name)
     check_recipe(path, sections, models)
     model = None
     if models and "model" in parameters:

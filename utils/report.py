@@ -120,18 +120,14 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
-def metric_rows(metrics: dict) -> list[list[str]]:
-    names = list(metrics["test"]["sampled"])
-    rows = []
-    for split in ("valid", "test"):
-        for kind in ("sampled", "full"):
-            rows.append([f"{split}, {kind}"] + [f"{metrics[split][kind][name]:.4f}" for name in names])
-    return [["split, candidates", *names], *rows]
+def metric_row(title: str, values: dict[str, float]) -> list[str]:
+    return [title, *(f"{value:.4f}" for value in values.values())]
 
 
 def card(config: dict, metrics: dict) -> str:
     """The run folder's README.md."""
-    header, *rows = metric_rows(metrics)
+    header = ["split, candidates", *metrics["test"]["sampled"]]
+    rows = [metric_row(f"{s}, {k}", metrics[s][k]) for s in ("valid", "test") for k in ("sampled", "full")]
     flags = markdown_table(["flag", "value"], [[name, str(value)] for name, value in config.items()])
     run = metrics["environment"]
     return f"""# {config["title"]} on {metrics["protocol"]["users"]:,} users of {config["dataset"]}

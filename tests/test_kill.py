@@ -19,6 +19,8 @@ from models.sr import MODELS
 from utils import cli, files, report
 from utils.errors import UserError
 
+TITLES = {1: 'The "quoted", one; with\u2028a line', 2: "Ünïcödé\u0085", 3: ""}
+
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
@@ -30,6 +32,8 @@ def sources(tmp_path_factory) -> Path:
     np.save(place / "data" / "offsets.npy", data.offsets)
     info = {"name": "kill", "items": data.num_items, "fingerprint": data.fingerprint}
     (place / "data" / "dataset.json").write_text(json.dumps(info))
+    rows = ["item_id\ttitle", *(f"id{n}\t{TITLES.get(n, f'Film {n}')}" for n in range(1, data.num_items + 1))]
+    (place / "data" / "items.tsv").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     (place / "table").mkdir()
     table = torch.randn(data.num_items + 1, 8)
     save_file({"item_table": table}, place / "table" / "item_embeddings.safetensors")

@@ -120,7 +120,8 @@ def run(
 ) -> None:
     """Check the command line, and call `main` with the value of every flag.
 
-    section: of the recipe, None where a script has none. inherits: flags that come from an earlier step's run unless this step is given its own.
+    section: of the recipe, None where a script has none. inherits: flags that come from an earlier step's run unless
+    this step is given its own.
     models: the registry that --model chooses from; `main` gets its Config as `model_config` if it takes one.
     """
     script = Path(sys.modules[main.__module__].__file__).name

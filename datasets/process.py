@@ -39,7 +39,7 @@ from sources import open_bytes
 from times import RANK, written
 
 from utils.errors import UserError
-from utils.files import check_replaceable, is_plain_name, locked, sha256, whole_folder
+from utils.files import check_replaceable, is_plain_name, locked, read_json, sha256, whole_folder
 
 ARRAYS = ("items", "offsets", "timestamps")
 FILES = ["dataset.json", *(f"{name}.npy" for name in ARRAYS), "user_ids.txt", "items.tsv"]
@@ -149,10 +149,11 @@ def write(folder: Path, arrays: dict, user_ids: list[str], item_ids: list[str], 
 def load_info(name: str) -> tuple[Path, dict]:
     for folder in (HERE / name, Path(name)):
         if (folder / "dataset.json").is_file():
-            try:
-                return folder, json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{folder / 'dataset.json'} cannot be read ({error}); make the dataset anew") from error
+            info = read_json(folder / "dataset.json", "")
+            absent = {"name", "users", "items", "interactions", "density"} - info.keys()
+            if absent:
+                raise UserError(f"{folder / 'dataset.json'} has no {min(absent)!r}; make the dataset anew")
+            return folder, info
     raise UserError(f"{name}: no dataset of that name in {HERE}, and no such folder")
 
 
@@ -167,6 +168,9 @@ def export(args: argparse.Namespace) -> None:
     try:
         items, offsets, moments = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
         users, names = ids_in(folder / "user_ids.txt"), ids_in(folder / "items.tsv")
+        fit = len(items) == len(moments) == offsets[-1] and len(users) == len(offsets) - 1
+        if not fit or items.min() < 1 or items.max() >= len(names):
+            raise ValueError("its parts do not fit together")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{folder} cannot be read ({error}); make the dataset anew") from error
     timed, decimals = info.get("timestamp_ties") is not None, info.get("timestamp_decimals") or 0

@@ -47,8 +47,11 @@ def check_ids(table: Table, names: dict[str, str | None], layout: Layout) -> Non
         if row is not None:
             raise UserError(f"{table.where(row)}: a quote opens there and the {role} goes on in the next line; mend it")
         row = None if layout.columns else table.first(column == name)
+        alike = re.sub("[0-9]+", "0", name)
+        if row is None and alike != name and not layout.columns:  # "u1" above "u2" and "u3"
+            row = table.first(column.head(1000).str.replace("[0-9]+", "0", regex=True) == alike)
         if row is not None:
-            wrong = f"{name!r} is a value of the column that it names, so the header is a row, or stands twice"
+            wrong = f"{column.iloc[row]!r} is a value like {name!r}, so the header is a row, or stands twice"
             raise UserError(f"{table.where(row)}: {wrong}; {layout.no_header}")
     if layout.columns and is_header(table["user"].iloc[0], table["item"].iloc[0]):
         raise UserError(f"{table.where(0)}: this is a header line; leave out --header none and --columns")

@@ -60,6 +60,8 @@ def open_bytes(path: Path) -> io.BufferedIOBase:
 
 def blocks(path: Path) -> Iterator[bytes]:
     """Blocks of whole lines; a second thread decompresses the next block meanwhile."""
+    if is_parquet(path):
+        raise UserError(f"{path} is a Parquet file, which `interactions` alone reads; write it as text")
     with open_bytes(path) as file, ThreadPoolExecutor(1) as ahead:
         rest, start, future = b"", True, ahead.submit(file.read, BLOCK)
         while True:
@@ -88,8 +90,6 @@ def json_blocks(path: Path) -> Iterator[bytes]:
             block = block.removeprefix(b"\xef\xbb\xbf")
             if block.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise UserError(f"{path} is in UTF-16; JSON lines are read in UTF-8: convert it first")
-            if block.startswith(b"PAR1"):
-                raise UserError(f"{path} is a Parquet file; `interactions` reads those")
         yield block if b"\n" in block else block.replace(b"\r", b"\n")
 
 
@@ -117,7 +117,10 @@ def in_parallel(parse: Callable, path: Path) -> Iterator:
 
 
 def text_of(path: Path, encoding: str = "utf-8") -> str:
-    """A whole file as text whose lines end with a newline character, however they end in the file."""
+    """A whole file as text whose lines end with a newline character, however they end in the file.
+
+    A carriage return within a line of a file that has newlines is a character like others.
+    """
     data = b"".join(blocks(path))
     try:
         text = data.decode(encoding).removeprefix("\ufeff")
@@ -130,4 +133,5 @@ def text_of(path: Path, encoding: str = "utf-8") -> str:
         raise UserError(text) from error
     if "\0" in text:
         raise UserError(f"{path} holds NUL characters, so it is no text in {encoding.upper()}; see --encoding")
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+    text = text.replace("\r\n", "\n")
+    return text if "\n" in text else text.replace("\r", "\n")

@@ -143,7 +143,7 @@ def read_text(path: Path, layout: Layout) -> tuple[list[str], pd.DataFrame, Call
         text, first, separator = text.replace(given, spare), first.replace(given, spare), spare
     quoted = is_quoted(text, separator, first, path)
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    names = next(csv.reader([first], delimiter=separator, quoting=quoting))
+    names = next(csv.reader([first.replace("\r", " ")], delimiter=separator, quoting=quoting))
     if layout.columns and len(names) != len(layout.columns):
         wrong = f"line {blank + 1} has {len(names)} values, --{layout.prefix}columns names {len(layout.columns)}"
         raise UserError(f"{path}, {wrong}; name each column (and see --{layout.prefix}separator)")
@@ -153,11 +153,11 @@ def read_text(path: Path, layout: Layout) -> tuple[list[str], pd.DataFrame, Call
         if value is not None:
             raise UserError(f"{path}, line {blank + 1} holds values ({value}), no names of columns; {layout.no_header}")
     skip = blank + (layout.columns is None)
-    how = {"sep": separator, "quoting": quoting, "names": range(len(names)), "skiprows": skip, "index_col": False}
+    how = {"sep": separator, "quoting": quoting, "lineterminator": "\n", "skiprows": skip, "index_col": False}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # more fields than columns: data would be lost
-            table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, **how)
+            table = pd.read_csv(io.StringIO(text), names=range(len(names)), dtype=str, keep_default_na=False, **how)
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{path} holds no row below its header") from error
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
@@ -180,7 +180,8 @@ def read_text(path: Path, layout: Layout) -> tuple[list[str], pd.DataFrame, Call
 def records(text: str, separator: str, quoted: bool) -> Iterator[tuple[int, int, list[str]]]:
     """(first line, last line, fields) of each record that is not blank; ValueError names the line of a wrong quote."""
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    reader = csv.reader(io.StringIO(text), delimiter=separator, quoting=quoting, strict=True)
+    lines = io.StringIO(text.replace("\r", " "))  # which csv takes for the end of a line
+    reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
     while True:
         start = reader.line_num + 1
         try:
@@ -212,7 +213,7 @@ def is_quoted(text: str, separator: str, header: str, path: Path) -> bool:
         for first, last, fields in records(text, separator, True):
             if always and first == last:
                 continue
-            lines = lines or text.split("\n")
+            lines = lines or text.replace("\r", " ").split("\n")
             written = lines[first - 1 : last]
             if last > first and sum(len(between.findall(line)) >= columns > 0 for line in written) > 1:
                 raise ValueError(

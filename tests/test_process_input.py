@@ -250,9 +250,10 @@ def test_layouts(data, flags, run):
         ("196\t242\t3\t881250949\n1\t2\t3\t4\n", [], "--header none"),
         ("A1,B1,5.0,136969\nA2,B2,5.0,136969\n", ["--user", "A1", "--item", "B1"], "--header none"),
         ("ann,tea,2020-05-05\nbob,tea,2020-05-06\n", ["--user", "ann", "--item", "tea"], "--header none"),
-        ("ann,tea\nbob,milk\nann,milk\n", ["--user", "ann", "--item", "tea"], "line 3: 'ann' is a value of the column"),
-        ("ann,tea\nbob,tea\n", ["--user", "ann", "--item", "tea"], "line 2: 'tea' is a value of the column"),
-        ("user_id,item_id\na,b\nuser_id,item_id\nc,d\n", [], "line 3: 'user_id' is a value of the column"),
+        ("ann,tea\nbob,milk\nann,milk\n", ["--user", "ann", "--item", "tea"], "line 3: 'ann' is a value like 'ann'"),
+        ("ann,tea\nbob,tea\n", ["--user", "ann", "--item", "tea"], "line 2: 'tea' is a value like 'tea'"),
+        ("u1,ann\nu2,bob\n", ["--user", "u1", "--item", "ann"], "line 2: 'u2' is a value like 'u1'"),
+        ("user_id,item_id\na,b\nuser_id,item_id\nc,d\n", [], "line 3: 'user_id' is a value like 'user_id'"),
         ("userId,movieId,rating,timestamp\n1,2,3,4\n", PLAIN, "line 1: this is a header line"),
         ("1,2\n", ["--header", "none"], "--columns"),
         ("1,2\n", ["--columns", "user,item"], "--header none"),
@@ -267,6 +268,7 @@ def test_layouts(data, flags, run):
         ("user_id,item_id\n1,2\n".encode("utf-16"), [], "--encoding"),
         ("user_id,item_id\n1,2\n".encode("utf-16-le"), [], "--encoding"),
         ("user_id,item_id\n1,2\n3,4,5\n", [], "line 3 has 3 values"),
+        ("user_id,item_id\n1,2\r3,4\n", [], "line 2 has 3 values"),
         ("\n\nuser_id,item_id\n1,2\n\n\n3,\n", [], "line 7: user or item is empty"),
         ("user_id,item_id\n1,2\n3, \n", [], "line 3: user or item is empty"),
         ("\n\n", [], "is empty"),
@@ -462,6 +464,12 @@ def test_any_id_goes_out_and_comes_back(run, back, tmp_path):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
 
 
+def test_a_carriage_return_within_a_line_belongs_to_its_value(run):
+    data = 'user_id,item_id,title\r\nu,a\rb,"one\rtwo ""three"""\r\nu,c,x\r\n'
+    _, made, err = run("interactions", data, *TITLED)
+    assert made["titles"] == {"a\\u000db": 'one two "three"', "c": "x"}, err
+
+
 def test_ids_that_would_become_one_are_refused(run):
     code, _, err = run("interactions", "user_id,item_id\nu,a  b\nu,a\\u0020\\u0020b\n")
     assert code == 2 and len(err) == 1 and "rename one" in err[0]
@@ -632,3 +640,21 @@ def test_wrong_flags_give_one_line(arguments, module, capsys):
 def test_names_that_are_no_folder_s_are_refused(name, run, tmp_path):
     code, _, err = run("pairs", "1 2\n", name=name)
     assert code == 2 and len(err) == 1 and "--name" in err[0] and [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("command", ["sequences", "pairs", "jsonl"])
+def test_parquet_is_named_where_it_is_not_read(command, run):
+    code, _, err = run(command, b"PAR1....PAR1")
+    assert code == 2 and len(err) == 1 and "Parquet" in err[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("dataset.json", "{}"), ("dataset.json", "["), ("items.npy", "x"), ("user_ids.txt", ""), ("items.tsv", "")],
+)
+def test_export_of_a_damaged_dataset_gives_one_line(name, text, run, module, tmp_path, capsys):
+    run("pairs", "1 2\n1 3\n")
+    (tmp_path / "made" / name).write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        module.main(["export", str(tmp_path / "made")])
+    assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

@@ -489,15 +489,13 @@ def test_what_is_not_ours_is_refused_before_anything_is_read(prepare, tmp_path, 
 
 
 def test_downloads_are_not_replaced_by_a_dataset_of_their_folder_s_name(tmp_path):
-    raw = tmp_path / "raw"
-    raw.mkdir()
+    (tmp_path / "raw").mkdir()
     for name in ("r.json", "meta.json"):
-        (raw / name).write_text(GOOD)
-    done = process(
-        "amazon2018", "--input", raw / "r.json", "--meta", raw / "meta.json", "--name", "raw", "--output", tmp_path
-    )
+        (tmp_path / "raw" / name).write_text(GOOD)
+    flags = ["--input", tmp_path / "raw/r.json", "--meta", tmp_path / "raw/meta.json", "--filter", "none"]
+    done = process("amazon2018", *flags, "--name", "raw", "--output", tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert {path.name: path.read_text() for path in raw.iterdir()} == {"r.json": GOOD, "meta.json": GOOD}
+    assert contents(tmp_path) == {"raw": True, "raw/r.json": GOOD.encode(), "raw/meta.json": GOOD.encode()}
 
 
 def test_a_dataset_is_replaced_and_a_link_to_it_stays_one(tmp_path):

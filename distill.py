@@ -16,7 +16,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models.llm_rec import HEADS_FILE, LLMRec, block_ends, build_llm_rec, count_parameters, load_llm_rec
+from models.llm_rec import (
+    HEADS_FILE,
+    LLMRec,
+    block_ends,
+    build_llm_rec,
+    check_base,
+    count_parameters,
+    load_base,
+    load_llm_rec,
+    recorded_base,
+)
 from models.slmrec import SLMRec
 from models.sr import MODELS
 from utils import assets, cli
@@ -24,23 +34,26 @@ from utils.data import Examples, Sequences, check_same_dataset, sorted_batches, 
 from utils.errors import UserError
 from utils.files import check_space, load_tensors, read_json, remove_left_over, sha256, whole_file
 from utils.report import closing_table, finished_run
-from utils.run import Run
+from utils.run import NOT_COMPARED, Run
 from utils.train import fit
 
 INHERITED = ["base_model", "layer_selection", "train_strategy", "lora_r", "lora_alpha", "lora_dropout"]
 INHERITED += ["lora_target_modules", "max_seq_length", "train_targets", "dtype", "item_dim", "table_sha256"]
 
 
-def teacher_states(folder: Path, base: str, examples: Examples, ends: list[int], run: Run) -> np.ndarray:
+def teacher_states(folder: Path, fingerprint: str, examples: Examples, ends: list[int], run: Run) -> np.ndarray:
     """The frozen teacher's response states after layers `ends`: (targets, len(ends), h), memory-mapped.
 
     float32, or in a bfloat16 run the bits of bfloat16 as int16. They depend on nothing that trains, so they are
     computed once and kept in the teacher's folder, under a name made from all that they depend on, with their SHA-256.
+    fingerprint: of the base weights that the teacher keeps.
     """
     config = read_json(folder / "config.json", "")
+    trained = {name: value for name, value in config.items() if name not in NOT_COMPARED}
     inputs = [np.ascontiguousarray(part) for part in (examples.start, examples.first, examples.end, examples.items)]
     key = [
-        config,
+        trained,
+        fingerprint,
         run.config["teacher_sha256"],
         run.config["dtype"],
         ends,
@@ -58,7 +71,7 @@ def teacher_states(folder: Path, base: str, examples: Examples, ends: list[int],
         run.print(f"teacher states: {size / 2**20:.0f} MiB, {path} ({state})")
         if not whole:
             check_space(folder, size)
-            teacher = load_llm_rec(folder, base).to(run.accelerator.device)
+            teacher = load_llm_rec(folder).to(run.accelerator.device)
             write_teacher_states(path, shape, stored, teacher, examples, ends, run)
             with whole_file(digest) as part:
                 part.write_text(sha256(path) + "\n", encoding="utf-8")
@@ -97,7 +110,6 @@ def main(
     norm_form: Literal["l2", "squared"] = "l2",
     block_reduction: Literal["sum", "mean"] = "sum",
     mode: Literal["offline"] = "offline",
-    base_model: str | None = None,
     layer_selection: Literal["first", "interval"] | None = None,
     train_strategy: Literal["lora", "full", "frozen"] | None = None,
     lora_r: int | None = None,
@@ -142,7 +154,8 @@ def main(
         raise UserError("--num_blocks 1 leaves no block before the last for L_ms: add --lambda_ms 0, or more blocks")
     block_ends(num_layers, num_blocks)
     ends = block_ends(depth, num_blocks)
-    base = assets.base_model_path(config["base_model"])
+    base = recorded_base(taught)
+    config["base_model"] = assets.record_base_model(taught["base_model"], base)
     config |= {"teacher": cli.shown(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
     hashes = {str(p.relative_to(source)): sha256(p) for p in sorted(source.rglob("*.safetensors"))}
     config |= {"title": f"SLMRec-{num_layers}<-{depth}", "teacher_sha256": hashes}
@@ -151,8 +164,12 @@ def main(
 
     run = Run(config, data, default_dir=f"student-{num_layers}from{depth}")
     if not run.finished:
+        fingerprint = load_base(taught, base).fingerprint
+        check_base(taught, fingerprint, base, source)
+        kept = load_base(config, base)
+        run.record(base_fingerprint=kept.fingerprint)
         student = SLMRec(
-            build_llm_rec(config, base, item_table),
+            build_llm_rec(config, kept, item_table),
             num_blocks=num_blocks,
             lambda_cos=lambda_cos,
             lambda_norm=lambda_norm,
@@ -161,7 +178,7 @@ def main(
             block_reduction=block_reduction,
         )
         if mode == "offline" and student.needs_teacher:
-            student.teacher_states = teacher_states(source, base, examples, ends, run)
+            student.teacher_states = teacher_states(source, fingerprint, examples, ends, run)
         state = fit(run, student, examples)
         size = count_parameters(student) | {"total": count_parameters(student.student)["total"]}  # ms_heads only train
         run.finish(student, state, size, student.student.save_pretrained)

@@ -8,7 +8,7 @@ python finetune.py --num_layers 4 --output_dir outputs/ml-100k/teacher-4
 from pathlib import Path
 from typing import Literal
 
-from models.llm_rec import base_config, base_shape, build_llm_rec, count_parameters, select_layers
+from models.llm_rec import base_config, base_shape, build_llm_rec, count_parameters, load_base, select_layers
 from models.sr import MODELS
 from utils import assets, cli
 from utils.data import Sequences, check_same_dataset, training_examples
@@ -65,6 +65,7 @@ def main(
     shape = base_config(base)
     select_layers(num_layers, shape.num_hidden_layers, layer_selection)
     config |= {"item_embeddings": cli.shown(source), "base_shape": base_shape(shape)}
+    config["base_model"] = assets.record_base_model(base_model, base)
     table_file = source / "item_embeddings.safetensors"
     item_table = load_tensors(table_file)["item_table"]
     if sha256(table_file) != extracted["table_sha256"]:
@@ -73,7 +74,9 @@ def main(
 
     run = Run(config, data, default_dir=f"teacher-{num_layers}")
     if not run.finished:
-        teacher = build_llm_rec(config, base, item_table)
+        kept = load_base(config, base)
+        run.record(base_fingerprint=kept.fingerprint)
+        teacher = build_llm_rec(config, kept, item_table)
         state = fit(run, teacher, examples)
         run.finish(teacher, state, count_parameters(teacher), teacher.save_pretrained)
     run.print(closing_table(run.folder.parent, data.fingerprint))

@@ -13,6 +13,8 @@ history share it.
 """
 
 import copy
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, AutoTokenizer, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -34,6 +36,8 @@ from models.dropout import Dropout
 from models.interface import Recommender
 from models.lora import Linear as LoraLinear
 from models.losses import catalogue_cross_entropy
+from utils.assets import base_model_path
+from utils.cli import ROOT
 from utils.errors import UserError
 from utils.files import load_tensors, read_json, save_tensors
 
@@ -62,60 +66,114 @@ def block_ends(num_layers: int, num_blocks: int) -> list[int]:
     return [k * num_layers // num_blocks for k in range(1, num_blocks + 1)]
 
 
-def base_config(base_model: str | Path) -> AutoConfig:
-    """Configuration of a decoder in a local folder or on the hub; UserError where there is none."""
-    try:
-        config = AutoConfig.from_pretrained(base_model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--base_model {base_model}: no model found there ({reason}); give a folder or hub id"
-        ) from error
-    if not getattr(config, "num_hidden_layers", None):
-        raise UserError(f"--base_model {base_model}: a {config.model_type} model is no decoder-only language model")
-    return config
+def source(base_model: str | Path) -> dict:
+    """Arguments of transformers' `from_pretrained` for a folder or `id@revision` on the hub. No code of it is run."""
+    name, revision = str(base_model), None
+    if not Path(name).is_dir():
+        name, _, revision = name.partition("@")
+    return {"pretrained_model_name_or_path": name, "revision": revision or "main", "trust_remote_code": False}
 
 
-def truncated(config: AutoConfig, num_layers: int) -> AutoConfig:
-    """The same architecture with `num_layers` layers."""
-    config = copy.deepcopy(config)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:num_layers]
-    config.num_hidden_layers = num_layers
-    return config
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load_decoder(base_model: str | Path, num_layers: int, layer_selection: str, dtype: torch.dtype) -> nn.Module:
-    """The base's embedding, the selected layers and the final norm, without a language-modelling head."""
-    config = base_config(base_model)
-    layers = select_layers(num_layers, config.num_hidden_layers, layer_selection)
-    # weights of the layers above are not in the model that is built: transformers would warn of each
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without its warnings (of the layers that are left out, for one) and its progress bar."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        decoder, loading = AutoModel.from_pretrained(
-            base_model,
-            config=truncated(config, layers[-1] + 1),
-            dtype=dtype,
-            use_safetensors=True,  # anything else is a pickle
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--base_model {base_model}: the weights cannot be read ({reason})") from error
+        yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
-    top = list(getattr(decoder, "layers", None) or [None])[-1]
-    if not hasattr(getattr(top, "self_attn", None), "layer_idx") or not hasattr(top, "mlp"):
+
+
+def base_config(base_model: str | Path) -> AutoConfig:
+    """Configuration of a base's decoder, which may be part of a multimodal model; UserError where there is none."""
+    try:
+        with quiet_transformers():
+            whole = AutoConfig.from_pretrained(**source(base_model))
+            config = whole.get_text_config(decoder=True)
+    except Exception as error:  # a config.json of anything else, or of a library that is not there
         raise UserError(
-            f"--base_model {base_model}: the layers of {type(decoder).__name__} are not a LLaMA-like decoder's"
-        )
-    lacking = sorted(loading["missing_keys"]) + [str(key) for key in loading["mismatched_keys"]]
+            f"--base_model {base_model}: no model found there ({first_line(error)}); give a folder or hub id"
+        ) from error
+    if whole.is_encoder_decoder or not getattr(config, "num_hidden_layers", None):
+        raise UserError(f"--base_model {base_model}: a {whole.model_type} model is no decoder-only language model")
+    if config is not whole and getattr(whole, "quantization_config", None):
+        raise quantised(base_model, f"a {whole.model_type} model")
+    return config
+
+
+def quantised(base_model: str | Path, reason: str) -> UserError:
+    return UserError(f"--base_model {base_model}: its weights are quantised ({reason}); give the model that is not")
+
+
+def cut(config: AutoConfig, layers: list[int]) -> AutoConfig:
+    """Leave these layers in `config`, and in each of its lists that has an entry for every layer."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers:
+            setattr(config, name, [value[index] for index in layers])
+    config.num_hidden_layers = len(layers)
+    return config
+
+
+# Where multimodal checkpoints hold their decoder's weights, which are loaded as those of the decoder alone.
+TEXT_WEIGHTS = r"^(model\.)?(language_model|text_model|llm)\.(model\.)?"
+
+
+def load_decoder(base_model: str | Path, num_layers: int, layer_selection: str, dtype: torch.dtype) -> nn.Module:
+    """The base's embedding, the selected layers and the final norm, without a language-modelling head.
+
+    Of a multimodal base it is the language model's. Raises UserError where the weights are missing or damaged, or the
+    layers are not those of a LLaMA-like decoder.
+    """
+    config = base_config(base_model)
+    layers = select_layers(num_layers, config.num_hidden_layers, layer_selection)
+    try:
+        with quiet_transformers():
+            decoder, loading = AutoModel.from_pretrained(
+                **source(base_model),
+                config=cut(copy.deepcopy(config), list(range(layers[-1] + 1))),
+                key_mapping={TEXT_WEIGHTS: ""},
+                dtype=dtype,
+                use_safetensors=True,  # anything else is a pickle
+                ignore_mismatched_sizes=True,  # they are told below
+                output_loading_info=True,
+            )
+    except Exception as error:  # a damaged file, a package that is not there, ...: any library's error
+        if getattr(config, "quantization_config", None):
+            raise quantised(base_model, first_line(error)) from error
+        raise UserError(f"--base_model {base_model}: the weights cannot be read ({first_line(error)})") from error
+    if getattr(decoder.config, "quantization_config", None):  # gone where transformers made plain weights of them
+        raise quantised(base_model, "and stay so when loaded")
+    stack = getattr(decoder, "layers", None)
+    if not isinstance(stack, nn.ModuleList) or len(stack) != layers[-1] + 1:
+        raise unlike_llama(base_model, decoder, f"no list of {layers[-1] + 1} `layers`")
+    for index in layers:
+        layer = stack[index]
+        lacking = [name for name in ("self_attn", "mlp") if not hasattr(layer, name)]
+        if lacking or not hasattr(layer.self_attn, "layer_idx"):
+            raise unlike_llama(base_model, decoder, f"layer {index + 1} has no {(lacking or ['layer_idx'])[0]}")
+    if any(isinstance(module, BaseTunerLayer) for module in decoder.modules()):
+        raise UserError(f"--base_model {base_model}: it has adapters; merge them into its weights first")
+    lacking = sorted(loading["missing_keys"]) + sorted(str(key) for key, *_ in loading["mismatched_keys"])
     if lacking:
-        raise UserError(f"--base_model {base_model}: its weights lack {len(lacking)} tensors, {lacking[0]} for one")
+        raise UserError(
+            f"--base_model {base_model}: its weights lack {len(lacking)} tensors, or have them in another shape, "
+            f"{lacking[0]} for one"
+        )
     return keep_layers(decoder, layers)
+
+
+def unlike_llama(base_model: str | Path, decoder: nn.Module, reason: str) -> UserError:
+    return UserError(
+        f"--base_model {base_model}: the layers of {type(decoder).__name__} are not a LLaMA-like decoder's ({reason}); "
+        "choose another base"
+    )
 
 
 def keep_layers(decoder: nn.Module, layers: list[int]) -> nn.Module:
@@ -123,23 +181,148 @@ def keep_layers(decoder: nn.Module, layers: list[int]) -> nn.Module:
     decoder.layers = nn.ModuleList(decoder.layers[index] for index in layers)
     for index, layer in enumerate(decoder.layers):
         layer.self_attn.layer_idx = index
-    config = decoder.config  # which the attention modules hold too
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in layers]
-    config.num_hidden_layers = len(layers)
+    cut(decoder.config, layers)  # which the attention modules hold too
     return decoder
 
 
 def prompt_ids(base_model: str | Path) -> dict[str, list[int]]:
-    """Token ids of the prompt: the prefix with the tokenizer's start token if it has one, the response without."""
+    """Token ids of the prompt: the prefix after the tokenizer's start tokens if it has any, the response without.
+
+    What a tokenizer adds at the end of a text is left out: the text goes on.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base_model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--base_model {base_model}: its tokenizer cannot be read") from error
-    return {
-        "prefix_ids": tokenizer(PREFIX).input_ids,
-        "response_ids": tokenizer(RESPONSE, add_special_tokens=False).input_ids,
-    }
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(**source(base_model))
+            marked = tokenizer(PREFIX).input_ids
+            prefix, response = (tokenizer(text, add_special_tokens=False).input_ids for text in (PREFIX, RESPONSE))
+    except Exception as error:  # tokenizers raise what they like
+        raise UserError(f"--base_model {base_model}: its tokenizer cannot be read ({first_line(error)})") from error
+    if not prefix or not response:
+        raise UserError(f"--base_model {base_model}: its tokenizer makes no tokens of the prompt")
+    begin = next((at for at in range(len(marked)) if marked[at : at + len(prefix)] == prefix), None)
+    if begin is None:
+        raise UserError(f"--base_model {base_model}: its tokenizer splits the prompt otherwise with a start token")
+    starts = [token for token in dict.fromkeys(marked[:begin]) if token != prefix[0]]  # none twice
+    return {"prefix_ids": starts + prefix, "response_ids": response}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a teacher or student keeps of its base model.
+
+    decoder: as `load_decoder` returns it. prompt: of `prompt_ids`. fingerprint: SHA-256 of both.
+    """
+
+    decoder: nn.Module
+    prompt: dict[str, list[int]]
+    fingerprint: str
+
+
+def load_base(config: dict, base_model: str | Path) -> Base:
+    """What resolved flags keep of the base at `base_model`; UserError where it is not what LLMRec can compute with."""
+    prompt = prompt_ids(base_model)
+    dtype = torch.float32 if config["train_strategy"] == "full" else getattr(torch, config["dtype"])
+    decoder = load_decoder(base_model, config["num_layers"], config["layer_selection"], dtype)
+    try:
+        rows = len(decoder.get_input_embeddings().weight)
+    except (AttributeError, NotImplementedError) as error:
+        raise unlike_llama(base_model, decoder, "no embedding of tokens") from error
+    largest = max(prompt["prefix_ids"] + prompt["response_ids"])
+    if largest >= rows:
+        raise UserError(
+            f"--base_model {base_model}: its tokenizer makes token {largest} of the prompt, its embedding has {rows} "
+            "rows; give it the tokenizer that belongs to it"
+        )
+    found = fingerprint(decoder, prompt)
+    check_packing(decoder, prompt, config["max_seq_length"], base_model)
+    return Base(decoder, prompt, found)
+
+
+def fingerprint(decoder: nn.Module, prompt: dict[str, list[int]]) -> str:
+    """SHA-256 of all weights, the prompt's token ids, and the rotation of positions, which has no weights."""
+    rope = getattr(decoder.config, "rope_parameters", None)
+    digest = hashlib.sha256(json.dumps([prompt, rope], sort_keys=True).encode())
+    for name, value in sorted(decoder.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_base(config: dict, found: str, base_model: str, folder: Path) -> None:
+    """UserError unless the fingerprint of `base_model`, `found`, is the one that the run in `folder` recorded."""
+    recorded = config.get("base_fingerprint")
+    if recorded is None:
+        print(f"{folder} is of a version that recorded no fingerprint of its base: {base_model} is taken for it")
+    elif recorded != found:
+        raise UserError(
+            f"{folder} was trained on a base with fingerprint {recorded[:16]}, {base_model} has {found[:16]}: other "
+            "weights or another tokenizer; bring back the base that it was trained on, or train it anew"
+        )
+
+
+def kind(layer: nn.Module) -> str:
+    """What tells layers apart beside their weights and their number."""
+    parts = []
+    for name, module in layer.named_modules():
+        plain = {n: v for n, v in vars(module).items() if isinstance(v, bool | int | float | str) and n != "layer_idx"}
+        parts.append((name, type(module).__name__, plain, [tuple(p.shape) for p in module.parameters(recurse=False)]))
+    return repr(parts)
+
+
+@torch.no_grad()
+def check_packing(decoder: nn.Module, prompt: dict[str, list[int]], max_length: int, base_model: str | Path) -> None:
+    """UserError unless `LLMRec.states` are the hidden states of transformers' own forward pass, left-padded.
+
+    Tried in float32 on copies of the first two layers of each kind, with two short histories: it costs little, and
+    catches what no list of architectures could. transformers' `eager` attention honours every argument of a layer.
+    """
+    some: dict[str, list[int]] = {}
+    for index, layer in enumerate(decoder.layers):
+        some.setdefault(kind(layer), []).append(index)
+    layers = sorted(index for alike in some.values() for index in alike[:2])
+    embed, (P, R) = decoder.get_input_embeddings(), map(len, prompt.values())
+    words = embed(torch.tensor([*prompt["prefix_ids"], *prompt["response_ids"]])).float()  # (P + R, h)
+    left_out = [layer for index, layer in enumerate(decoder.layers) if index not in layers]
+    not_copied = {id(layer): layer for layer in left_out} | {id(embed): nn.Embedding.from_pretrained(words)}
+    try:
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
+            torch.manual_seed(0)
+            twin = keep_layers(copy.deepcopy(decoder, not_copied), layers).float().eval()
+            histories = torch.tensor([[0, 0, 1], [1, 2, 3]])[:, -max_length:]
+            model = LLMRec(
+                twin,
+                torch.randn(4, 8),
+                prefix_ids=list(range(P)),
+                response_ids=list(range(P, P + R)),
+                max_length=max_length,
+                train_strategy="frozen",
+            ).eval()
+            asked = torch.zeros_like(histories, dtype=torch.bool)
+            asked[:, -1] = True
+            ends = list(range(1, len(layers) + 1))
+            found = [model.states(histories, asked, ends)]
+            with model.for_inference():
+                found.append(model.states(histories, asked, ends))
+            model.read(slice(None))
+            twin.set_attn_implementation("eager")
+            padded = F.pad(histories, (max_length - histories.shape[1], 0))
+            items = model.input_proj(model.item_table[padded])
+            prefix, response = (part.expand(2, -1, -1) for part in (words[:P], words[P:]))
+            there = F.pad(padded != 0, (P, R), value=True).long()
+            plain = twin(
+                inputs_embeds=torch.cat([prefix, items, response], dim=1),
+                attention_mask=there,
+                use_cache=False,
+                output_hidden_states=True,
+            ).hidden_states
+    except UserError:
+        raise
+    except Exception as error:  # what another architecture does with our arguments is anybody's guess
+        raise unlike_llama(base_model, decoder, f"{type(error).__name__}: {first_line(error)}") from error
+    expected = torch.stack([plain[end][:, -1] for end in ends], dim=1)  # (2, K, h)
+    off = max(((states - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item() for states in found)
+    if not off < 1e-4:  # NaN is refused too
+        raise unlike_llama(base_model, decoder, f"packed, they give states that differ by {off:.0e}")
 
 
 class LLMRec(Recommender):
@@ -174,19 +357,27 @@ class LLMRec(Recommender):
         decoder.get_input_embeddings().requires_grad_(False)
         if not decoder._supports_sdpa:
             raise UserError(f"--base_model: {type(decoder).__name__} has an attention of its own; choose another base")
+        check_length(decoder.config, max_length, len(prefix_ids) + len(response_ids))
         decoder.set_attn_implementation(PACKED)
-        adapted = lora["target_modules"] if train_strategy == "lora" else []
+        adapted = [name.rsplit(".", 1)[-1] for name in lora["target_modules"]] if train_strategy == "lora" else []
         self.readers = read_only_some(decoder.layers[-1], adapted)
         self.kept_prefix = None
-        window = getattr(decoder.config, "sliding_window", None)
-        if window and window < len(prefix_ids) + max_length + len(response_ids):
-            raise UserError(f"--max_seq_length {max_length}: history and prompt exceed the base's window of {window}")
         self.init_input_proj(decoder.get_input_embeddings())
         self.decoder = decoder
         if train_strategy == "lora":
             config = LoraConfig(**lora)
             config._register_custom_module({nn.Linear: LoraLinear})
-            self.decoder = get_peft_model(decoder, config)
+            try:
+                self.decoder = get_peft_model(decoder, config)
+            except ValueError as error:
+                raise UserError(f"--lora_target_modules: {first_line(error)}") from error
+            if config.target_parameters:  # PEFT takes these names for the experts, which had them in older checkpoints
+                left = sorted(config.target_modules)
+                experts = sorted(set(lora["target_modules"]).difference(left))
+                raise UserError(
+                    f"--lora_target_modules: this base's experts are no linear modules; leave out {', '.join(experts)} "
+                    f"and name others: {', '.join(left) or 'q_proj, v_proj'}"
+                )
         for adapter in (m for m in self.decoder.modules() if isinstance(m, LoraLayer)):
             for name, dropout in adapter.lora_dropout.items():
                 if isinstance(dropout, nn.Dropout):  # Identity without dropout
@@ -349,10 +540,26 @@ class LLMRec(Recommender):
         heads |= {"score.weight": self.score.weight, "item_table": self.item_table}
         save_tensors(heads, folder / HEADS_FILE)
         if self.train_strategy == "lora":
-            self.decoder.save_pretrained(folder / ADAPTER_FOLDER)
+            # embeddings never train; left to itself, PEFT would ask the hub whether they have grown
+            self.decoder.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
         elif self.train_strategy == "full":
             trained = {name: value for name, value in self.decoder.named_parameters() if value.requires_grad}
             save_tensors(trained, folder / DECODER_FILE)
+
+
+def check_length(config: AutoConfig, max_length: int, prompt: int) -> None:
+    """UserError where a history of `max_length` items and `prompt` tokens are more than the base can look back on."""
+    limits = {"max_position_embeddings": "positions"}
+    if set(getattr(config, "layer_types", None) or []) != {"full_attention"}:
+        limits |= {"sliding_window": "window", "attention_chunk_size": "chunk"}
+    for name, what in limits.items():
+        limit = getattr(config, name, None)
+        if limit and limit < max_length + prompt:
+            advice = f"at most {limit - prompt}" if limit > prompt else "another base"
+            raise UserError(
+                f"--max_seq_length {max_length}: history and prompt ({prompt} tokens) exceed the base's "
+                f"{what} of {limit}; choose {advice}"
+            )
 
 
 def tokens_there(histories: torch.Tensor, after: torch.Tensor, R: int) -> torch.Tensor:
@@ -427,6 +634,9 @@ class Packing:
 
 
 PACKED = "slmrec_packed"
+# What layers hand to attention that changes nothing here, as SDPA, masks and positions see to it.
+UNDERSTOOD = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache"}
+UNDERSTOOD |= {"output_attentions", "output_hidden_states"}
 
 
 def packed_attention(
@@ -440,8 +650,14 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' SDPA, for a packed row (1, heads, tokens, size) too; the mask is that of `lay_out`.
 
-    Returns (1, tokens, heads, size), as attention functions of transformers do, and no weights.
+    Returns (1, tokens, heads, size), as attention functions of transformers do, and no weights. UserError for an
+    argument that would be ignored, as soft-capping or sinks would.
     """
+    ignored = [name for name, value in how.items() if value is not None and name not in UNDERSTOOD]
+    if ignored:
+        raise UserError(
+            f"--base_model: {type(module).__name__} wants {ignored[0]}, which is not computed here; choose another base"
+        )
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     ahead = packing.P if packing.prefix is None else 0  # tokens of the prefix in the packed row
@@ -506,43 +722,81 @@ def read_only_some(layer: nn.Module, adapted: list[str]) -> list[nn.Module]:
     return modules
 
 
-def build_llm_rec(config: dict, base_model: str | Path, item_table: torch.Tensor) -> LLMRec:
-    """A model with fresh heads and adapters from resolved flags; `base_model` is where the base's files are."""
-    dtype = torch.float32 if config["train_strategy"] == "full" else getattr(torch, config["dtype"])
-    decoder = load_decoder(base_model, config["num_layers"], config["layer_selection"], dtype)
-    targets = [name.strip() for name in config["lora_target_modules"].split(",")]
-    linear = {part.rsplit(".", 1)[-1] for part, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-    missing = [name for name in targets if name not in linear]
-    if missing and config["train_strategy"] == "lora":
-        raise UserError(f"--lora_target_modules: the base model has no linear module named {', '.join(missing)}")
+def is_linear(module: nn.Module) -> bool:
+    """Routers of experts only inherit from nn.Linear, and answer otherwise."""
+    return isinstance(module, nn.Linear) and not type(module).__module__.startswith("transformers.models.")
+
+
+def lora_targets(layers: nn.ModuleList, flag: str) -> list[str]:
+    """Modules that get adapters by --lora_target_modules: those of a comma-separated list, or all-linear.
+
+    As with PEFT, a name stands for every linear module whose path ends with it. UserError where there is none.
+    """
+    linear = [f".layers.{name}" for name, module in layers.named_modules() if is_linear(module)]
+    known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    if flag.strip().lower() == "all-linear":
+        return known
+    targets = [name.strip() for name in flag.split(",")]
+    missing = [name or "''" for name in targets if not any(found.endswith(f".{name}") for found in linear)]
+    if missing:
+        raise UserError(
+            f"--lora_target_modules: the base model has no linear module named {', '.join(missing)} in the layers that "
+            f"are kept; they have {', '.join(known) or 'none'}"
+        )
+    return targets
+
+
+def build_llm_rec(config: dict, base: Base, item_table: torch.Tensor) -> LLMRec:
+    """A model with fresh heads and adapters from resolved flags."""
+    adapted = config["train_strategy"] == "lora"
     return LLMRec(
-        decoder,
+        base.decoder,
         item_table,
-        **prompt_ids(base_model),
+        **base.prompt,
         max_length=config["max_seq_length"],
         train_strategy=config["train_strategy"],
         lora={
             "r": config["lora_r"],
             "lora_alpha": config["lora_alpha"],
             "lora_dropout": config["lora_dropout"],
-            "target_modules": targets,
+            "target_modules": lora_targets(base.decoder.layers, config["lora_target_modules"]) if adapted else [],
         },
     )
 
 
-def load_llm_rec(folder: str | Path, base_model: str | Path) -> LLMRec:
-    """A saved teacher or student from its run folder and its base model, in eval mode, with identical scores.
+def recorded_base(config: dict, base_model: str | Path | None = None) -> str:
+    """Where the base is of the run that recorded `config`; `base_model`: where it is now, if not there.
 
-    A bfloat16 run computed under autocast: use the model under it too. Raises UserError where files are missing or
-    damaged, or belong to a base of another shape or depth.
+    On the hub it is the revision that the run was trained on, whatever has become of the model since.
+    """
+    recorded = config["base_model"]
+    if base_model is None:
+        try:
+            return base_model_path(recorded, ROOT)
+        except UserError as error:
+            reason = str(error).removeprefix("--base_model ")
+            raise UserError(f"the base model of this run is no longer there; bring it back: {reason}") from error
+    found = base_model_path(str(base_model))
+    same = "@" in recorded and not Path(found).is_dir() and found.partition("@")[0] == recorded.partition("@")[0]
+    return recorded if same else found
+
+
+def load_llm_rec(folder: str | Path, base_model: str | Path | None = None) -> LLMRec:
+    """A saved teacher or student from its run folder, in eval mode, with identical scores.
+
+    base_model: where its base is now, if not where the run found it. A bfloat16 run computed under autocast: use the
+    model under it too. Raises UserError where files are missing or damaged, or the base has another shape or other
+    weights than the one that the run was trained on.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json", f"{folder} is no run folder: it has no config.json")
+    base_model = recorded_base(config, base_model)
     shape, found = config["base_shape"], base_shape(base_config(base_model))
     if shape != found:
         raise UserError(f"{folder} was trained on a base with {shape}, but {base_model} has {found}")
     saved = load_tensors(folder / HEADS_FILE)
-    model = build_llm_rec(config, base_model, saved.pop("item_table"))
+    base = load_base(config, base_model)
+    model = build_llm_rec(config, base, saved.pop("item_table"))
     if model.train_strategy == "lora":
         adapter = load_tensors(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
         for name, value in adapter.items():  # PEFT writes lora_A.weight for what it holds as lora_A.default.weight
@@ -554,6 +808,7 @@ def load_llm_rec(folder: str | Path, base_model: str | Path) -> LLMRec:
     if trained != found:
         odd = min(name for name in trained.keys() | found.keys() if trained.get(name) != found.get(name))
         raise UserError(f"{folder}: its weights do not fit {config['num_layers']} layers of {base_model}: {odd}")
+    check_base(config, base.fingerprint, base_model, folder)
     model.load_state_dict(saved, strict=False)
     return model.eval()
 

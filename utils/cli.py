@@ -33,7 +33,10 @@ Models = Mapping[str, type] | None  # a registry: the classes by the names that 
 FLAGS: dict[str, tuple[str, str]] = {
     "dataset": ("a processed dataset: a name under datasets/, or the path of its folder", ""),
     "model": ("traditional recommender", ""),
-    "base_model": ("language model: smollm2-135m (fetched once), a local folder or a hub id", ""),
+    "base_model": (
+        "language model: smollm2-135m (fetched once), a local folder, or a hub id (id@revision for one of its commits)",
+        "",
+    ),
     "item_embeddings": ("folder written by extract_emb.py (default: this dataset's)", ""),
     "sr_dir": ("run folder of train_sr_trad.py (default: this dataset's)", ""),
     "teacher": ("run folder of finetune.py (default: this dataset's teacher-8)", ""),

@@ -129,6 +129,18 @@ class Run:
             text += f"; the code {has}: --resume never trains it again"
         print(text, flush=True)
 
+    def record(self, **found: str) -> None:
+        """Add to the configuration what is known only when training starts; UserError where it continues from other."""
+        earlier = self.folder / "config.json"
+        old = read_json(earlier, "") if self.config["resume"] == "auto" and earlier.exists() else {}
+        for name, value in found.items():
+            if old.get(name, value) != value:
+                raise UserError(
+                    f"{self.folder} holds a run with {name}={old[name]}, not {value}: bring that back to continue it, "
+                    "or pass --resume never to replace it, or another --output_dir"
+                )
+        self.config |= found
+
     def start(self) -> None:
         """Make the folder this run's: after this, what an earlier run left there is gone unless it is continued."""
         if self.accelerator.is_main_process:

@@ -5,97 +5,32 @@ python distill.py --lambda_ms 0 --output_dir outputs/ml-100k/student-cos-norm
 python distill.py --norm_form squared --block_reduction mean      the loss as the paper prints it
 """
 
-import hashlib
-import json
-import math
-import os
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from models.llm_rec import (
+from models.llm.decoder import block_boundaries
+from models.llm.storage import (
     HEADS_FILE,
-    LLMRec,
-    block_ends,
     build_llm_rec,
     check_base,
     count_parameters,
     load_base,
-    load_llm_rec,
     recorded_base,
+    save_llm_rec,
 )
+from models.llm.teacher_states import teacher_states
 from models.slmrec import SLMRec
 from models.sr import MODELS
 from utils import assets, cli
-from utils.data import Examples, Sequences, check_same_dataset, sorted_batches, training_examples
+from utils.data import Sequences, check_same_dataset, training_examples
 from utils.errors import UserError
-from utils.files import check_space, load_tensors, read_json, remove_left_over, sha256, whole_file
+from utils.files import load_tensors, sha256
 from utils.report import closing_table, finished_run
-from utils.run import NOT_COMPARED, Run
+from utils.run import Run
 from utils.train import fit
 
 INHERITED = ["base_model", "layer_selection", "train_strategy", "lora_r", "lora_alpha", "lora_dropout"]
 INHERITED += ["lora_target_modules", "max_seq_length", "train_targets", "dtype", "item_dim", "table_sha256"]
-
-
-def teacher_states(folder: Path, fingerprint: str, examples: Examples, ends: list[int], run: Run) -> np.ndarray:
-    """The frozen teacher's response states after layers `ends`: (targets, len(ends), h), memory-mapped.
-
-    float32, or in a bfloat16 run the bits of bfloat16 as int16. They depend on nothing that trains, so they are
-    computed once and kept in the teacher's folder, under a name made from all that they depend on, with their SHA-256.
-    fingerprint: of the base weights that the teacher keeps.
-    """
-    config = read_json(folder / "config.json", "")
-    trained = {name: value for name, value in config.items() if name not in NOT_COMPARED}
-    inputs = [np.ascontiguousarray(part) for part in (examples.start, examples.first, examples.end, examples.items)]
-    key = [
-        trained,
-        fingerprint,
-        run.config["teacher_sha256"],
-        run.config["dtype"],
-        ends,
-        [hashlib.sha256(part).hexdigest() for part in inputs],
-    ]
-    path = folder / "states" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npy"
-    digest = path.with_suffix(".sha256")
-    shape = (int(examples.asked.sum()), len(ends), config["base_shape"]["hidden_size"])
-    stored = np.dtype(np.int16 if run.config["dtype"] == "bfloat16" else np.float32)
-    size = stored.itemsize * math.prod(shape)
-    if run.accelerator.is_main_process:
-        there = path.exists() and digest.exists()
-        whole = there and digest.read_text(encoding="utf-8").strip() == sha256(path)
-        state = "found" if whole else "damaged, computed anew" if there else "computed once"
-        run.print(f"teacher states: {size / 2**20:.0f} MiB, {path} ({state})")
-        if not whole:
-            check_space(folder, size)
-            teacher = load_llm_rec(folder).to(run.accelerator.device)
-            write_teacher_states(path, shape, stored, teacher, examples, ends, run)
-            with whole_file(digest) as part:
-                part.write_text(sha256(path) + "\n", encoding="utf-8")
-    run.accelerator.wait_for_everyone()
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def write_teacher_states(
-    path: Path, shape: tuple[int, ...], stored: np.dtype, teacher: LLMRec, examples: Examples, ends: list[int], run: Run
-) -> None:
-    remove_left_over(path.parent)
-    batches = list(sorted_batches(examples.lengths, run.config["eval_batch_size"]))
-    with whole_file(path) as part:
-        states = np.lib.format.open_memmap(part, "w+", stored, shape)
-        if hasattr(os, "posix_fallocate"):
-            with open(part, "r+b") as file:  # take the space now: a full disk is an error here, a crash later
-                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-        with torch.inference_mode(), run.accelerator.autocast(), teacher.for_inference():
-            for index in tqdm(batches, desc="teacher states", unit="batch"):
-                batch = {name: value.to(run.accelerator.device) for name, value in examples.batch(index).items()}
-                found = teacher.states(batch["histories"], batch["targets"] != 0, ends)
-                found = found.float() if stored == np.float32 else found.bfloat16().view(torch.int16)
-                states[examples.target_rows(index)] = found.cpu().numpy()
-        states.flush()
 
 
 def main(
@@ -152,8 +87,8 @@ def main(
         raise UserError(f"--max_seq_length {max_seq_length}: the teacher reads {taught['max_seq_length']} items")
     if lambda_ms and num_blocks == 1:
         raise UserError("--num_blocks 1 leaves no block before the last for L_ms: add --lambda_ms 0, or more blocks")
-    block_ends(num_layers, num_blocks)
-    ends = block_ends(depth, num_blocks)
+    block_boundaries(num_layers, num_blocks)
+    boundaries = block_boundaries(depth, num_blocks)
     base = recorded_base(taught)
     config["base_model"] = assets.record_base_model(taught["base_model"], base)
     config |= {"teacher": cli.shown(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
@@ -178,10 +113,10 @@ def main(
             block_reduction=block_reduction,
         )
         if mode == "offline" and student.needs_teacher:
-            student.teacher_states = teacher_states(source, fingerprint, examples, ends, run)
+            student.teacher_states = teacher_states(source, fingerprint, examples, boundaries, run)
         state = fit(run, student, examples)
         size = count_parameters(student) | {"total": count_parameters(student.student)["total"]}  # ms_heads only train
-        run.finish(student, state, size, student.student.save_pretrained)
+        run.finish(student, state, size, lambda folder: save_llm_rec(student.student, folder))
     run.print(closing_table(run.folder.parent, data.fingerprint))
 
 

@@ -8,7 +8,8 @@ python finetune.py --num_layers 4 --output_dir outputs/ml-100k/teacher-4
 from pathlib import Path
 from typing import Literal
 
-from models.llm_rec import base_config, base_shape, build_llm_rec, count_parameters, load_base, select_layers
+from models.llm.decoder import base_config, base_shape, select_layers
+from models.llm.storage import build_llm_rec, count_parameters, load_base, save_llm_rec
 from models.sr import MODELS
 from utils import assets, cli
 from utils.data import Sequences, check_same_dataset, training_examples
@@ -53,7 +54,7 @@ def main(
 ) -> None:
     config = dict(locals()) | {"kind": "teacher", "title": f"Teacher-{num_layers}"}
     data = Sequences.load(assets.dataset_folder(dataset))
-    source = Path(item_embeddings or cli.ROOT / "outputs" / data.name / "item_embeddings")
+    source = Path(item_embeddings or cli.ROOT / "outputs" / data.name / "item_embeddings-sasrec")
     extracted = read_json(
         source / "config.json", f"{source} is missing; make it: python extract_emb.py --dataset {dataset}"
     )
@@ -78,7 +79,7 @@ def main(
         run.record(base_fingerprint=kept.fingerprint)
         teacher = build_llm_rec(config, kept, item_table)
         state = fit(run, teacher, examples)
-        run.finish(teacher, state, count_parameters(teacher), teacher.save_pretrained)
+        run.finish(teacher, state, count_parameters(teacher), lambda folder: save_llm_rec(teacher, folder))
     run.print(closing_table(run.folder.parent, data.fingerprint))
 
 

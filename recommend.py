@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models.llm_rec import load_llm_rec
+from models.llm.storage import load_llm_rec
 from models.sr.storage import load_recommender
-from utils import assets, cli
+from utils import cli
 from utils.catalogue import Catalogue
 from utils.errors import UserError
 from utils.files import whole_file
@@ -120,7 +120,7 @@ def load(folder: str | Path) -> Trained:
     if config.get("kind") == "sr":
         model = load_recommender(folder, config, catalogue.training_part(config["num_users"]))
     else:
-        model = load_llm_rec(folder, assets.base_model_path(config["base_model"]))
+        model = load_llm_rec(folder)
     return Trained(model, config, catalogue)
 
 

@@ -25,7 +25,8 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 from benchmarks.llm_step import ours_loss, seconds, training_step
-from models.llm_rec import build_llm_rec
+from models.llm.storage import build_llm_rec, load_base
+from models.sr import MODELS
 from utils.assets import base_model_path, dataset_folder
 from utils.cli import ROOT, resolve
 from utils.data import Sequences, shuffled_batches, training_examples
@@ -39,14 +40,14 @@ LOADS = ("quiet", "busy")
 
 def step_seconds(steps: int) -> float:
     """Seconds per optimiser step of finetune.py without flags, over `steps` of them, on a random item table."""
-    config = resolve(finetune.main, "teacher", [])
+    config = resolve(finetune.main, "teacher", [], models=MODELS)
     data = Sequences.load(dataset_folder(config["dataset"]))
     examples = training_examples(data, config["train_targets"], config["max_seq_length"])
     index = shuffled_batches(len(examples), config["batch_size"], config["seed"], epoch=0)[: steps + 1]
     batches = [examples.batch(part) for part in index]
     table = torch.randn(data.num_items + 1, 128) * 0.1
     table[0] = 0
-    model = build_llm_rec(config, base_model_path(config["base_model"]), table)
+    model = build_llm_rec(config, load_base(config, base_model_path(config["base_model"])), table)
     training_step(model, ours_loss, batches[:1])()  # the first is slower
     return seconds(training_step(model, ours_loss, batches[1:])) / len(batches[1:])
 

@@ -12,9 +12,8 @@ and with 2,048 negatives; with the users, drawing candidates, and ranking by vec
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -30,21 +29,16 @@ from benchmarks.catalogue import LastItem
 from benchmarks.llm_step import (
     MAX_ITEMS,
     Workload,
-    all_positions,
     alternate,
     make_data,
     make_model,
     ours_loss,
-    peft_sums,
     released_loss,
     seconds,
-    torch_dropout,
     training_step,
+    without,
 )
-from benchmarks.same_metrics import all_tokens, copied_keys, own_rows, prefix_for_each
-from models import llm_rec
 from models.dropout import Dropout
-from models.llm_rec import LLMRec
 from models.sr import sasrec
 from utils.cli import ROOT
 from utils.data import Sequences, TrainingPart, shuffled_batches, training_examples
@@ -57,75 +51,33 @@ CATALOGUES, USERS = (1_000, 10_000, 100_000, 376_858), (5_000, 20_000, 80_000, 3
 BATCH = 32
 
 
-def padding_too(model: LLMRec) -> AbstractContextManager:
-    """Padding goes through the layers as well."""
-    return patch.object(llm_rec, "tokens_there", all_tokens)
-
-
-def rows_apart(model: LLMRec) -> AbstractContextManager:
-    """No two samples share a row of attention: each is padded there to the longest."""
-    return patch.object(llm_rec, "share_rows", own_rows)
-
-
-def keys_copied(model: LLMRec) -> AbstractContextManager:
-    """Keys and values copied for each query head, as transformers does under a mask."""
-    return patch.object(llm_rec, "masked_attention", copied_keys)
-
-
-@contextmanager
-def prefix_per_sample(model: LLMRec) -> Iterator[None]:
-    """The prompt prefix through the layers once for every sample of a batch, which then needs a row of its own."""
-    states = partial(prefix_for_each(LLMRec.states), model)
-    with patch.object(model, "states", states), rows_apart(model):
-        yield
-
-
-def adapters_apart(model: LLMRec) -> AbstractContextManager:
-    """No merging at inference; the prefix is still computed once."""
-
-    @contextmanager
-    def for_inference() -> Iterator[None]:
-        with torch.no_grad():
-            model.kept_prefix = model.prefix_keys_values()
-        try:
-            yield
-        finally:
-            model.kept_prefix = None
-
-    return patch.object(model, "for_inference", for_inference)
-
-
-def prefix_every_batch(model: LLMRec) -> AbstractContextManager:
-    """The prefix once a batch at inference, as in training."""
-    merged = model.for_inference
-
-    @contextmanager
-    def for_inference() -> Iterator[None]:
-        with merged():
-            model.kept_prefix = None
-            yield
-
-    return patch.object(model, "for_inference", for_inference)
-
-
 def full_width(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
     """Every history padded to 30 items."""
     return [{k: F.pad(v, (MAX_ITEMS - v.shape[1], 0)) for k, v in batch.items()} for batch in batches]
 
 
-OFF = {
-    "everything": "everything on",
-    "prefix_per_sample": "without: prefix once for all samples (nor shared rows)",
-    "padding_too": "without: packing (nor shared rows)",
-    "full_width": "without: packing and trimming (nor shared rows)",
-    "rows_apart": "without: shared rows of attention",
-    "keys_copied": "without: keys shared among query heads",
-    "all_positions": "without: top layer at read positions only",
-    "peft_sums": "without: adapters added inside a product",
-    "torch_dropout": "without: dropout from 16 bits a number",
-    "adapters_apart": "without: merged adapters",
-    "prefix_every_batch": "without: prefix once for all batches",
+OFF = {  # the measures of `Fast` that are switched off, and what that is called
+    "everything": ((), "everything on"),
+    "prefix_per_sample": (("prefix_once",), "without: prefix once for all samples (nor shared rows)"),
+    "padding_too": (("packing",), "without: packing (nor shared rows)"),
+    "full_width": (("packing",), "without: packing and trimming (nor shared rows)"),
+    "rows_apart": (("share_rows",), "without: shared rows of attention"),
+    "keys_copied": (("share_keys",), "without: keys shared among query heads"),
+    "all_positions": (("read_some",), "without: top layer at read positions only"),
+    "adapters_apart": (("merge",), "without: merged adapters"),
+    "prefix_every_batch": (("keep_prefix",), "without: prefix once for all batches"),
 }
+TRAINING = (
+    "everything",
+    "prefix_per_sample",
+    "padding_too",
+    "full_width",
+    "rows_apart",
+    "keys_copied",
+    "all_positions",
+)
+INFERENCE = ("everything", "adapters_apart", "prefix_every_batch", "padding_too", "rows_apart", "keys_copied")
+INFERENCE = (*INFERENCE, "all_positions")
 
 
 def one_off(work: Workload, repeats: int) -> list[dict]:
@@ -136,36 +88,16 @@ def one_off(work: Workload, repeats: int) -> list[dict]:
     plain = training_step(model, ours_loss, batches)
     found = []
 
-    def within(context: Callable, function: Callable) -> Callable[[], None]:
+    def within(name: str, function: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
-            with context(model):
+            with without(model, *OFF[name][0]):
                 function()
 
         return run
 
-    def rank() -> None:
-        work.rank(model)
-
-    training = {
-        "everything": plain,
-        "prefix_per_sample": within(prefix_per_sample, plain),
-        "padding_too": within(padding_too, plain),
-        "full_width": within(padding_too, training_step(model, ours_loss, full_width(batches))),
-        "rows_apart": within(rows_apart, plain),
-        "keys_copied": within(keys_copied, plain),
-        "all_positions": within(all_positions, plain),
-        "peft_sums": within(peft_sums, plain),
-        "torch_dropout": within(torch_dropout, plain),
-    }
-    inference = {
-        "everything": rank,
-        "adapters_apart": within(adapters_apart, rank),
-        "prefix_every_batch": within(prefix_every_batch, rank),
-        "padding_too": within(padding_too, rank),
-        "rows_apart": within(rows_apart, rank),
-        "keys_copied": within(keys_copied, rank),
-        "all_positions": within(all_positions, rank),
-    }
+    wide = training_step(model, ours_loss, full_width(batches))
+    training = {name: within(name, wide if name == "full_width" else plain) for name in TRAINING}
+    inference = {name: within(name, lambda: work.rank(model)) for name in INFERENCE}
     for kind, variants, number in (("training", training, samples), ("inference", inference, users)):
         plain()
         speeds = alternate(repeats, **{name: (function, number) for name, function in variants.items()})
@@ -178,7 +110,8 @@ def one_off(work: Workload, repeats: int) -> list[dict]:
 def measures_table(record: dict) -> str:
     header = ["one measure off", "samples/s", "of everything on"]
     rows = [
-        [f"{r['kind']}, {OFF[r['off']]}", f"{r['per_s']:.1f}", f"{r['of_everything']:.2f}"] for r in record["one_off"]
+        [f"{r['kind']}, {OFF[r['off']][1]}", f"{r['per_s']:.1f}", f"{r['of_everything']:.2f}"]
+        for r in record["one_off"]
     ]
     return markdown_table(header, rows)
 

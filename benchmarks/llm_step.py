@@ -20,10 +20,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,15 +30,13 @@ import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from peft.tuners import lora
 from torch import nn
 from transformers import AutoModel, LlamaConfig
 from transformers.utils import ModelOutput
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.dropout import Dropout
-from models.llm_rec import LLMRec, base_config, block_ends, load_decoder, prompt_ids
-from models.lora import Linear as LoraLinear
+from models.llm.decoder import base_config, block_boundaries, load_decoder, prompt_ids
+from models.llm.recommender import LLMRec
 from models.slmrec import SLMRec
 from utils.assets import base_model_path, dataset_folder
 from utils.cli import ROOT
@@ -62,40 +59,26 @@ BEAUTY_ITEMS, BEAUTY_LENGTHS = 12_101, (
 
 
 @contextmanager
-def all_positions(model: LLMRec) -> Iterator[None]:
-    """Every position through the whole top layer."""
-    hooks = [(module, module._forward_pre_hooks.copy(), module._forward_hooks.copy()) for module in model.readers]
+def without(model: LLMRec, *measures: str) -> Iterator[None]:
+    """Measures of `Fast` switched off."""
+    before = model.fast
+    model.fast = replace(before, **dict.fromkeys(measures, False))
     try:
-        for module, *_ in hooks:
-            module._forward_pre_hooks.clear()
-            module._forward_hooks.clear()
         yield
     finally:
-        for module, before, after in hooks:
-            module._forward_pre_hooks.update(before)
-            module._forward_hooks.update(after)
-
-
-def peft_sums(model: LLMRec) -> AbstractContextManager:
-    """PEFT's own LoRA, which scales and adds whole outputs."""
-    return patch.object(LoraLinear, "forward", lora.Linear.forward)
-
-
-def torch_dropout(model: nn.Module) -> AbstractContextManager:
-    """torch's own dropout."""
-    return patch.object(Dropout, "forward", nn.Dropout.forward)
+        model.fast = before
 
 
 def released_output(model: LLMRec, histories: torch.Tensor, **options) -> ModelOutput:
     """transformers' output of the released computation: histories (B, 30), left-padded with 0."""
     embed = model.base.get_input_embeddings()
     prefix, response = (embed(part).expand(len(histories), -1, -1) for part in (model.prefix_ids, model.response_ids))
-    items = model.input_proj(model.item_table[histories]).to(prefix.dtype)
+    items = model.input_proj(model.table[histories]).to(prefix.dtype)
     inputs = torch.cat([prefix, items, response], dim=1)
     ones = [torch.ones(part.shape[:2], dtype=torch.long, device=histories.device) for part in (prefix, response)]
     mask = torch.cat([ones[0], (histories != 0).long(), ones[1]], dim=1)
-    with all_positions(model), peft_sums(model), torch_dropout(model):
-        return model.decoder(inputs_embeds=inputs, attention_mask=mask, use_cache=False, **options)
+    model.top.positions = None  # every position through the whole top layer
+    return model.decoder(inputs_embeds=inputs, attention_mask=mask, use_cache=False, **options)
 
 
 def released_vectors(model: LLMRec, histories: torch.Tensor) -> torch.Tensor:
@@ -104,7 +87,7 @@ def released_vectors(model: LLMRec, histories: torch.Tensor) -> torch.Tensor:
 
 def released_loss(model: LLMRec, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     histories = F.pad(batch["histories"], (MAX_ITEMS - batch["histories"].shape[1], 0))
-    logits = released_vectors(model, histories) @ model.item_table[1:].T
+    logits = released_vectors(model, histories) @ model.table[1:].T
     return F.cross_entropy(logits, batch["targets"][:, -1] - 1)
 
 
@@ -117,7 +100,7 @@ def released_ranks(model: LLMRec, data: Sequences, examples: Examples, index: np
         seen = set(data.items[data.offsets[user] : data.offsets[user + 1]].tolist())
         unseen = list(set(range(1, data.num_items + 1)) - seen)
         candidates.append([int(data.items[data.offsets[user + 1] - 1]), *random.sample(unseen, 999)])
-    scores = released_vectors(model, histories) @ model.item_table.T
+    scores = released_vectors(model, histories) @ model.table.T
     found = scores.gather(1, torch.tensor(candidates, device=device))
     return (found[:, 1:] >= found[:, :1]).sum(1).cpu().numpy()
 
@@ -357,7 +340,7 @@ class Benchmark:
 
     def student(self, work: Workload, depth: int) -> None:
         """The student with its whole loss and cached teacher against the released computation at full depth."""
-        full, examples, ends = self.args.full_layers, work.examples, block_ends(self.args.num_layers, 4)
+        full, examples, ends = self.args.full_layers, work.examples, block_boundaries(self.args.num_layers, 4)
         teacher = self.model(self.args.num_layers, work.data.num_items)
         index = work.index()
         batches = work.batches(index)

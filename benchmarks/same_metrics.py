@@ -4,10 +4,9 @@
     python benchmarks/same_metrics.py --dropout --seeds 1 2 3 --out FILE
     python benchmarks/same_metrics.py --dropout --seeds 1 2 3 --teacher outputs/seed{}/teacher-8 --out FILE
 
-Off: every history is padded to its full length and has the prompt and a row of attention of its own, keys are copied
-for each query head, padding runs through all layers, every position through the whole top layer, adapters are added as
-PEFT adds them and stay apart at inference, losses, ranks and SASRec's batches are computed in one piece. Several
-targets of a user share their history in both. Batches, seeds and candidates are the same: without dropout only
+Off: each target has a copy of its history, padded to its full length between prompt and response, which runs through
+all layers as transformers computes it (`LLMRec.plain_states`); adapters stay apart at inference; losses, ranks and
+SASRec's batches are computed in one piece. Batches, seeds and candidates are the same: without dropout only
 rounding differs, and what training makes of it. With dropout (SASRec's as in the recipe, the adapters' 0.05), off is
 torch's own dropout too: other noise, so only means over seeds can be compared. All pipelines together use the CPU's
 cores, --jobs of them at a time. With --teacher the student alone is compared: both of a seed learn from that trained
@@ -20,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -29,19 +27,16 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from peft.tuners import lora
 from torch import nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill
 import extract_emb
 import finetune
 import train_sr_trad
-from models import llm_rec, losses
+from models import losses
 from models.dropout import Dropout
-from models.llm_rec import LLMRec
-from models.lora import Linear as LoraLinear
+from models.llm.recommender import PLAIN, LLMRec
 from models.sr import MODELS, sasrec
 from models.sr.sasrec import SASRec
 from utils import cli, metrics
@@ -59,54 +54,15 @@ STEPS = {
 }
 
 
-def prefix_for_each(states: Callable) -> Callable:
-    """LLMRec.states with the prompt prefix run once for every sample of a batch."""
-
-    def of_each(self: LLMRec, histories: torch.Tensor, *rest) -> torch.Tensor:
-        ids = self.prefix_ids
-        try:
-            self.prefix_ids = ids.expand(len(histories), -1)
-            self.kept_prefix = self.prefix_keys_values()
-            self.prefix_ids = ids
-            return states(self, histories, *rest)
-        finally:
-            self.prefix_ids, self.kept_prefix = ids, None
-
-    return of_each
-
-
-def all_tokens(histories: torch.Tensor, after: torch.Tensor, R: int) -> torch.Tensor:
-    """models.llm_rec.tokens_there with the padding."""
-    return torch.arange(len(histories) * (histories.shape[1] + after.shape[1] * R), device=histories.device)
-
-
-def own_rows(lengths: list[int]) -> tuple[list[int], int]:
-    """models.llm_rec.share_rows without sharing."""
-    return [row * max(lengths) for row in range(len(lengths))], len(lengths)
-
-
-def copied_keys(*args, **how) -> torch.Tensor:
-    """models.llm_rec.masked_attention as transformers computes it: a copy of keys and values for each query head."""
-    return sdpa_attention_forward(*args, **how)[0]
-
-
 def switch_off(with_dropout: bool) -> ExitStack:
     """Replace each fast computation by the plain one, until what is returned (a context manager) is closed."""
-    packed, trimmed = prefix_for_each(LLMRec.states), SASRec.states
+    trimmed = SASRec.states
 
     def sasrec_states(self: SASRec, histories: torch.Tensor) -> torch.Tensor:
         missing = self.max_length - histories.shape[1]
         return trimmed(self, F.pad(histories, (missing, 0)))[:, missing:]
 
-    def states(self: LLMRec, histories: torch.Tensor, asked: torch.Tensor, ends: list[int]) -> torch.Tensor:
-        missing = self.max_length - histories.shape[1]
-        return packed(self, F.pad(histories, (missing, 0)), F.pad(asked, (missing, 0)), ends)
-
-    plain = [(SASRec, "states", sasrec_states), (LLMRec, "states", states)]
-    plain += [(LLMRec, "for_inference", nullcontext), (LLMRec, "for_accumulation", nullcontext)]
-    plain += [(llm_rec, "tokens_there", all_tokens), (llm_rec, "share_rows", own_rows)]
-    plain += [(llm_rec, "masked_attention", copied_keys), (llm_rec, "read_only_some", lambda layer, adapted: [])]
-    plain += [(LoraLinear, "forward", lora.Linear.forward)]
+    plain = [(SASRec, "states", sasrec_states), (LLMRec, "fast", PLAIN)]
     plain += [(losses, "LOGITS_AT_ONCE", 2**62), (metrics, "SCORES_AT_ONCE", 2**62), (sasrec, "GROUP", 2**62)]
     if with_dropout:
         plain += [(Dropout, "forward", nn.Dropout.forward)]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from models.interface import Recommender
-from models.llm_rec import LLMRec, block_ends
+from models.llm.decoder import block_boundaries
+from models.llm.recommender import LLMRec
 from models.losses import catalogue_cross_entropy, cosine_similarity, norm_distance, reduce_blocks
 from utils.data import Examples
 
@@ -35,10 +36,10 @@ class SLMRec(Recommender):
     ):
         super().__init__(None, None)
         self.student = student
-        self.ends = block_ends(student.num_layers, num_blocks)
+        self.boundaries = block_boundaries(student.num_layers, num_blocks)
         self.lambda_cos, self.lambda_norm, self.lambda_ms = lambda_cos, lambda_norm, lambda_ms
         self.norm_form, self.block_reduction = norm_form, block_reduction
-        dim = student.item_table.shape[1]
+        dim = student.table.shape[1]
         heads = num_blocks - 1 if lambda_ms else 0
         self.ms_heads = nn.ModuleList(nn.Linear(student.hidden_size, dim, bias=False) for _ in range(heads))
 
@@ -47,14 +48,16 @@ class SLMRec(Recommender):
         return bool(self.lambda_cos or self.lambda_norm)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Weighted loss terms: histories (B, T), targets (B, T), 0 where nothing is asked; N targets are asked.
+        """Weighted loss terms: histories (B, T), targets (B, T), 0 where there is none; N targets.
 
-        teacher_states (N, K, h), if a term needs them, row-major over the asked targets; int16 are bits of bfloat16.
+        teacher_states (N, K, h), if a term needs them, row-major over the targets; int16 are bits of bfloat16.
         """
         needs_blocks = self.needs_teacher or self.lambda_ms
-        asked = batch["targets"] != 0
-        states = self.student.states(batch["histories"], asked, self.ends if needs_blocks else self.ends[-1:])
-        items, targets = self.student.item_table, batch["targets"][asked]  # states (N, K, h), targets (N,)
+        target_mask = batch["targets"] != 0
+        states = self.student.states(
+            batch["histories"], target_mask, self.boundaries if needs_blocks else self.boundaries[-1:]
+        )
+        items, targets = self.student.table, batch["targets"][target_mask]  # (V + 1, d), (N,)
         terms = {"ce": catalogue_cross_entropy(self.student.head(states[:, -1]), items, targets)}
         if self.needs_teacher:
             taught = batch["teacher_states"]

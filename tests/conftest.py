@@ -8,7 +8,8 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModel, LlamaConfig
 
-from models.llm_rec import LLMRec, keep_layers
+from models.llm.decoder import keep_layers
+from models.llm.recommender import LLMRec
 from models.sr.sasrec import SASRec
 from utils.data import Sequences
 

@@ -29,8 +29,11 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.gemma2 import modeling_gemma2
 
-from models import llm_rec
-from models.llm_rec import LLMRec, base_config, base_shape, build_llm_rec, load_base, load_llm_rec
+from models.llm import decoder as decoders
+from models.llm import storage
+from models.llm.decoder import base_config, base_shape
+from models.llm.recommender import LLMRec
+from models.llm.storage import build_llm_rec, load_base, load_llm_rec
 from utils import assets
 from utils.errors import UserError
 from utils.files import write_json
@@ -120,7 +123,7 @@ PROMPT = {"PREFIX": "Below is a history:\n", "RESPONSE": "\nNext:"}
 @pytest.fixture(autouse=True)
 def short_prompt(monkeypatch):
     for name, text in PROMPT.items():
-        monkeypatch.setattr(llm_rec, name, text)
+        monkeypatch.setattr(decoders, name, text)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -138,7 +141,7 @@ def plain_model_states(decoder: torch.nn.Module, model: LLMRec, histories: list[
     padded = torch.tensor([[0] * (model.max_length - len(h)) + h for h in histories])
     embed = decoder.get_input_embeddings()
     prefix, response = (embed(ids).expand(len(padded), -1, -1) for ids in (model.prefix_ids, model.response_ids))
-    inputs = torch.cat([prefix, model.input_proj(model.item_table[padded]), response], dim=1)
+    inputs = torch.cat([prefix, model.input_proj(model.table[padded]), response], dim=1)
     there = F.pad(padded != 0, (prefix.shape[1], response.shape[1]), value=True).long()
     how = {"attention_mask": there, "use_cache": False, "output_hidden_states": True}
     return torch.stack([layer[:, -1] for layer in decoder(inputs_embeds=inputs, **how).hidden_states[1:]], dim=1)
@@ -328,18 +331,18 @@ def test_start_tokens_stay_and_nothing_stands_in_mid_prompt(template, starts, tm
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     coded = {"\n": "Ċ", " ": "Ġ"}
     ids = {name: [alphabet.index(coded.get(letter, letter)) for letter in text] for name, text in PROMPT.items()}
-    assert llm_rec.prompt_ids(base) == {"prefix_ids": starts + ids["PREFIX"], "response_ids": ids["RESPONSE"]}
+    assert decoders.prompt_ids(base) == {"prefix_ids": starts + ids["PREFIX"], "response_ids": ids["RESPONSE"]}
 
 
 def test_the_default_prompt_has_54_tokens_with_an_end_token_added_too(tmp_path, monkeypatch):
     monkeypatch.undo()
     tokenizer = AutoTokenizer.from_pretrained(assets.base_model_path("smollm2-135m"))
-    plain = tokenizer(llm_rec.PREFIX).input_ids
+    plain = tokenizer(decoders.PREFIX).input_ids
     ends = TemplateProcessing("$A <|im_end|>", special_tokens=[("<|im_end|>", 2)])
     tokenizer.backend_tokenizer.post_processor = ends
     tokenizer.save_pretrained(tmp_path)
-    assert len(AutoTokenizer.from_pretrained(tmp_path)(llm_rec.PREFIX).input_ids) == 55
-    assert llm_rec.prompt_ids(tmp_path)["prefix_ids"] == plain and len(plain) == 54
+    assert len(AutoTokenizer.from_pretrained(tmp_path)(decoders.PREFIX).input_ids) == 55
+    assert decoders.prompt_ids(tmp_path)["prefix_ids"] == plain and len(plain) == 54
 
 
 # --- multimodal checkpoints ---
@@ -508,10 +511,10 @@ def test_a_fingerprint_takes_no_copy_of_the_weights(monkeypatch):
 
         hexdigest = str
 
-    monkeypatch.setattr(llm_rec.hashlib, "sha256", lambda *args: Digest())
+    monkeypatch.setattr(decoders.hashlib, "sha256", lambda *args: Digest())
     linear = torch.nn.Linear(1, 1)
     linear.weight.data, linear.config = weight, None
-    llm_rec.fingerprint(linear, {})
+    decoders.fingerprint(linear, {})
     assert weight.data_ptr() in seen
 
 
@@ -573,7 +576,7 @@ def test_folders_are_recorded_so_that_they_are_found_from_anywhere(given, record
     assert Path(there).is_absolute()
     assert assets.record_base_model(given, there) == recorded
     monkeypatch.chdir("elsewhere")
-    again = llm_rec.recorded_base({"base_model": assets.record_base_model(given, there)})
+    again = storage.recorded_base({"base_model": assets.record_base_model(given, there)})
     assert Path(again).samefile(there)
 
 
@@ -584,7 +587,7 @@ def test_a_folder_inside_the_checkout_is_recorded_relative_to_it(tmp_path, monke
     assert recorded == "recipes"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()  # another one, which the record does not mean
-    assert Path(llm_rec.recorded_base({"base_model": recorded})).samefile(ROOT / "recipes")
+    assert Path(storage.recorded_base({"base_model": recorded})).samefile(ROOT / "recipes")
 
 
 @pytest.fixture

@@ -5,19 +5,17 @@ import importlib
 import sys
 
 import pytest
-import torch
 from conftest import ROOT, tiny_llm_rec
 
-from benchmarks import busy, cost, same_metrics
-from models import llm_rec, losses
+from benchmarks import busy, cost, llm_step, same_metrics
+from models import losses
 from models.dropout import Dropout
-from models.llm_rec import LLMRec
-from models.lora import Linear as LoraLinear
+from models.llm.recommender import LLMRec
 from models.sr import sasrec
 from utils import metrics
 
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
-REPLACED = {name: getattr(cost, name) for name in cost.OFF if name not in ("everything", "full_width")}
+REPLACED = {name: lambda model, off=off: llm_step.without(model, *off) for name, (off, _) in cost.OFF.items() if off}
 REPLACED |= {"switch_off": lambda model: same_metrics.switch_off(with_dropout=True)}
 
 
@@ -32,7 +30,7 @@ def test_help_is_printed(name, capsys, monkeypatch):
 
 def state(model: LLMRec) -> list[dict]:
     """All that is set in a model and in what benchmarks replace parts of."""
-    owners = (llm_rec, LLMRec, LoraLinear, Dropout, losses, metrics, sasrec, sasrec.SASRec, model)
+    owners = (LLMRec, Dropout, losses, metrics, sasrec, sasrec.SASRec, model)
     hooks = [hooks for part in model.modules() for hooks in (part._forward_pre_hooks, part._forward_hooks)]
     return [dict(vars(owner)) for owner in owners] + [dict(found) for found in hooks]
 
@@ -45,18 +43,6 @@ def test_what_was_replaced_comes_back_after_an_error(replaced):
         assert state(model) != before
         raise KeyError
     assert state(model) == before
-
-
-def test_a_prefix_does_not_outlive_an_error():
-    model = tiny_llm_rec()
-    ids = model.prefix_ids
-    with pytest.raises(KeyError), cost.adapters_apart(model), model.for_inference():
-        assert model.kept_prefix
-        raise KeyError
-    assert model.kept_prefix is None
-    with pytest.raises(ZeroDivisionError):
-        same_metrics.prefix_for_each(lambda *args: 1 / 0)(model, torch.ones(2, 3, dtype=torch.long))
-    assert model.kept_prefix is None and model.prefix_ids is ids
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,22 +1,24 @@
 """The fast computation of teacher and student against the plain one; loading; sizes."""
 
 import copy
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import LORA, make_sequences, sasrec, tiny_decoder, tiny_llm_rec
-from peft.tuners import lora
 from transformers import AutoModel, LlamaConfig
 
 from benchmarks import cost, same_metrics
-from benchmarks.llm_step import released_output, tokens
-from models import llm_rec, losses
+from benchmarks.llm_step import released_output, tokens, without
+from models import losses
 from models.dropout import Dropout
-from models.llm_rec import LLMRec, block_ends, count_parameters, select_layers
-from models.lora import Linear as LoraLinear
-from models.sr.sasrec import SASRec
+from models.llm import packing
+from models.llm.decoder import block_boundaries, select_layers
+from models.llm.recommender import PLAIN, LLMRec
+from models.llm.storage import count_parameters
+from models.sr import sasrec as sasrec_module
 from utils import metrics
 from utils.errors import UserError
 
@@ -47,7 +49,7 @@ def test_user_vectors_and_gradients_equal_the_plain_computation(strategy):
     histories = mixed_histories()
     targets = torch.randint(1, 41, (30,))
     plain = model.score(plain_states(model, histories, 30)[-1][:, -1])
-    F.cross_entropy(plain @ model.item_table[1:].T, targets - 1).backward()
+    F.cross_entropy(plain @ model.table[1:].T, targets - 1).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
 
@@ -56,10 +58,10 @@ def test_user_vectors_and_gradients_equal_the_plain_computation(strategy):
     got = []
     for batch in batches:
         ids = pad(batch)
-        asked = torch.zeros_like(ids)
-        asked[:, -1] = torch.stack([targets[histories.index(h)] for h in batch])
+        target_mask = torch.zeros_like(ids)
+        target_mask[:, -1] = torch.stack([targets[histories.index(h)] for h in batch])
         got.append(model.user_vectors(ids))
-        (model({"histories": ids, "targets": asked})["ce"] * len(batch) / 30).backward()
+        (model({"histories": ids, "targets": target_mask})["ce"] * len(batch) / 30).backward()
     assert relative(torch.cat(got), plain[order]) < 1e-4
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys() and len(found) >= 3
@@ -111,7 +113,7 @@ def test_each_measure_switched_off_changes_cost_and_not_the_answer(off):
     model.base.layers[0].mlp.register_forward_hook(counter(0))
     model.base.layers[-1].mlp.down_proj.register_forward_hook(counter(1))
     expected, usual = run(), list(counted)
-    with getattr(cost, off)(model):
+    with without(model, *cost.OFF[off][0]):
         assert relative(run(), expected) < 1e-5
         assert counted[1 if off == "all_positions" else 0] > usual[1 if off == "all_positions" else 0]
     assert torch.equal(run(), expected) and counted == usual
@@ -143,7 +145,7 @@ def test_attention_without_shared_rows_and_keys_gives_the_same_gradients(off, mo
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
 
     expected, (rows, heads) = run(), max(shapes)
-    with getattr(cost, off)(model):
+    with without(model, *cost.OFF[off][0]):
         assert relative(run(), expected) < 1e-5
     assert rows < 20 and heads == 2
     assert max(shapes) == ((30, 2) if off == "rows_apart" else (rows, 4))
@@ -152,7 +154,7 @@ def test_attention_without_shared_rows_and_keys_gives_the_same_gradients(off, mo
 
 @pytest.mark.parametrize("lengths", [[5], [3, 3, 3], [1, 9, 2, 8, 3, 7, 4, 6, 5, 5], [36, *range(7, 36), *[8] * 30]])
 def test_samples_share_rows_without_overlap(lengths):
-    starts, rows = llm_rec.share_rows(lengths)
+    starts, rows = packing.fit_into_rows(lengths)
     width, taken = max(lengths), torch.zeros(rows * max(lengths), dtype=torch.long)
     for start, length in zip(starts, lengths, strict=True):
         assert start // width == (start + length - 1) // width  # in one row
@@ -167,7 +169,7 @@ def test_each_measure_at_inference_switched_off_too(off):
     with model.for_inference():
         expected = model.user_vectors(histories)
         assert model.base.layers[0].mlp.up_proj.merged and model.kept_prefix
-    with getattr(cost, off)(model), model.for_inference():
+    with without(model, *cost.OFF[off][0]), model.for_inference():
         assert relative(model.user_vectors(histories), expected) < 1e-5
         assert not (model.base.layers[0].mlp.up_proj.merged if off == "adapters_apart" else model.kept_prefix)
 
@@ -189,24 +191,18 @@ def test_adapters_are_not_merged_where_their_sum_would_be_rounded():
         assert not model.base.layers[0].mlp.up_proj.merged and model.kept_prefix
 
 
-def test_everything_off_is_the_plain_computation(monkeypatch):
+def test_everything_off_is_the_plain_computation(monkeypatch, request):
     """What benchmarks/same_metrics.py compares is the same computation, and off is really off."""
-    patched = [(LLMRec, name) for name in ("states", "for_inference", "for_accumulation")]
-    patched += [(llm_rec, n) for n in ("tokens_there", "share_rows", "masked_attention", "read_only_some")]
-    patched += [(SASRec, "states"), (sasrec, "GROUP"), (losses, "LOGITS_AT_ONCE"), (metrics, "SCORES_AT_ONCE")]
-    patched += [(Dropout, "forward"), (LoraLinear, "forward")]
-    for owner, name in patched:
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # to have it back after the test
+    monkeypatch.setattr(sasrec_module, "GROUP", 4)
     histories = pad(mixed_histories()[:6])
     targets = torch.zeros_like(histories)
     targets[:, -1], targets[2, -3:] = 7, torch.tensor([3, 0, 9])
     targets *= histories != 0
     width, found, through = histories.shape[1] + 2, [], []
     widths, groups = [], []
-    sasrec.GROUP = 4
     for off in (False, True):
-        if off:
-            same_metrics.switch_off(with_dropout=True)
+        stack = same_metrics.switch_off(with_dropout=True) if off else ExitStack()
+        request.addfinalizer(stack.close)
         model = tiny_llm_rec(max_length=width)
         through.clear()
         for module in (model.base.layers[0].mlp.up_proj, model.base.layers[-1].mlp.up_proj):
@@ -227,11 +223,22 @@ def test_everything_off_is_the_plain_computation(monkeypatch):
     assert widths[0] == width - 2 and widths[3:] == [width, width] and groups == [4, 2, 6]
     assert found[1][5] == pytest.approx(found[0][5], rel=1e-5)
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and relative(found[1][1], found[0][1]) < 1e-5
-    # through both layers, for each of six histories: prefix 11, all places for items, two branches of three tokens
-    assert found[0][2] < found[1][2] == 2 * 6 * (11 + width + 2 * 3)
-    assert llm_rec.share_rows is same_metrics.own_rows and llm_rec.masked_attention is same_metrics.copied_keys
-    assert losses.LOGITS_AT_ONCE == metrics.SCORES_AT_ONCE == sasrec.GROUP == 2**62
-    assert Dropout.forward is torch.nn.Dropout.forward and LoraLinear.forward is lora.Linear.forward
+    # through both layers, for each of the eight targets: prefix 11, all places for items, three response tokens
+    assert found[0][2] < found[1][2] == 2 * 8 * (11 + width + 3)
+    assert losses.LOGITS_AT_ONCE == metrics.SCORES_AT_ONCE == sasrec_module.GROUP == 2**62
+    assert Dropout.forward is torch.nn.Dropout.forward and LLMRec.fast == PLAIN
+
+
+@pytest.mark.parametrize("max_length", [30, 40])
+def test_the_plain_method_is_the_released_computation(max_length):
+    """One target, the newest: that of the benchmarks, written apart. All block boundaries."""
+    model, histories = tiny_llm_rec(max_length=max_length).eval(), mixed_histories()
+    model.fast = PLAIN
+    newest = torch.zeros(30, 30, dtype=torch.bool)
+    newest[:, -1] = True
+    expected = plain_states(model, histories, max_length)
+    found = model.states(pad(histories), newest, [1, 2, 3, 4])
+    assert relative(found, torch.stack([states[:, -1] for states in expected[1:]], dim=1)) < 1e-6
 
 
 def test_an_error_while_gradients_add_up_leaves_no_prefix_behind():
@@ -273,11 +280,11 @@ def test_many_targets_of_a_history_equal_one_copy_each():
     model = tiny_llm_rec().eval()
     windows = [list(range(1, 31)), [7, 3, 9, 12], [40, 2, 11, 5, 6, 8, 1]]
     histories = pad(windows)
-    asked = torch.zeros_like(histories, dtype=torch.bool)
+    target_mask = torch.zeros_like(histories, dtype=torch.bool)
     wanted = [(0, 29), (0, 28), (0, 3), (1, 3), (2, 0), (2, 6)]  # (window, items before the target - 1)
     for row, t in wanted:
-        asked[row, 30 - len(windows[row]) + t] = True
-    got = model.states(histories, asked, [2, 4])
+        target_mask[row, 30 - len(windows[row]) + t] = True
+    got = model.states(histories, target_mask, [2, 4])
     wanted.sort()
     for i, (row, t) in enumerate(wanted):
         layout = 30 - (len(windows[row]) - 1 - t)
@@ -290,9 +297,9 @@ def test_block_states_are_transformers_hidden_states():
     model = tiny_llm_rec(num_layers=4).eval()
     history = [[5, 8, 2, 30]]
     ids = pad(history)
-    asked = torch.zeros_like(ids, dtype=torch.bool)
-    asked[:, -1] = True
-    states = model.states(ids, asked, block_ends(4, 4))
+    target_mask = torch.zeros_like(ids, dtype=torch.bool)
+    target_mask[:, -1] = True
+    states = model.states(ids, target_mask, block_boundaries(4, 4))
     plain = plain_states(model, history, 30)
     for k in range(4):
         assert relative(states[0, k], plain[k + 1][0, -1]) < 1e-5
@@ -303,7 +310,7 @@ def test_block_states_are_transformers_hidden_states():
 def test_padding_item_is_seen_by_nobody():
     model = tiny_llm_rec().eval()
     before = model.user_vectors(torch.tensor([[0, 0, 4, 5]]))
-    model.item_table[0] = 1e3
+    model.table[0] = 1e3
     assert torch.equal(model.user_vectors(torch.tensor([[0, 0, 4, 5]])), before)
 
 
@@ -319,8 +326,8 @@ def test_more_layers_than_the_base_and_blocks_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match="the base model has 30 layers"):
         select_layers(31, 30, "first")
     with pytest.raises(UserError, match="does not divide"):
-        block_ends(8, 3)
-    assert block_ends(8, 4) == [2, 4, 6, 8]
+        block_boundaries(8, 3)
+    assert block_boundaries(8, 4) == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize(("layers", "total", "lora"), [(32, 6.631, 0.023), (4, 0.944, 0.003)])
@@ -353,7 +360,7 @@ def test_items_start_at_the_scale_of_the_prompts_words(scale):
         tiny_decoder(), table, prefix_ids=[3, 4, 5], response_ids=[6], max_length=30, train_strategy="frozen"
     )
     words = model.base.get_input_embeddings().weight[[3, 4, 5]]
-    assert model.input_proj(model.item_table[1:]).std().item() == pytest.approx(words.std().item(), rel=0.1)
+    assert model.input_proj(model.table[1:]).std().item() == pytest.approx(words.std().item(), rel=0.1)
 
 
 def test_what_trains_by_strategy():
@@ -369,7 +376,7 @@ def test_what_trains_by_strategy():
             assert rest and not any("embed_tokens" in name for name in rest)
         else:
             assert not rest
-        assert not model.item_table.requires_grad
+        assert not model.table.requires_grad
 
 
 def test_a_copy_answers_as_the_original_does():

@@ -58,12 +58,12 @@ def test_each_term_equals_numpy_in_float64(form, reduction):
     model = make(WEIGHTS, form=form, reduction=reduction).eval()
     with torch.no_grad():
         terms = {name: value.item() for name, value in model(data).items()}
-        asked = data["targets"] != 0
-        states = model.student.states(data["histories"], asked, model.ends)
+        target_mask = data["targets"] != 0
+        states = model.student.states(data["histories"], target_mask, model.boundaries)
         vectors = model.student.head(states[:, -1]).numpy()
         early = [head(states[:, k]).numpy() for k, head in enumerate(model.ms_heads)]
     teacher, student = (x.numpy().astype(np.float64) for x in (data["teacher_states"], states))
-    items, targets = model.student.item_table.numpy(), data["targets"][asked].numpy()
+    items, targets = model.student.table.numpy(), data["targets"][target_mask].numpy()
     over_blocks = {"sum": np.sum, "mean": np.mean}[reduction]
     norms = np.linalg.norm(teacher, axis=-1) * np.linalg.norm(student, axis=-1)
     d_cos = ((teacher * student).sum(-1) / norms).mean(0)
@@ -109,7 +109,7 @@ def test_cross_entropy_has_no_class_for_padding():
 def test_a_student_that_equals_its_teacher_is_at_distance_0():
     data = batch()
     model = make(WEIGHTS).eval()
-    states = model.student.states(data["histories"], data["targets"] != 0, model.ends)
+    states = model.student.states(data["histories"], data["targets"] != 0, model.boundaries)
     assert cosine_similarity(states, states).tolist() == pytest.approx([1.0] * 4, abs=1e-6)
     assert norm_distance(states, states, "squared").tolist() == [0.0] * 4
     distance = norm_distance(states.detach(), states, "l2")
@@ -145,7 +145,7 @@ def test_each_term_alone_reaches_the_weights_it_should_and_nothing_else(term):
     """
     data = batch()
     model = make(NONE | {f"lambda_{term}": 1.0})
-    teacher, table = data["teacher_states"].clone(), model.student.item_table.clone()
+    teacher, table = data["teacher_states"].clone(), model.student.table.clone()
     loss = model.train()(data)
     assert set(loss) == {"ce", term}
     loss[term].backward()
@@ -162,7 +162,7 @@ def test_each_term_alone_reaches_the_weights_it_should_and_nothing_else(term):
     moved = steps(model, data)
     plain = steps(make(NONE), data)
     assert any("lora_" in name and not torch.equal(value, moved[name]) for name, value in plain.items())
-    assert torch.equal(data["teacher_states"], teacher) and torch.equal(model.student.item_table, table)
+    assert torch.equal(data["teacher_states"], teacher) and torch.equal(model.student.table, table)
 
 
 def test_training_moves_only_what_trains():

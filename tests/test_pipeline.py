@@ -25,7 +25,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, LlamaConfig, Qwen3NextConfig
 
-from models.llm_rec import load_llm_rec
+from models.llm.storage import load_llm_rec
 from utils import assets, cli
 from utils.data import Sequences
 from utils.errors import UserError
@@ -120,7 +120,7 @@ def test_each_step_inherits_from_its_predecessor_and_says_so(work):
     teacher, student = (json.loads((work / n / "config.json").read_text()) for n in ("teacher", "student"))
     for name in ("base_model", "lora_r", "max_seq_length", "train_targets", "dataset_fingerprint", "table_sha256"):
         assert teacher[name] == student[name]
-    assert student["teacher_layers"] == 4 and teacher["hidden_size"] == 128
+    assert student["teacher_layers"] == 4 and teacher["item_dim"] == 128
     script, arguments = steps(work)["student"]
     out = run(script, *arguments, "--lora_r", 4, "--max_steps", 1, "--output_dir", work / "narrow", cwd=work)
     assert "inherited from" in out and "lora_alpha=16.0" in out and "overridden: lora_r=4 (was 16)" in out

@@ -1,0 +1,211 @@
+"""A base model: its decoder loaded, cut to the layers that are kept, checked and fingerprinted; and its prompt."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from models.llm.attention import has_adapters, renumber, what_lacks
+from utils.errors import UserError
+
+PREFIX = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nGiven the user's purchase history, predict next possible item to be purchased.\n\n### Input:\n"
+)
+RESPONSE = "\n### Response:\n"
+
+
+def select_layers(num_layers: int, base_layers: int, layer_selection: str) -> list[int]:
+    """Which of the base's layers are kept, in order: the first ones, or `num_layers` at an even interval."""
+    if not 1 <= num_layers <= base_layers:
+        raise UserError(f"--num_layers {num_layers}: the base model has {base_layers} layers; choose 1..{base_layers}")
+    if layer_selection == "first":
+        return list(range(num_layers))
+    return [index * base_layers // num_layers for index in range(num_layers)]
+
+
+def block_boundaries(num_layers: int, num_blocks: int) -> list[int]:
+    """Block k of a stack ends after layer k * num_layers / num_blocks, counted from 1 (section 3.3 of the paper)."""
+    if num_blocks < 1 or num_layers % num_blocks:
+        raise UserError(f"--num_blocks {num_blocks} does not divide the {num_layers} layers; choose a divisor")
+    return [k * num_layers // num_blocks for k in range(1, num_blocks + 1)]
+
+
+def source(base_model: str | Path) -> dict:
+    """Arguments of transformers' `from_pretrained` for a folder or `id@revision` on the hub. No code of it is run."""
+    name, revision = str(base_model), None
+    if not Path(name).is_dir():
+        name, _, revision = name.partition("@")
+    return {"pretrained_model_name_or_path": name, "revision": revision or "main", "trust_remote_code": False}
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without its warnings (of the layers that are left out, for one) and its progress bar."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def base_config(base_model: str | Path) -> AutoConfig:
+    """Configuration of a base's decoder, which may be part of a multimodal model; UserError where there is none."""
+    try:
+        with quiet_transformers():
+            whole = AutoConfig.from_pretrained(**source(base_model))
+            config = whole.get_text_config(decoder=True)
+    except Exception as error:  # a config.json of anything else, or of a library that is not there
+        raise UserError(
+            f"--base_model {base_model}: no model found there ({first_line(error)}); give a folder or hub id"
+        ) from error
+    if whole.is_encoder_decoder or not getattr(config, "num_hidden_layers", None):
+        raise UserError(f"--base_model {base_model}: a {whole.model_type} model is no decoder-only language model")
+    if config is not whole and getattr(whole, "quantization_config", None):
+        raise quantised(base_model, f"a {whole.model_type} model")
+    return config
+
+
+def quantised(base_model: str | Path, reason: str) -> UserError:
+    return UserError(f"--base_model {base_model}: its weights are quantised ({reason}); give the model that is not")
+
+
+def cut(config: AutoConfig, layers: list[int]) -> AutoConfig:
+    """Leave these layers in `config`, and in each of its lists that has an entry for every layer."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers:
+            setattr(config, name, [value[index] for index in layers])
+    config.num_hidden_layers = len(layers)
+    return config
+
+
+# Where multimodal checkpoints hold their decoder's weights, which are loaded as those of the decoder alone.
+TEXT_WEIGHTS = r"^(model\.)?(language_model|text_model|llm)\.(model\.)?"
+
+
+def load_decoder(base_model: str | Path, num_layers: int, layer_selection: str, dtype: torch.dtype) -> nn.Module:
+    """The base's embedding, the selected layers and the final norm, without a language-modelling head.
+
+    Of a multimodal base it is the language model's. Raises UserError where the weights are missing or damaged, or the
+    layers are not those of a LLaMA-like decoder.
+    """
+    config = base_config(base_model)
+    layers = select_layers(num_layers, config.num_hidden_layers, layer_selection)
+    try:
+        with quiet_transformers():
+            decoder, loading = AutoModel.from_pretrained(
+                **source(base_model),
+                config=cut(copy.deepcopy(config), list(range(layers[-1] + 1))),
+                key_mapping={TEXT_WEIGHTS: ""},
+                dtype=dtype,
+                use_safetensors=True,  # anything else is a pickle
+                ignore_mismatched_sizes=True,  # they are told below
+                output_loading_info=True,
+            )
+    except Exception as error:  # a damaged file, a package that is not there, ...: any library's error
+        if getattr(config, "quantization_config", None):
+            raise quantised(base_model, first_line(error)) from error
+        raise UserError(f"--base_model {base_model}: the weights cannot be read ({first_line(error)})") from error
+    if getattr(decoder.config, "quantization_config", None):  # gone where transformers made plain weights of them
+        raise quantised(base_model, "and stay so when loaded")
+    stack = getattr(decoder, "layers", None)
+    if not isinstance(stack, nn.ModuleList) or len(stack) != layers[-1] + 1:
+        raise unlike_llama(base_model, decoder, f"no list of {layers[-1] + 1} `layers`")
+    for index in layers:
+        if lacking := what_lacks(stack[index]):
+            raise unlike_llama(base_model, decoder, f"layer {index + 1} has no {lacking}")
+    if has_adapters(decoder):
+        raise UserError(f"--base_model {base_model}: it has adapters; merge them into its weights first")
+    lacking = sorted(loading["missing_keys"]) + sorted(str(key) for key, *_ in loading["mismatched_keys"])
+    if lacking:
+        raise UserError(
+            f"--base_model {base_model}: its weights lack {len(lacking)} tensors, or have them in another shape, "
+            f"{lacking[0]} for one"
+        )
+    return keep_layers(decoder, layers)
+
+
+def unlike_llama(base_model: str | Path, decoder: nn.Module, reason: str) -> UserError:
+    return UserError(
+        f"--base_model {base_model}: the layers of {type(decoder).__name__} are not a LLaMA-like decoder's ({reason}); "
+        "choose another base"
+    )
+
+
+def keep_layers(decoder: nn.Module, layers: list[int]) -> nn.Module:
+    """Drop all layers but `layers`, and renumber what is left for the key-value cache."""
+    decoder.layers = nn.ModuleList(decoder.layers[index] for index in layers)
+    renumber(decoder.layers)
+    cut(decoder.config, layers)  # which the attention modules hold too
+    return decoder
+
+
+def prompt_ids(base_model: str | Path) -> dict[str, list[int]]:
+    """Token ids of the prompt: the prefix after the tokenizer's start tokens if it has any, the response without.
+
+    What a tokenizer adds at the end of a text is left out: the text goes on.
+    """
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(**source(base_model))
+            marked = tokenizer(PREFIX).input_ids
+            prefix, response = (tokenizer(text, add_special_tokens=False).input_ids for text in (PREFIX, RESPONSE))
+    except Exception as error:  # tokenizers raise what they like
+        raise UserError(f"--base_model {base_model}: its tokenizer cannot be read ({first_line(error)})") from error
+    if not prefix or not response:
+        raise UserError(f"--base_model {base_model}: its tokenizer makes no tokens of the prompt")
+    begin = next((at for at in range(len(marked)) if marked[at : at + len(prefix)] == prefix), None)
+    if begin is None:
+        raise UserError(f"--base_model {base_model}: its tokenizer splits the prompt otherwise with a start token")
+    starts = [token for token in dict.fromkeys(marked[:begin]) if token != prefix[0]]  # none twice
+    return {"prefix_ids": starts + prefix, "response_ids": response}
+
+
+def fingerprint(decoder: nn.Module, prompt: dict[str, list[int]]) -> str:
+    """SHA-256 of all weights, the prompt's token ids, and the rotation of positions, which has no weights."""
+    rope = getattr(decoder.config, "rope_parameters", None)
+    digest = hashlib.sha256(json.dumps([prompt, rope], sort_keys=True).encode())
+    for name, value in sorted(decoder.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_length(config: AutoConfig, max_length: int, prompt: int) -> None:
+    """UserError where a history of `max_length` items and `prompt` tokens are more than the base can look back on."""
+    limits = {"max_position_embeddings": "positions"}
+    if set(getattr(config, "layer_types", None) or []) != {"full_attention"}:
+        limits |= {"sliding_window": "window", "attention_chunk_size": "chunk"}
+    for name, what in limits.items():
+        limit = getattr(config, name, None)
+        if limit and limit < max_length + prompt:
+            advice = f"at most {limit - prompt}" if limit > prompt else "another base"
+            raise UserError(
+                f"--max_seq_length {max_length}: history and prompt ({prompt} tokens) exceed the base's "
+                f"{what} of {limit}; choose {advice}"
+            )
+
+
+def base_shape(config: AutoConfig) -> dict:
+    """What an adapter must find again in its base."""
+    return {
+        "model_type": config.model_type,
+        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+    }

@@ -1,0 +1,216 @@
+"""Teacher and student: built from flags and a base, saved without the base, loaded on the same base alone."""
+
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models.llm.attention import lora_targets
+from models.llm.decoder import (
+    base_config,
+    base_shape,
+    fingerprint,
+    first_line,
+    keep_layers,
+    load_decoder,
+    prompt_ids,
+    quiet_transformers,
+    unlike_llama,
+)
+from models.llm.recommender import PLAIN, LLMRec
+from utils.assets import base_model_path
+from utils.cli import ROOT
+from utils.errors import UserError
+from utils.files import load_tensors, read_json, save_tensors
+
+HEADS_FILE, ADAPTER_FOLDER, DECODER_FILE = "rec_heads.safetensors", "adapter", "decoder.safetensors"
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a teacher or student keeps of its base model.
+
+    decoder: as `load_decoder` returns it. prompt: of `prompt_ids`. fingerprint: SHA-256 of both.
+    """
+
+    decoder: nn.Module
+    prompt: dict[str, list[int]]
+    fingerprint: str
+
+
+def load_base(config: dict, base_model: str | Path) -> Base:
+    """What resolved flags keep of the base at `base_model`; UserError where it is not what LLMRec can compute with."""
+    prompt = prompt_ids(base_model)
+    dtype = torch.float32 if config["train_strategy"] == "full" else getattr(torch, config["dtype"])
+    decoder = load_decoder(base_model, config["num_layers"], config["layer_selection"], dtype)
+    try:
+        rows = len(decoder.get_input_embeddings().weight)
+    except (AttributeError, NotImplementedError) as error:
+        raise unlike_llama(base_model, decoder, "no embedding of tokens") from error
+    largest = max(prompt["prefix_ids"] + prompt["response_ids"])
+    if largest >= rows:
+        raise UserError(
+            f"--base_model {base_model}: its tokenizer makes token {largest} of the prompt, its embedding has {rows} "
+            "rows; give it the tokenizer that belongs to it"
+        )
+    found = fingerprint(decoder, prompt)
+    check_packing(decoder, prompt, config["max_seq_length"], base_model)
+    return Base(decoder, prompt, found)
+
+
+def check_base(config: dict, found: str, base_model: str, folder: Path) -> None:
+    """UserError unless the fingerprint of `base_model`, `found`, is the one that the run in `folder` recorded."""
+    recorded = config.get("base_fingerprint")
+    if recorded is None:
+        print(f"{folder} is of a version that recorded no fingerprint of its base: {base_model} is taken for it")
+    elif recorded != found:
+        raise UserError(
+            f"{folder} was trained on a base with fingerprint {recorded[:16]}, {base_model} has {found[:16]}: other "
+            "weights or another tokenizer; bring back the base that it was trained on, or train it anew"
+        )
+
+
+def kind(layer: nn.Module) -> str:
+    """What tells layers apart beside their weights and their number."""
+    parts = []
+    for name, module in layer.named_modules():
+        plain = {n: v for n, v in vars(module).items() if isinstance(v, bool | int | float | str) and n != "layer_idx"}
+        parts.append((name, type(module).__name__, plain, [tuple(p.shape) for p in module.parameters(recurse=False)]))
+    return repr(parts)
+
+
+@torch.no_grad()
+def check_packing(decoder: nn.Module, prompt: dict[str, list[int]], max_length: int, base_model: str | Path) -> None:
+    """UserError unless `LLMRec.states` are those of transformers' own forward pass, `plain_states`.
+
+    Tried in float32 on copies of the first two layers of each kind, with two short histories: it costs little, and
+    catches what no list of architectures could. transformers' `eager` attention honours every argument of a layer.
+    """
+    some: dict[str, list[int]] = {}
+    for index, layer in enumerate(decoder.layers):
+        some.setdefault(kind(layer), []).append(index)
+    layers = sorted(index for alike in some.values() for index in alike[:2])
+    embed, (P, R) = decoder.get_input_embeddings(), map(len, prompt.values())
+    words = embed(torch.tensor([*prompt["prefix_ids"], *prompt["response_ids"]])).float()  # (P + R, h)
+    left_out = [layer for index, layer in enumerate(decoder.layers) if index not in layers]
+    not_copied = {id(layer): layer for layer in left_out} | {id(embed): nn.Embedding.from_pretrained(words)}
+    try:
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
+            torch.manual_seed(0)
+            twin = keep_layers(copy.deepcopy(decoder, not_copied), layers).float().eval()
+            histories = torch.tensor([[0, 0, 1], [1, 2, 3]])[:, -max_length:]
+            model = LLMRec(
+                twin,
+                torch.randn(4, 8),
+                prefix_ids=list(range(P)),
+                response_ids=list(range(P, P + R)),
+                max_length=max_length,
+                train_strategy="frozen",
+            ).eval()
+            newest = torch.zeros_like(histories, dtype=torch.bool)
+            newest[:, -1] = True
+            boundaries = list(range(1, len(layers) + 1))
+            found = [model.states(histories, newest, boundaries)]
+            with model.for_inference():
+                found.append(model.states(histories, newest, boundaries))
+            twin.set_attn_implementation("eager")
+            model.fast = PLAIN
+            expected = model.states(histories, newest, boundaries)  # (2, K, h)
+    except UserError:
+        raise
+    except Exception as error:  # what another architecture does with our arguments is anybody's guess
+        raise unlike_llama(base_model, decoder, f"{type(error).__name__}: {first_line(error)}") from error
+    off = max(((states - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item() for states in found)
+    if not off < 1e-4:  # NaN is refused too
+        raise unlike_llama(base_model, decoder, f"packed, they give states that differ by {off:.0e}")
+
+
+def build_llm_rec(config: dict, base: Base, item_table: torch.Tensor) -> LLMRec:
+    """A model with fresh heads and adapters from resolved flags."""
+    adapted = config["train_strategy"] == "lora"
+    return LLMRec(
+        base.decoder,
+        item_table,
+        **base.prompt,
+        max_length=config["max_seq_length"],
+        train_strategy=config["train_strategy"],
+        lora={
+            "r": config["lora_r"],
+            "lora_alpha": config["lora_alpha"],
+            "lora_dropout": config["lora_dropout"],
+            "target_modules": lora_targets(base.decoder.layers, config["lora_target_modules"]) if adapted else [],
+        },
+    )
+
+
+def recorded_base(config: dict, base_model: str | Path | None = None) -> str:
+    """Where the base is of the run that recorded `config`; `base_model`: where it is now, if not there.
+
+    On the hub it is the revision that the run was trained on, whatever has become of the model since.
+    """
+    recorded = config["base_model"]
+    if base_model is None:
+        try:
+            return base_model_path(recorded, ROOT)
+        except UserError as error:
+            reason = str(error).removeprefix("--base_model ")
+            raise UserError(f"the base model of this run is no longer there; bring it back: {reason}") from error
+    found = base_model_path(str(base_model))
+    same = "@" in recorded and not Path(found).is_dir() and found.partition("@")[0] == recorded.partition("@")[0]
+    return recorded if same else found
+
+
+def save_llm_rec(model: LLMRec, folder: Path) -> None:
+    """Write what the base model does not have: heads with the item table, and the adapter or trained decoder."""
+    heads = {f"input_proj.{name}": value for name, value in model.input_proj.state_dict().items()}
+    heads |= {"score.weight": model.score.weight, "item_table": model.table}
+    save_tensors(heads, folder / HEADS_FILE)
+    if model.train_strategy == "lora":
+        # embeddings never train; left to itself, PEFT would ask the hub whether they have grown
+        model.decoder.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
+    elif model.train_strategy == "full":
+        trained = {name: value for name, value in model.decoder.named_parameters() if value.requires_grad}
+        save_tensors(trained, folder / DECODER_FILE)
+
+
+def load_llm_rec(folder: str | Path, base_model: str | Path | None = None) -> LLMRec:
+    """A saved teacher or student from its run folder, in eval mode, with identical scores.
+
+    base_model: where its base is now, if not where the run found it. A bfloat16 run computed under autocast: use the
+    model under it too. Raises UserError where files are missing or damaged, or the base has another shape or other
+    weights than the one that the run was trained on.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json", f"{folder} is no run folder: it has no config.json")
+    base_model = recorded_base(config, base_model)
+    shape, found = config["base_shape"], base_shape(base_config(base_model))
+    if shape != found:
+        raise UserError(f"{folder} was trained on a base with {shape}, but {base_model} has {found}")
+    saved = load_tensors(folder / HEADS_FILE)
+    base = load_base(config, base_model)
+    model = build_llm_rec(config, base, saved.pop("item_table"))
+    if model.train_strategy == "lora":
+        adapter = load_tensors(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
+        for name, value in adapter.items():  # PEFT writes lora_A.weight for what it holds as lora_A.default.weight
+            saved["decoder." + re.sub(r"(lora_[AB])", r"\1.default", name)] = value
+    elif model.train_strategy == "full":
+        saved |= {f"decoder.{name}": value for name, value in load_tensors(folder / DECODER_FILE).items()}
+    trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: value.shape for name, value in saved.items()}
+    if trained != found:
+        odd = min(name for name in trained.keys() | found.keys() if trained.get(name) != found.get(name))
+        raise UserError(f"{folder}: its weights do not fit {config['num_layers']} layers of {base_model}: {odd}")
+    check_base(config, base.fingerprint, base_model, folder)
+    model.load_state_dict(saved, strict=False)
+    return model.eval()
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters at inference (the paper's table 7: embedding, kept layers, adapter, heads), and those that train."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    return {"total": total, "trained": trained, "lora": lora}

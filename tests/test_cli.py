@@ -271,13 +271,14 @@ def test_other_errors_keep_their_traceback():
 def text_calls(tree: ast.AST):
     """Calls that read or write text, or start a process whose output is text, and the names of their keywords."""
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Call) or ast.unparse(node.func) == "os.open":
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) in ("os.open", "archive.open"):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         words = {word.arg for word in node.keywords}
         constants = [str(part.value) for arg in node.args for part in ast.walk(arg) if isinstance(part, ast.Constant)]
         binary = any(re.fullmatch("[rwax+]*b[+]?", text) for text in constants)
-        is_file = name in ("read_text", "write_text") or (name == "open" and not binary)
+        is_method = isinstance(node.func, ast.Attribute)
+        is_file = (is_method and name in ("read_text", "write_text")) or (name == "open" and not binary)
         if is_file or {"text", "universal_newlines"} & words:
             yield ast.unparse(node), words
 

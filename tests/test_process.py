@@ -6,7 +6,9 @@ import gzip
 import http.server
 import importlib.util
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -35,10 +37,18 @@ def make(place: Path, kind: str, name: str = "made", *flags: object) -> dict:
     return read(place / name) | {"printed": done.stdout, "err": done.stderr}
 
 
+def load_process():
+    """datasets/process.py as a module, where a process for each case would take too long."""
+    spec = importlib.util.spec_from_file_location("process", PROCESS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def read(folder: Path) -> dict:
     items, offsets, times = (np.load(folder / f"{n}.npy").tolist() for n in ("items", "offsets", "timestamps"))
-    users = (folder / "user_ids.txt").read_text().splitlines()
-    rows = [line.split("\t") for line in (folder / "items.tsv").read_text().splitlines()[1:]]
+    users = (folder / "user_ids.txt").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in (folder / "items.tsv").read_text(encoding="utf-8").splitlines()[1:]]
     info = json.loads((folder / "dataset.json").read_text())
     assert min(items) == 1 and max(items) == len(rows) == info["items"] and len(users) == info["users"]
     found = {}
@@ -190,13 +200,12 @@ def test_export_and_lists_are_inverse(tmp_path):
     made = make(tmp_path, "interactions", "a", "--input", tmp_path / "a.csv", "--timestamp", "time")
     done = process("export", tmp_path / "a")
     lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert lines[0] == ["user_id", "item_ids", "timestamps"]
-    for user, items, times in lines[1:]:
+    assert lines[0] == ["user_id", "item_ids", "timestamps", "item_numbers"]
+    for user, items, times, _ in lines[1:]:
         assert list(zip(items.split(), map(int, times.split()), strict=True)) == made["users"][user]
-    body = re.sub(r"[ui]", "", done.stdout.split("\n", 1)[1])  # whole numbers, as the format has them
-    (tmp_path / "b.tsv").write_text("user_id\titem_ids\ttimestamps\n" + body)
+    (tmp_path / "b.tsv").write_text(done.stdout)
     again = make(tmp_path, "lists", "b", "--input", tmp_path / "b.tsv")
-    assert again["users"] == {user[1:]: [(item[1:], t) for item, t in s] for user, s in made["users"].items()}
+    assert again["users"] == made["users"] and again["info"]["fingerprint"] == made["info"]["fingerprint"]
 
 
 def test_stats_prints_table_1(tmp_path):
@@ -278,7 +287,7 @@ def test_blocks_of_a_large_file_are_parsed_in_parallel_and_nothing_is_lost_betwe
         ("lists", b"user_id\titem_ids\ttimestamps\n1\t2 3\t5\n", "2 items but 1 timestamps"),
         ("lists", b"user_id\titem_ids\ttimestamps\n1\t2\t5\n1\t2\t5\n", "line 3: user 1 stands in line 2"),
         ("prepared", b"reviewerID,title\nA,B\n", "no column 'asin'"),
-        ("prepared", b'reviewerID,asin\nA,"[1, 2.5]"\nB,none\n', "line 3: asin is no list"),
+        ("prepared", b'reviewerID,asin\nA,"[1, 2]"\nB,none\n', "line 3: asin is no list"),
         ("interactions", b"user_id,item_id\n", "no row"),
     ],
 )
@@ -382,11 +391,241 @@ def test_download_from_a_bad_mirror_gives_one_line_and_no_file(mirror, tmp_path)
     assert not list(tmp_path.glob("*.gz"))
 
 
+# --- what stands at the place of the dataset ---
+
+SMALL = "user_id,item_id,timestamp\nu,a,1\nu,b,2\nv,a,3\n"
+
+
+def contents(folder: Path) -> dict[str, bytes | str]:
+    """Everything below a folder: bytes of files, targets of links."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        found[str(path.relative_to(folder))] = (
+            str(path.readlink()) if path.is_symlink() else path.is_dir() or path.read_bytes()
+        )
+    return found
+
+
+def other_file(place: Path) -> list:
+    (place / "made" / "thesis.txt").write_text("three years")
+    return ["--input", place / "a.csv"]
+
+
+def only_other_files(place: Path) -> list:
+    (place / "made" / "dataset.json").unlink()
+    return other_file(place)
+
+
+def folder_within(place: Path) -> list:
+    (place / "made" / "items.npy").mkdir()
+    (place / "made" / "items.npy" / "thesis.txt").write_text("three years")
+    return ["--input", place / "a.csv"]
+
+
+def plain_file(place: Path) -> list:
+    (place / "made" / "dataset.json").unlink()
+    (place / "made").rmdir()
+    (place / "made").write_text("three years")
+    return ["--input", place / "a.csv"]
+
+
+def input_within(place: Path) -> list:
+    (place / "a.csv").rename(place / "made" / "items.tsv")
+    return ["--input", place / "made" / "items.tsv"]
+
+
+def input_by_link(place: Path) -> list:
+    (place / "a.csv").rename(place / "made" / "items.tsv")
+    (place / "link.csv").symlink_to(place / "made" / "items.tsv")
+    return ["--input", place / "link.csv"]
+
+
+def linked_folder(place: Path) -> list:
+    (place / "elsewhere").symlink_to(place / "made")
+    (place / "a.csv").rename(place / "made" / "items.tsv")
+    return ["--input", place / "elsewhere" / "items.tsv"]
+
+
+def link_within(place: Path) -> list:
+    (place / "made" / "items.tsv").symlink_to(place / "a.csv")
+    return ["--input", place / "made" / "items.tsv"]
+
+
+def titles_within(place: Path) -> list:
+    (place / "made" / "items.tsv").write_text("item_id\ttitle\na\tA\n")
+    return ["--input", place / "a.csv", "--titles", place / "made" / "items.tsv"]
+
+
+def missing_titles(place: Path) -> list:
+    return ["--input", place / "a.csv", "--titles", place / "nothing.tsv"]
+
+
+def output_is_a_file(place: Path) -> list:
+    return ["--input", place / "a.csv", "--output", place / "a.csv"]
+
+
+def link_to_itself(place: Path) -> list:
+    (place / "loop").symlink_to(place / "loop")
+    return ["--input", place / "a.csv", "--name", "loop"]
+
+
+REFUSED = [other_file, only_other_files, folder_within, plain_file, input_within, input_by_link, linked_folder]
+REFUSED += [link_within, titles_within, missing_titles, output_is_a_file, link_to_itself]
+
+
+@pytest.mark.parametrize("prepare", REFUSED)
+def test_what_is_not_ours_is_refused_before_anything_is_read(prepare, tmp_path, capsys, monkeypatch):
+    module = load_process()
+    (tmp_path / "a.csv").write_text(SMALL)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "dataset.json").write_text("{}")
+    flags = ["--name", "made", "--output", tmp_path, *prepare(tmp_path)]
+    before = contents(tmp_path)
+    monkeypatch.setattr(module, "in_order", lambda *_: pytest.fail("the source was read"))
+    with pytest.raises(SystemExit) as ended:
+        module.main(["interactions", *map(str, flags)])
+    assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert contents(tmp_path) == before
+
+
+def test_downloads_are_not_replaced_by_a_dataset_of_their_folder_s_name(tmp_path):
+    (tmp_path / "raw").mkdir()
+    for name in ("r.json", "meta.json"):
+        (tmp_path / "raw" / name).write_text(GOOD)
+    flags = ["--input", tmp_path / "raw/r.json", "--meta", tmp_path / "raw/meta.json", "--filter", "none"]
+    done = process("amazon2018", *flags, "--name", "raw", "--output", tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert contents(tmp_path) == {"raw": True, "raw/r.json": GOOD.encode(), "raw/meta.json": GOOD.encode()}
+
+
+def test_a_dataset_is_replaced_and_a_link_to_it_stays_one(tmp_path):
+    (tmp_path / "a.csv").write_text(SMALL)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "made").symlink_to(tmp_path / "disk" / "set")
+    for order in ("time", "file"):
+        flags = ["--input", tmp_path / "a.csv", "--timestamp", "timestamp", "--order", order]
+        info = make(tmp_path, "interactions", "made", *flags)["info"]
+        assert info["order"].startswith(order) and (tmp_path / "made").is_symlink()
+    assert (tmp_path / "disk" / "set" / "dataset.json").is_file()
+
+
+KILLS = """
+import importlib.util, json, os, shutil, sys
+
+spec = importlib.util.spec_from_file_location("process", sys.argv[1])
+process = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(process)
+place = sys.argv[2]
+flags = ["interactions", "--input", f"{place}/new.csv", "--timestamp", "timestamp", "--name", "made", "--output", place]
+
+
+def run(killed_before=None):
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    seen = []
+
+    def hook(event, arguments):
+        if event == "ctypes.dlsym" or any(".made." in str(argument) for argument in arguments):
+            seen.append(event)
+        if killed_before is not None and len(seen) > killed_before:
+            os._exit(9)
+
+    sys.addaudithook(hook)
+    sys.stdout = open(os.devnull, "w")
+    process.main(flags)
+    os._exit(0)
+
+
+def state():
+    info = json.load(open(f"{place}/made/dataset.json"))
+    sizes = [os.path.getsize(f"{place}/made/{name}.npy") for name in ("items", "timestamps")]
+    assert sizes == [128 + 4 * info["interactions"], 128 + 8 * info["interactions"]], sizes
+    return {3: "new", 4: "old"}[info["interactions"]]
+
+
+event, ended = 0, 9
+while ended == 9:
+    shutil.rmtree(f"{place}/made")
+    shutil.copytree(f"{place}/keep", f"{place}/made")
+    ended = run(killed_before=event)
+    found = state()
+    assert run() == 0 and state() == "new", event
+    print(found, sorted(set(os.listdir(place)) - {"keep", "made", "new.csv", "old.csv", ".made.lock"}))
+    event += 1
+"""
+
+
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_dataset_and_nothing_else_in_the_end(tmp_path):
+    """Before each event that touches a file beside the dataset, a process of its own is killed and then run again."""
+    (tmp_path / "old.csv").write_text(SMALL + "w,a,4\n")
+    (tmp_path / "new.csv").write_text(SMALL)
+    make(tmp_path, "interactions", "made", "--input", tmp_path / "old.csv", "--timestamp", "timestamp")
+    shutil.copytree(tmp_path / "made", tmp_path / "keep")
+    done = subprocess.run([sys.executable, "-c", KILLS, PROCESS, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) > 10 and {line.split(" ", 1)[1] for line in lines} == {"[]"}
+    assert lines == sorted(lines, reverse=True) and lines[0] == "old []" and lines[-2:] == ["new []"] * 2
+
+
+def test_two_processes_that_make_one_dataset_both_end_well(tmp_path):
+    (tmp_path / "a.csv").write_text("user_id,item_id\n" + "".join(f"{n % 999},{n % 77}\n" for n in range(50_000)))
+    command = [
+        sys.executable,
+        PROCESS,
+        "interactions",
+        "--input",
+        tmp_path / "a.csv",
+        "--name",
+        "made",
+        "--output",
+        tmp_path,
+    ]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    ended = [(*one.communicate(), one.returncode) for one in both]
+    assert all(code == 0 for *_, code in ended), ended
+    assert read(tmp_path / "made")["info"]["interactions"] == 50_000
+    assert {path.name for path in tmp_path.iterdir()} == {"a.csv", "made", ".made.lock"}
+
+
+# --- on its own ---
+
+
 def test_stand_alone():
-    """No import from or into the rest."""
-    source = PROCESS.read_text()
-    assert not re.search(r"^(from|import) (utils|models|datasets)\b", source, re.M)
-    others = [p for p in ROOT.rglob("*.py") if not {".venv", "tests"} & set(p.relative_to(ROOT).parts)]
-    assert not any(re.search(r"^(from|import) datasets\b", p.read_text(), re.M) for p in others)
-    spec = importlib.util.spec_from_file_location("process", PROCESS)
-    assert spec and "datasets" not in sys.modules.get("process", sys).__name__
+    """Of the rest it imports two modules that need no torch, and nothing imports it."""
+    folder = PROCESS.parent
+    assert not (folder / "__init__.py").exists()
+    for path in folder.glob("*.py"):
+        imported = re.findall(
+            r"^(?:from|import) ((?:utils|models|datasets)\S*)", path.read_text(encoding="utf-8"), re.M
+        )
+        assert set(imported) <= {"utils.errors", "utils.files"}, path
+    names = "|".join(path.stem for path in folder.glob("*.py"))
+    for path in ROOT.rglob("*.py"):
+        if not {".venv", "tests", "datasets"} & set(path.relative_to(ROOT).parts):
+            found = re.search(rf"^(from|import) (datasets|{names})\b", path.read_text(encoding="utf-8"), re.M)
+            assert not found, (path, found)
+
+
+def test_it_starts_without_torch_and_from_any_folder(tmp_path):
+    code = "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+    code += f"sys.argv = ['process.py', 'stats', 'none']; runpy.run_path({str(PROCESS)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "no dataset of that name" in done.stderr and done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"}])
+def test_all_text_is_utf_8_whatever_the_locale(locale, tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "user_id,item_id,title\n\u00fc\u4e2d,\u00e9,Caf\u00e9 \u4e2d\n\u00fc\u4e2d,b,x\n", encoding="utf-8"
+    )
+    options = {"env": os.environ | {"PYTHONCOERCECLOCALE": "0"} | locale, "capture_output": True}
+    flags = ["--input", tmp_path / "a.csv", "--title", "title", "--name", "made", "--output", tmp_path]
+    done = subprocess.run([sys.executable, PROCESS, "interactions", *flags], **options)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "made" / "items.tsv").read_text(
+        encoding="utf-8"
+    ) == "item_id\ttitle\n\u00e9\tCaf\u00e9 \u4e2d\nb\tx\n"
+    done = subprocess.run([sys.executable, PROCESS, "export", tmp_path / "made"], **options)
+    assert done.stdout.decode("utf-8") == "user_id\titem_ids\ttimestamps\n\u00fc\u4e2d\t\u00e9 b\t\n", done.stderr

@@ -2,8 +2,8 @@
 
     python benchmarks/tables.py      as `make docs` does
 
-A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a key of TABLES. What stands
-there is replaced; the rest of a file is left as it is.
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`, neither indented, where NAME is a key of
+TABLES. What stands there is replaced; the rest of a file is left as it is.
 """
 
 import argparse
@@ -22,7 +22,10 @@ from utils.report import comparison, markdown_table
 
 RESULTS = ROOT / "results"
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PLACE = re.compile(r"^<!-- table: (.*?) -->\n(.*?)^<!-- end -->$", re.M | re.S)
+PLACE, MARK = (
+    re.compile(r"^<!-- table: (.*) -->\n(?s:.*?)^<!-- end -->$", re.M),
+    re.compile(r"^<!-- ?(?:table|end)\b", re.M),
+)
 PRINTED = ("HR@1", "HR@5", "NDCG@5", "MRR")  # by the paper
 BESIDE = {"sr": "SASRec", "teacher": "E4SRec_8", "student": "SLMRec_4<-8"}  # the paper's row for each step's run
 
@@ -121,14 +124,15 @@ TABLES: dict[str, Callable[[], str]] = {
 def filled(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
     """`text` with every table as the records have it; UserError where a place is not understood."""
 
+    if len(MARK.findall(text)) != 2 * len(PLACE.findall(text)):
+        raise UserError("a <!-- table: NAME --> or <!-- end --> stands alone, or shares its line")
+
     def fill(place: re.Match) -> str:
-        name, old = place.groups()
-        if name not in tables or "<!-- table:" in old:
-            raise UserError(f"<!-- table: {name} -->: no such table, or no <!-- end --> after it")
+        name = place[1]
+        if name not in tables:
+            raise UserError(f"<!-- table: {name} -->: no such table; it is one of {', '.join(tables)}")
         return f"<!-- table: {name} -->\n\n{tables[name]()}\n\n<!-- end -->"
 
-    if text.count("<!-- table:") != text.count("<!-- end -->"):
-        raise UserError("a place for a table lacks its <!-- end -->")
     return PLACE.sub(fill, text)
 
 

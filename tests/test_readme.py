@@ -131,6 +131,17 @@ def test_commands_use_flags_that_exist(page, script, arguments, monkeypatch):
         cli.resolve(importlib.import_module(name).main, SECTIONS.get(name), arguments, models=MODELS)
 
 
+def test_flags_that_are_named_exist():
+    """Of some script, those alone that stand in code spans without a command."""
+    known = {flag for kind in MODELS.values() for flag in kind.Config.__dataclass_fields__} | set(cli.FLAGS)
+    for path in (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("datasets/*.py")):
+        known |= set(re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8")))
+    for name, text in PAGES.items():
+        spans = re.findall(r"`(?!python)([^`]*--[^`]*)`", FENCE.sub("", text)) if name != "datasets/README.md" else []
+        flags = {flag for span in spans for flag in re.findall(r"--(\w+)", span)}
+        assert flags <= known | {"help"}, name
+
+
 @pytest.mark.parametrize(("page", "target"), each(r"(?m)(?:`|^)make (\w+)"))
 def test_targets_of_make_exist(page, target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)

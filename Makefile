@@ -5,7 +5,7 @@ VENV = "$${VIRTUAL_ENV:-.venv}"
 PY = $(VENV)/bin/python
 CHECK = -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
 
-.PHONY: run test records setup lint
+.PHONY: run test docs records setup lint
 
 run: setup
 	$(PY) train_sr_trad.py --resume auto
@@ -15,6 +15,9 @@ run: setup
 
 test: setup lint
 	$(PY) -m pytest
+
+docs: setup
+	$(PY) benchmarks/tables.py
 
 records: setup
 	$(PY) -m pytest -m records

@@ -1,77 +1,213 @@
-"""What the README claims and code can break: tables as they are printed, names of files, commands and flags."""
+"""What the README and docs/ claim and code can break: files, links, commands and their flags, worked examples."""
 
+import ast
 import importlib
-import inspect
-import json
+import importlib.util
 import re
+import shlex
+import subprocess
+import sys
+import types
 from collections import Counter
 from itertools import product
 
 import pytest
-from conftest import ROOT
+import torch
+import yaml
+from conftest import ROOT, make_sequences
+from test_kill import TITLES, outcome, sources, step  # noqa: F401
 
-from benchmarks import cost, llm_step, order, same_metrics, seeds
+import extract_emb
+import recommend
+import train_sr_trad
+from models.sr import MODELS
+from models.sr.sasrec import SASRec
 from utils import cli
-from utils.report import comparison
+from utils.files import load_tensors
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BENCHMARKS = ROOT / "results" / "benchmarks"
-
-
-@pytest.mark.parametrize("dataset", ["ml-100k", "beauty", "clothing2014"])
-def test_the_results_tables_are_those_of_the_committed_records(dataset):
-    records = sorted(BENCHMARKS.parent.glob(f"runs/{dataset}-*.json"))
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in records]
-    assert {run["config"]["kind"] for run in runs} == {"sr", "teacher", "student"}
-    assert comparison(runs) in README
+PATHS = [ROOT / "README.md", ROOT / "datasets/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
+README, EXTEND, DIFFERENCES = (PAGES[name] for name in ("README.md", "docs/extend.md", "docs/differences.md"))
+SECTIONS = {"train_sr_trad": "sr", "extract_emb": "extract", "finetune": "teacher", "distill": "student"}
+MADE = {"models/sr/gru4rec.py", "tests/test_gru4rec.py", "recipes/mine.yaml"}  # by who follows a page
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
 
 
-TABLES = {"order": order.table, "llm_step": llm_step.speed_table, "cost": cost.measures_table, "seeds": seeds.table}
-TABLES |= dict.fromkeys(("same_metrics", "same_metrics_dropout"), same_metrics.table)
+def blocks(page: str, language: str) -> list[str]:
+    return [text for found, text in FENCE.findall(page) if found == language]
 
 
-@pytest.mark.parametrize(("name", "table"), TABLES.items())
-def test_the_tables_of_benchmarks_are_those_of_their_records(name, table):
-    assert table(json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))) in README
-
-
-def test_the_papers_hours_stand_beside_what_a_gpu_measured():
-    """PAPER, table 7: 3.95 and 0.60 hours an epoch, 0.415 and 0.052 hours of inference."""
-    record = json.loads((BENCHMARKS / "llm_step.json").read_text(encoding="utf-8"))
-    assert llm_step.paper_table(record) in README
-    assert llm_step.paper_table(record).count("not measured") == 2
-    record["settings"]["base_model"], record["environment"]["hardware"] = llm_step.LLAMA, "some GPU"
-    record["rows"] = [{"kind": "training", "released": "32 layers", "ours": "student 4", "ratio": 41.26}]
-    found = llm_step.paper_table(record).splitlines()
-    assert [cell.strip() for cell in found[2].split("|")[2:-1]] == ["3.95", "0.6", "6.6", "41.3, some GPU"]
-    assert [cell.strip() for cell in found[3].split("|")[2:-1]] == [
-        "0.415",
-        "0.052",
-        "8.0",
-        "needs a GPU, not measured",
+def each(pattern: str, *, fences: bool = True) -> list:
+    """Parameters (page, match) for all that a pattern finds in the pages."""
+    texts = {name: text if fences else FENCE.sub("", text) for name, text in PAGES.items()}
+    return [
+        pytest.param(n, m, id=f"{n}: {m}") for n, text in texts.items() for m in sorted({*re.findall(pattern, text)})
     ]
 
 
-@pytest.mark.parametrize("name", re.findall(r"`([a-z_/]+\.(?:py|yaml|md))`", README))
-def test_files_that_the_readme_names_exist(name):
-    places = ("", "models", "utils", "recipes", "datasets")
-    assert "mine" in name or any((ROOT / place / name).exists() for place in places), name
+def test_the_readme_is_read_once():
+    assert len(README.splitlines()) <= 170 and len(README.split()) <= 1800
 
 
-def test_commands_in_the_readme_use_flags_that_exist():
-    blocks = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
-    spans = [span.replace("\n", " ") for span in re.findall(r"(?<!`)`(python [^`]+)`", README)]
-    commands = [found for found in (re.match(r"python ([a-z_/]+\.py)(.*)", line) for line in blocks + spans) if found]
-    assert len(commands) >= 14
-    for script, flags in (found.groups() for found in commands):
+@pytest.mark.parametrize(("page", "name"), each(r"`([\w/.-]+\.(?:py|yaml|md|svg))`"))
+def test_files_that_are_named_exist(page, name):
+    places = [ROOT] if "/" in name else [ROOT, ROOT / "datasets"]
+    assert name in MADE or any((place / name).is_file() for place in places)
+
+
+@pytest.mark.parametrize(("page", "name"), each(r"`((?:\w+/)+)`"))
+def test_folders_that_are_named_exist(page, name):
+    assert (ROOT / name).is_dir() or name.startswith(("outputs/", "datasets/raw/", "adapter/"))
+
+
+def anchors(text: str) -> set[str]:
+    """As GitHub makes them from headings."""
+    titles = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize(("page", "link"), each(r"\]\(([^)\s]+)\)", fences=False))
+def test_links_resolve(page, link):
+    path, _, anchor = link.partition("#")
+    if path.startswith("https://"):
+        return
+    target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+    assert target.is_file()
+    assert not anchor or anchor in anchors(target.read_text(encoding="utf-8"))
+
+
+def test_no_page_needs_a_file_that_is_not_here():
+    assert not [name for name, text in PAGES.items() if re.search(r"PAPER\.md|DESIGN\.md|\.\./shared", text)]
+
+
+def test_the_tree_names_every_file_of_the_product_once():
+    named = []
+    for line in README.split("## Where things are")[1].split("```")[1].splitlines():
+        first, *others = re.findall(r"(?:^|(?<=  ))[\w/]+\.py(?=  )", line) if re.match(r"[\w/]+\.py", line) else [""]
+        named += [first, *(other if "/" not in first else first.rpartition("/")[0] + "/" + other for other in others)]
+    git = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    rooms = ("tests/", "benchmarks/", "datasets/")  # one line each
+    product = [name for name in git.stdout.split() if not name.startswith(rooms) and (ROOT / name).stat().st_size]
+    assert sorted(filter(None, named)) == sorted(product)
+
+
+# --- commands ---
+
+
+def commands() -> list:
+    """Parameters (page, script, arguments) for every `python SCRIPT.py ...` of the pages."""
+    found = {}
+    for name, text in PAGES.items():
+        lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
+        spans = [" ".join(span.split()) for span in re.findall(r"`(python [^`]+)`", FENCE.sub("", text))]
+        for line in lines + spans:
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["python"] and words[1].endswith(".py"):
+                words = words[: words.index(">")] if ">" in words else words
+                found[name, *words] = pytest.param(name, words[1], words[2:], id=f"{name}: {' '.join(words)}"[:120])
+    assert len(found) >= 40
+    return list(found.values())
+
+
+@pytest.mark.parametrize(("page", "script", "arguments"), commands())
+def test_commands_use_flags_that_exist(page, script, arguments, monkeypatch):
+    """Their values are of the right type too, but for benchmarks."""
+    for flag in re.findall(r'^ *"(\w+)": \("', PAGES[page], re.M):  # which the page itself adds
+        if f"--{flag}" in arguments:
+            at = arguments.index(f"--{flag}")
+            arguments = arguments[:at] + arguments[at + 2 :]
+    arguments = [word for word in arguments if word != "--help"]
+    if script.startswith("benchmarks/"):
         source = (ROOT / script).read_text(encoding="utf-8")
-        for flag in re.findall(r"--([a-z_]+)", flags.split("#")[0]):
-            assert f"    {flag}: " in source or re.search(f'"(--)?{flag}"', source), f"{script} --{flag}"
+        assert all(f'"{word}"' in source for word in arguments if word.startswith("--"))
+    elif script == "datasets/process.py":
+        spec = importlib.util.spec_from_file_location("process_of_commands", ROOT / script)
+        process = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(process)
+        process.parse(arguments)
+    else:
+        monkeypatch.setitem(MODELS, "gru4rec", SASRec)
+        name = script.removesuffix(".py")
+        cli.resolve(importlib.import_module(name).main, SECTIONS.get(name), arguments, models=MODELS)
 
 
-# released scripts | their flags | what became of them | here
-FLAG_MAP = re.findall(r"^\| (.+?\.py`) \| (.+?) \| (same|renamed|fixed|dead there) \| (.+?) \|$", README, re.M)
-SECTIONS = {"train_sr_trad": "sr", "finetune": "teacher", "distill": "student"}
+def test_flags_that_are_named_exist():
+    """Of some script, those alone that stand in code spans without a command."""
+    known = {flag for kind in MODELS.values() for flag in kind.Config.__dataclass_fields__} | set(cli.FLAGS)
+    for path in (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("datasets/*.py")):
+        known |= set(re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8")))
+    for name, text in PAGES.items():
+        spans = re.findall(r"`(?!python)([^`]*--[^`]*)`", FENCE.sub("", text)) if name != "datasets/README.md" else []
+        flags = {flag for span in spans for flag in re.findall(r"--(\w+)", span)}
+        assert flags <= known | {"help"}, name
+
+
+@pytest.mark.parametrize(("page", "target"), each(r"(?m)(?:`|^)make (\w+)"))
+def test_targets_of_make_exist(page, target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+
+
+# --- worked examples ---
+
+
+def test_what_the_readme_does_in_python_works(sources, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """With a small run in place of its own; it has none of the items, so that the popular ones are recommended."""
+    step(train_sr_trad, "sr", sources, "--item_dim", 8, "--output_dir", tmp_path / "run")
+    load, (code,) = recommend.load, blocks(README, "python")
+    monkeypatch.setattr(recommend, "load", lambda folder: load(tmp_path / "run"))
+    capsys.readouterr()
+    exec(code, {})
+    first, second = ast.literal_eval(capsys.readouterr().out)
+    assert len(first) == 3 and first == second and set(first) <= {*TITLES.values(), *(f"Film {n}" for n in range(41))}
+
+
+@pytest.fixture
+def gru4rec(monkeypatch) -> types.ModuleType:
+    """The module and the test of docs/extend.md, registered as it says."""
+    model, registry, test, *_ = blocks(EXTEND, "python")
+    module, registered = types.ModuleType("models.sr.gru4rec"), {}
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(model, module.__dict__)
+    exec(registry, registered)
+    assert registered["MODELS"] == MODELS | {"gru4rec": module.GRU4Rec}
+    monkeypatch.setitem(MODELS, "gru4rec", module.GRU4Rec)
+    exec(test, module.__dict__)
+    return module
+
+
+def test_the_model_of_extend_trains_and_gives_its_table(gru4rec, sources, tmp_path):  # noqa: F811
+    gru4rec.test_padding_changes_no_user_vector()
+    flags = ["--model", "gru4rec", "--item_dim", 6, "--hidden_size", 5, "--learning_rate", 1, "--warmup_steps", 1]
+    step(train_sr_trad, "sr", sources, *flags, "--output_dir", tmp_path / "run")
+    assert 0 <= outcome(tmp_path / "run")[0]["test"]["full"]["HR@10"] <= 1
+    argv = ["--dataset", sources / "data", "--model", "gru4rec", "--sr_dir", tmp_path / "run"]
+    argv = [*map(str, argv), "--output_dir", str(tmp_path / "table")]
+    extract_emb.main(**cli.resolve(extract_emb.main, "extract", argv, models=MODELS))
+    table = load_tensors(tmp_path / "table" / "item_embeddings.safetensors")["item_table"]
+    assert torch.equal(table, load_tensors(tmp_path / "run" / "model.safetensors")["items.weight"])
+
+
+def test_the_states_of_the_model_of_extend_are_those_of_each_history_alone(gru4rec):
+    config = gru4rec.GRU4Rec.Config(item_dim=8, hidden_size=6, num_layers=2)
+    model = gru4rec.GRU4Rec(config, make_sequences().training_part()).eval()
+    histories = torch.tensor([[0, 0, 3, 1, 2], [9, 8, 7, 6, 5], [0, 0, 0, 0, 4]])
+    found = model.states(histories)
+    for row, history in enumerate(histories):
+        own = history[history != 0]
+        for t in range(len(own)):
+            expected = model.out(model.gru(model.items(own[None, : t + 1]))[0][0, -1])
+            assert torch.allclose(found[row, len(history) - len(own) + t], expected, atol=1e-6)
+
+
+def test_the_recipe_of_extend_names_flags_of_its_model(gru4rec):
+    (text,) = blocks(EXTEND, "yaml")
+    flags = cli.flags_of(train_sr_trad.main, MODELS, "gru4rec")
+    assert set(yaml.safe_load(text)["sr"]["gru4rec"]) <= set(flags)
+
+
+# --- released scripts | their flags | what became of them | here ---
+
+FLAG_MAP = re.findall(r"^\| (.+?\.py`) \| (.+?) \| (same|renamed|fixed|dead there) \| (.+?) \|$", DIFFERENCES, re.M)
 
 
 def scripts_and_flags(row: tuple[str, ...]) -> tuple[list[str], list[str]]:
@@ -95,10 +231,15 @@ def test_the_map_of_released_flags_leads_to_flags_that_exist(row):
     assert here or row[2] != "renamed" or "`HF_HUB_CACHE`" in row[3]
     for flag, value, only in here:
         for script in [only] if only else scripts:
-            parameters = inspect.signature(importlib.import_module(script).main).parameters
-            assert flag in parameters, script
+            flags = cli.flags_of(importlib.import_module(script).main, MODELS)
+            assert flag in flags, script
             if value:
-                assert cli.coerce(f"--{flag}", value, parameters[flag].annotation, flag) is not None
+                assert cli.coerce(f"--{flag}", value, flags[flag]) is not None
     files = re.findall(r"`([a-z_/]+\.py)`", row[3])
     assert files or row[2] != "fixed", "where it is fixed"
     assert all((ROOT / path).is_file() for path in files)
+
+
+def test_faults_are_numbered():
+    numbers = re.findall(r"^\| (\d+) \|", DIFFERENCES, re.M)
+    assert numbers == [str(number) for number in range(1, len(numbers) + 1)] and len(numbers) == 9

@@ -1,0 +1,155 @@
+"""Fill the tables of README.md and docs/ from the records in results/.
+
+    python benchmarks/tables.py      as `make docs` does
+
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`, neither indented, where NAME is a key of
+TABLES. What stands there is replaced; the rest of a file is left as it is.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import cost, llm_step, order, same_metrics, seeds
+from utils import cli
+from utils.cli import ROOT
+from utils.errors import UserError
+from utils.files import read_json, whole_file
+from utils.report import comparison, markdown_table
+
+RESULTS = ROOT / "results"
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLACE, MARK = (
+    re.compile(r"^<!-- table: (.*) -->\n(?s:.*?)^<!-- end -->$", re.M),
+    re.compile(r"^<!-- ?(?:table|end)\b", re.M),
+)
+PRINTED = ("HR@1", "HR@5", "NDCG@5", "MRR")  # by the paper
+BESIDE = {"sr": "SASRec", "teacher": "E4SRec_8", "student": "SLMRec_4<-8"}  # the paper's row for each step's run
+
+
+def record(name: str) -> dict:
+    """A benchmark's record."""
+    return read_json(RESULTS / "benchmarks" / f"{name}.json", f"there is no record of benchmarks/{name}.py")
+
+
+def runs(dataset: str) -> list[dict]:
+    """The records of a dataset's runs, {"config", "metrics"} each."""
+    found = [read_json(path, "") for path in sorted((RESULTS / "runs").glob(f"{dataset}-*.json"))]
+    if not found:
+        raise UserError(f"there is no record of a run on {dataset}: python reproduce.py --dataset {dataset} --record")
+    return found
+
+
+def published() -> dict[str, dict[str, dict[str, float]]]:
+    """The paper's tables 2 and 3 in one: method, dataset, metric in percent."""
+    tables = read_json(RESULTS / "paper_tables.json", "")
+    return {method: found | tables["table_3"][method] for method, found in tables["table_2"].items()}
+
+
+def beside_paper(runs: list[dict], paper: dict) -> str:
+    """Sampled metrics of the runs in percent, and the paper's NDCG@5, each also as a share of SASRec's on that data."""
+    by_kind = {run["config"]["kind"]: run for run in runs}
+    base, datasets = by_kind["sr"]["metrics"]["test"]["sampled"]["NDCG@5"], list(paper["SASRec"])
+
+    def row(title: str, test: dict, size: int, seconds: float, theirs: list[str]) -> list[str]:
+        figures = [f"{100 * value:.2f}" for value in (*(test["sampled"][n] for n in PRINTED), test["full"]["NDCG@10"])]
+        share = f"{test['sampled']['NDCG@5'] / base:.2f}"
+        return [title, *figures, share, f"{size / 1e6:.1f} M", f"{seconds:.1f}", *theirs]
+
+    rows = []
+    for name, baseline in by_kind["sr"]["metrics"]["baselines"].items():
+        rows.append(row(name, baseline["test"], 0, baseline["score_test_seconds"], ["-"] * len(datasets)))
+    for kind, method in BESIDE.items():
+        found = by_kind[kind]["metrics"]
+        size, seconds = found["parameters"]["total"], found["seconds"]["score_test"]
+        title = by_kind[kind]["config"]["title"]
+        rows.append(row(title, found["test"], size, seconds, printed(paper, method)))
+    header = ["test users, %", *PRINTED, "full NDCG@10", "NDCG@5 / SASRec's", "params", "s to score"]
+    rows.append(["E4SRec, 32 layers", *["-"] * (len(header) - 1), *printed(paper, "E4SRec")])
+    return markdown_table([*header, *(f"paper, {name}" for name in datasets)], rows)
+
+
+def printed(paper: dict, method: str) -> list[str]:
+    """The paper's NDCG@5 of a method on each dataset, in brackets as a share of its SASRec's."""
+    pairs = [(paper[method][name]["NDCG@5"], base["NDCG@5"]) for name, base in paper["SASRec"].items()]
+    return [f"{value:.2f} ({value / base:.2f})" for value, base in pairs]
+
+
+def single_ratios(record: dict) -> str:
+    """What benchmarks/cost.py compares in pairs."""
+    micro, grouped, compiling = (record[name] for name in ("micro_batches", "sasrec_groups", "compile"))
+    rows = [("prefix shared by 4 micro-batches of 8", "one prefix each", micro["shared"] / micro["each"])]
+    for name, speeds in record["many_targets"].items():
+        rows.append((f"8 targets of a user on one history, {name}", "copies", speeds["shared"] / speeds["copies"]))
+    rows.append(("SASRec's users in groups of like lengths", "one piece", grouped["groups"] / grouped["one_piece"]))
+    after = f"torch.compile, dropout off, after {compiling['first_seconds']:.0f} s of compiling"
+    rows.append((after, "as it is", compiling["compiled"] / compiling["plain"]))
+    return markdown_table(["", "compared with", "ratio of speeds"], [[a, b, f"{ratio:.2f}"] for a, b, ratio in rows])
+
+
+def large_catalogues(record: dict) -> str:
+    """benchmarks/catalogue.py: seconds and memory beside the plain computation."""
+    found = record["summary"]
+    users = f"{int(record['settings']['users']):,} users of Beauty"
+    rows = [
+        [f"candidates, {users}, s", found["candidates_seconds"], found["candidates_released_seconds_each_pass"]],
+        [f"full ranking after the user vectors, {users}, s", found["rank_seconds"], found["rank_plain_seconds"]],
+        ["loss and gradient, 376,858 items of Cloth, s", found["loss_seconds"], found["loss_plain_seconds"]],
+        ["the same, peak memory, MiB", found["loss_peak_bytes"] / 2**20, found["loss_plain_peak_bytes"] / 2**20],
+    ]
+    cells = [[name, f"{ours:,.1f}", f"{plain:,.1f}", f"{plain / ours:.1f}"] for name, ours, plain in rows]
+    return markdown_table(["", "ours", "plain", "ratio"], cells)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "beside the paper": lambda: beside_paper(runs("ml-100k"), published()),
+    "runs of ml-100k": lambda: comparison(runs("ml-100k")),
+    "runs of beauty": lambda: comparison(runs("beauty")),
+    "runs of clothing2014": lambda: comparison(runs("clothing2014")),
+    "seeds": lambda: seeds.table(record("seeds")),
+    "order": lambda: order.table(record("order")),
+    "llm_step": lambda: llm_step.speed_table(record("llm_step")),
+    "hours of the paper": lambda: llm_step.paper_table(record("llm_step")),
+    "cost": lambda: cost.measures_table(record("cost")),
+    "single ratios": lambda: single_ratios(record("cost")),
+    "catalogue": lambda: large_catalogues(record("catalogue")),
+    "same_metrics": lambda: same_metrics.table(record("same_metrics")),
+    "same_metrics_dropout": lambda: same_metrics.table(record("same_metrics_dropout")),
+}
+
+
+def filled(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
+    """`text` with every table as the records have it; UserError where a place is not understood."""
+
+    if len(MARK.findall(text)) != 2 * len(PLACE.findall(text)):
+        raise UserError("a <!-- table: NAME --> or <!-- end --> stands alone, or shares its line")
+
+    def fill(place: re.Match) -> str:
+        name = place[1]
+        if name not in tables:
+            raise UserError(f"<!-- table: {name} -->: no such table; it is one of {', '.join(tables)}")
+        return f"<!-- table: {name} -->\n\n{tables[name]()}\n\n<!-- end -->"
+
+    return PLACE.sub(fill, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    for path in FILES:
+        old = path.read_text(encoding="utf-8")
+        try:
+            new = filled(old)
+        except UserError as error:
+            cli.stop("tables.py", f"{path}: {error}", 2)
+        if new != old:
+            with whole_file(path) as part:
+                part.write_text(new, encoding="utf-8")
+        print(f"{path.relative_to(ROOT)}: {len(PLACE.findall(new))} tables{'' if new == old else ', written anew'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The tables of the pages: what is filled in where, and the figures beside the paper's."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+from benchmarks import llm_step, tables
+from utils.errors import UserError
+
+RECORDS = ROOT / "results"
+
+
+def rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_a_table_replaces_what_stands_in_its_place_and_nothing_else():
+    example = "   <!-- table: x -->\n   <!-- end -->\n"  # indented: of a page that explains
+    text = f"a\n{example}\n<!-- table: x -->\n| old |\n<!-- end -->\nb\n<!-- table: y -->\n<!-- end -->\n"
+    made = {"x": lambda: "| new |", "y": lambda: r"| \1 |"}
+    once = tables.filled(text, made)
+    filled = "<!-- table: x -->\n\n| new |\n\n<!-- end -->\nb\n<!-- table: y -->\n\n| \\1 |\n\n<!-- end -->\n"
+    assert once == f"a\n{example}\n{filled}" == tables.filled(once, made)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- table: z -->\n<!-- end -->\n",
+        "<!-- table: x -->\n",
+        "<!-- end -->\n",
+        "<!-- table: x -->\n<!-- table: x -->\n<!-- end -->\n",
+        "<!-- table: x -->\n<!-- table: x -->\n<!-- end -->\n<!-- end -->\n",
+        "<!-- table: x --> \n<!-- end -->\n",
+        "<!-- table: x -->\n<!-- end --> b\n",
+        "<!--table: x-->\n<!-- end -->\n",
+    ],
+)
+def test_a_place_that_is_not_understood_is_refused(text):
+    with pytest.raises(UserError):
+        tables.filled(text, {"x": lambda: "| new |"})
+
+
+def test_one_line_says_which_page_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: z -->\n<!-- end -->\n", encoding="utf-8")
+    monkeypatch.setattr(tables, "FILES", [page])
+    monkeypatch.setattr("sys.argv", ["tables.py"])
+    with pytest.raises(SystemExit) as stop:
+        tables.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and str(page) in line and "z" in line
+    assert page.read_text(encoding="utf-8") == "<!-- table: z -->\n<!-- end -->\n"
+
+
+def test_the_papers_figures_stand_beside_ours_with_their_share_of_sasrecs():
+    """Recomputed from the files: ours in percent, in brackets NDCG@5 over SASRec's on the same data."""
+    paper = json.loads((RECORDS / "paper_tables.json").read_text(encoding="utf-8"))
+    ours = {}
+    for name in ("sasrec", "teacher-8", "student-4from8"):
+        run = json.loads((RECORDS / "runs" / f"ml-100k-{name}.json").read_text(encoding="utf-8"))
+        ours[run["config"]["title"]] = run["metrics"]
+    header, _, *body = rows(tables.beside_paper(tables.runs("ml-100k"), tables.published()))
+    assert [row[0] for row in body] == ["Popularity", *ours, "E4SRec, 32 layers"]
+    methods = {"SASRec": "SASRec", "Teacher-8": "E4SRec_8", "SLMRec-4<-8": "SLMRec_4<-8", "E4SRec, 32 layers": "E4SRec"}
+    for row in body:
+        cells = dict(zip(header, row, strict=True))
+        if row[0] in ours:
+            metrics = ours[row[0]]
+            for metric in ("HR@1", "HR@5", "NDCG@5", "MRR"):
+                assert float(cells[metric]) == pytest.approx(100 * metrics["test"]["sampled"][metric], abs=0.0051)
+            share = metrics["test"]["sampled"]["NDCG@5"] / ours["SASRec"]["test"]["sampled"]["NDCG@5"]
+            assert float(cells["NDCG@5 / SASRec's"]) == pytest.approx(share, abs=0.0051)
+            assert float(cells["params"].split()[0]) == pytest.approx(metrics["parameters"]["total"] / 1e6, abs=0.051)
+        for table, datasets in (("table_2", ("Cloth", "Movie")), ("table_3", ("Music", "Sport"))):
+            for name in datasets if row[0] in methods else ():
+                value, base = (paper[table][method][name]["NDCG@5"] for method in (methods[row[0]], "SASRec"))
+                found, share = re.fullmatch(r"([\d.]+) \(([\d.]+)\)", cells[f"paper, {name}"]).groups()
+                assert float(found) == value and float(share) == pytest.approx(value / base, abs=0.0051)
+
+
+def test_pairs_are_compared_by_their_ratios():
+    record = {"micro_batches": {"shared": 6.0, "each": 4.0}, "sasrec_groups": {"groups": 9.0, "one_piece": 3.0}}
+    record |= {"compile": {"compiled": 1.1, "plain": 1.0, "first_seconds": 54.2}}
+    record["many_targets"] = {"beauty": {"shared": 5.0, "copies": 2.0}}
+    assert [row[-1] for row in rows(tables.single_ratios(record))[2:]] == ["1.50", "2.50", "3.00", "1.10"]
+
+
+def test_the_papers_hours_stand_beside_what_a_gpu_measured():
+    """Table 7 of the paper: 3.95 and 0.60 hours per epoch, 0.415 and 0.052 hours of inference."""
+    record = json.loads((RECORDS / "benchmarks" / "llm_step.json").read_text(encoding="utf-8"))
+    assert llm_step.paper_table(record).count("not measured") == 2
+    record["settings"]["base_model"], record["environment"]["hardware"] = llm_step.LLAMA, "some GPU"
+    record["rows"] = [{"kind": "training", "released": "32 layers", "ours": "student 4", "ratio": 41.26}]
+    training, inference = rows(llm_step.paper_table(record))[2:]
+    assert training[1:] == ["3.95", "0.6", "6.6", "41.3, some GPU"]
+    assert inference[1:] == ["0.415", "0.052", "8.0", "needs a GPU, not measured"]

@@ -1,6 +1,6 @@
 """Recommend: the best next items for a history, from the run folder of any trained recommender.
 
-python recommend.py --history "Star Wars (1977); Fargo (1996)"            titles or ids, oldest first
+python recommend.py --history "Star Wars; Fargo"                          titles or ids, oldest first
 python recommend.py --input histories.jsonl --output top.csv              one history per line; - is standard input
 python recommend.py --run outputs/ml-100k/sasrec --history 50 --candidates candidates.txt
 

@@ -19,10 +19,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -58,15 +59,9 @@ BEAUTY_ITEMS, BEAUTY_LENGTHS = 12_101, (
 # --- the two computations ---
 
 
-@contextmanager
-def without(model: LLMRec, *measures: str) -> Iterator[None]:
+def without(model: LLMRec, *measures: str) -> AbstractContextManager:
     """Measures of `Fast` switched off."""
-    before = model.fast
-    model.fast = replace(before, **dict.fromkeys(measures, False))
-    try:
-        yield
-    finally:
-        model.fast = before
+    return patch.object(model, "fast", replace(model.fast, **dict.fromkeys(measures, False)))
 
 
 def released_output(model: LLMRec, histories: torch.Tensor, **options) -> ModelOutput:

@@ -33,7 +33,7 @@ from models.llm import decoder as decoders
 from models.llm import storage
 from models.llm.decoder import base_config, base_shape
 from models.llm.recommender import LLMRec
-from models.llm.storage import build_llm_rec, load_base, load_llm_rec
+from models.llm.storage import build_llm_rec, load_base, load_llm_rec, save_llm_rec
 from utils import assets
 from utils.errors import UserError
 from utils.files import write_json
@@ -450,7 +450,7 @@ def saved_run(folder: Path, base: Path | str, train_strategy: str = "lora", **ch
     found = load_base(config, base).fingerprint
     config |= {"base_model": str(base), "base_shape": base_shape(base_config(base)), "base_fingerprint": found}
     folder.mkdir()
-    model.save_pretrained(folder)
+    save_llm_rec(model, folder)
     write_json(config, folder / "config.json")
     return model
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import LORA, make_sequences, sasrec, tiny_llm_rec
+from conftest import make_sequences, sasrec
 from torch import nn
 
 from models.dropout import Dropout
@@ -50,11 +50,6 @@ def test_the_seed_decides_and_evaluation_drops_nothing():
     assert torch.equal(Dropout(1.0)(x), torch.zeros_like(x))
 
 
-def test_the_models_use_it():
-    models = (
-        tiny_llm_rec(2, lora=LORA | {"lora_dropout": 0.1}),
-        sasrec(make_sequences(), dropout=0.1),
-    )
-    for model in models:
-        found = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p]
-        assert found and all(type(module) is Dropout for module in found)
+def test_sasrec_uses_it():
+    found = [m for m in sasrec(make_sequences(), dropout=0.1).modules() if isinstance(m, nn.Dropout)]
+    assert len(found) >= 4 and all(type(module) is Dropout for module in found)

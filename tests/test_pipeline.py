@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, LlamaConfig, Qwen3NextConfig
 
 from models.llm.storage import load_llm_rec
+from models.sr import MODELS
 from utils import assets, cli
 from utils.data import Sequences
 from utils.errors import UserError
@@ -97,7 +98,7 @@ def weights(folder: Path) -> dict[str, str]:
 
 
 def test_run_folders_are_complete(work):
-    common = {"config.json", "metrics.json", "log.jsonl", "curve.png", "README.md", ".slmrec.lock"}
+    common = {"config.json", "metrics.json", "log.jsonl", "curve.png", "README.md", "items.jsonl", ".slmrec.lock"}
     adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md"}
     for name, own in {
         "sasrec": {"model.safetensors"},
@@ -214,7 +215,7 @@ def test_an_adapter_on_a_base_of_another_depth_is_refused(work, tiny_base, tmp_p
 
 
 def train(script: str, *arguments: object) -> None:
-    cli.run(importlib.import_module(script).main, SCRIPTS[script], [str(word) for word in arguments])
+    cli.run(importlib.import_module(script).main, SCRIPTS[script], list(map(str, arguments)), models=MODELS)
 
 
 def on_tiny(script: str, work: Path, more: list, folder: Path) -> list:
@@ -298,7 +299,7 @@ def refused(script: str, *arguments: object, place: Path, words: str, capsys, mo
     before = tree(place)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        cli.run(importlib.import_module(script).main, SCRIPTS[script], [str(word) for word in arguments])
+        cli.run(importlib.import_module(script).main, SCRIPTS[script], list(map(str, arguments)), models=MODELS)
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"{script}.py: "), lines
     assert words in lines[0], lines[0]

@@ -105,7 +105,7 @@ def test_histories_come_from_files_and_standard_input(name, text, piped, runs, t
         monkeypatch.setattr("sys.stdin", io.StringIO(text.lstrip("\ufeff")))
         source = "-"
     got = run(capsys, "--run", runs / "sasrec", "--input", source, "--output", tmp_path / "o.jsonl")
-    answers = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     direct = recommend.load(runs / "sasrec").recommend([["id4", "id5"], ["id6"], []])
     assert [[i["id"] for i in a["items"]] for a in answers] == [[i.id for i in a.items] for a in direct]
     assert "3 histories" in got.out and "per second" in got.out and answers[2]["by_popularity"]

@@ -254,7 +254,16 @@ def test_a_finished_run_is_left_alone_and_another_configuration_is_refused(tmp_p
     monkeypatch.setattr("utils.report.git_commit", lambda: "a" * 40)
     finish(*train(tmp_path / "a"))
     before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
-    held = {"config.json", "metrics.json", "model.safetensors", "log.jsonl", "curve.png", "README.md", LOCK}
+    held = {
+        "config.json",
+        "metrics.json",
+        "model.safetensors",
+        "log.jsonl",
+        "curve.png",
+        "README.md",
+        "items.jsonl",
+        LOCK,
+    }
     assert held == set(before)
     data = make_sequences(users=80)
     config = CONFIG | {"output_dir": str(tmp_path / "a"), "resume": "auto"}

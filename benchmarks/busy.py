@@ -25,7 +25,7 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 from benchmarks.llm_step import ours_loss, seconds, training_step
-from models.llm_rec import build_llm_rec
+from models.llm_rec import build_llm_rec, load_base
 from utils.assets import base_model_path, dataset_folder
 from utils.cli import ROOT, resolve
 from utils.data import Sequences, shuffled_batches, training_examples
@@ -46,7 +46,8 @@ def step_seconds(steps: int) -> float:
     batches = [examples.batch(part) for part in index]
     table = torch.randn(data.num_items + 1, 128) * 0.1
     table[0] = 0
-    model = build_llm_rec(config, base_model_path(config["base_model"]), table)
+    base = load_base(config, base_model_path(config["base_model"]))
+    model = build_llm_rec(config, base, table)
     training_step(model, ours_loss, batches[:1])()  # the first is slower
     return seconds(training_step(model, ours_loss, batches[1:])) / len(batches[1:])
 

@@ -5,6 +5,10 @@ python distill.py --lambda_ms 0 --output_dir outputs/ml-100k/student-cos-norm
 python distill.py --norm_form squared --block_reduction mean      the loss as the paper prints it
 """
 
+import utils.threads  # noqa: F401  before torch is imported
+
+# isort: split
+
 from pathlib import Path
 from typing import Literal
 

@@ -5,6 +5,10 @@ python evaluate.py --run outputs/ml-100k/sasrec --split valid
 python evaluate.py --negatives 99                               another number of sampled candidates
 """
 
+import utils.threads  # noqa: F401  before torch is imported
+
+# isort: split
+
 from pathlib import Path
 from typing import Literal
 

@@ -4,6 +4,10 @@ python extract_emb.py                                 from outputs/ml-100k/sasre
 python extract_emb.py --sr_dir outputs/my-data/sasrec --output_dir outputs/my-data/item_embeddings-sasrec
 """
 
+import utils.threads  # noqa: F401  before torch is imported
+
+# isort: split
+
 from pathlib import Path
 
 import torch

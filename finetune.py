@@ -5,6 +5,10 @@ python finetune.py --base_model Qwen/Qwen3-0.6B --num_layers 8 --dtype bfloat16
 python finetune.py --num_layers 4 --output_dir outputs/ml-100k/teacher-4
 """
 
+import utils.threads  # noqa: F401  before torch is imported
+
+# isort: split
+
 from pathlib import Path
 from typing import Literal
 

@@ -8,6 +8,10 @@ JSONL: a list of items per line, or an object with such a list under `history`. 
 cell. In Python: `recommend.load("outputs/ml-100k/sasrec").recommend([["50", "181"]], k=10)`.
 """
 
+import utils.threads  # noqa: F401  before torch is imported
+
+# isort: split
+
 import csv
 import json
 import sys

@@ -5,6 +5,10 @@ python train_sr_trad.py --dataset my-data --train_targets last
 python train_sr_trad.py --resume auto                 go on with an interrupted run
 """
 
+import utils.threads  # noqa: F401  before torch is imported
+
+# isort: split
+
 from dataclasses import asdict
 from typing import Literal
 

@@ -1,12 +1,13 @@
-"""A training step of the default teacher beside a busy process, under what OpenMP's threads do while they wait.
+"""A training step of the default teacher beside a busy process, by threads and by what they do while they wait.
 
     python benchmarks/busy.py
     python benchmarks/busy.py --settings default OMP_WAIT_POLICY=PASSIVE "OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1"
 
 Threads that spin at a barrier keep a core from the thread that they wait for. Each setting, environment variables that
-are read when torch is imported, gets a fresh process. The processes take turns: all settings on the machine as it is,
-then all beside a process that is always busy, at the lowest priority (nice 19), --repeats times. Ratios are to the
-first setting in the same turn; medians are reported. Run it on a machine that does nothing else.
+are read when torch is imported, gets a fresh process; "chosen" is what utils/threads.py sets at that moment. The
+processes take turns: all settings on the machine as it is, then all beside a process that is always busy, --repeats
+times. Ratios are to the first setting in the same turn; medians are reported. Run it on a machine that does nothing
+else.
 """
 
 import argparse
@@ -33,8 +34,9 @@ from utils.data import Sequences, shuffled_batches, training_examples
 from utils.files import write_json
 from utils.report import environment, markdown_table
 
-SETTINGS = ["default", "OMP_WAIT_POLICY=PASSIVE", "GOMP_SPINCOUNT=0", "GOMP_SPINCOUNT=1000", "GOMP_SPINCOUNT=10000"]
-SETTINGS += ["GOMP_SPINCOUNT=100000", "OMP_NUM_THREADS=1"]
+NAMED = ("default", "chosen")
+SETTINGS = [*NAMED, "OMP_WAIT_POLICY=PASSIVE", "GOMP_SPINCOUNT=0", "GOMP_SPINCOUNT=10000", "OMP_NUM_THREADS=1"]
+CHOSEN = "import os, utils.threads; print(os.environ.get('OMP_NUM_THREADS', os.cpu_count()))"
 LOADS = ("quiet", "busy")
 
 
@@ -47,7 +49,8 @@ def step_seconds(steps: int) -> float:
     batches = [examples.batch(part) for part in index]
     table = torch.randn(data.num_items + 1, 128) * 0.1
     table[0] = 0
-    model = build_llm_rec(config, load_base(config, base_model_path(config["base_model"])), table)
+    base = load_base(config, base_model_path(config["base_model"]))
+    model = build_llm_rec(config, base, table)
     training_step(model, ours_loss, batches[:1])()  # the first is slower
     return seconds(training_step(model, ours_loss, batches[1:])) / len(batches[1:])
 
@@ -58,7 +61,7 @@ def load(kind: str) -> Iterator[None]:
     if kind == "quiet":
         yield
         return
-    with subprocess.Popen([sys.executable, "-c", "import os\nos.nice(19)\nwhile True: pass"]) as process:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
         try:
             yield
         finally:
@@ -68,7 +71,12 @@ def load(kind: str) -> Iterator[None]:
 def measure(setting: str, steps: int) -> float:
     """`step_seconds` in a fresh process with no other variable of OpenMP than those of `setting`."""
     found = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
-    found |= dict(pair.split("=", 1) for pair in setting.split() if setting != "default")
+    if setting == "chosen":
+        command = [sys.executable, "-c", CHOSEN]
+        out = subprocess.run(command, cwd=ROOT, env=found, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
+        found["OMP_NUM_THREADS"] = out.strip()
+    elif setting != "default":
+        found |= dict(pair.split("=", 1) for pair in setting.split())
     command = [sys.executable, "-W", "ignore", __file__, "--steps", str(steps), "--child"]
     out = subprocess.run(command, env=found, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
     return float(out.splitlines()[-1])
@@ -91,18 +99,18 @@ def table(record: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", default=SETTINGS, help="default or NAME=VALUE ...")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are timed in each process")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--settings", nargs="+", default=SETTINGS, help="default, chosen or NAME=VALUE ...")
+    parser.add_argument("--steps", type=int, default=3, help="steps that are timed in each process")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "busy.json")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(step_seconds(args.steps))
         return
-    wrong = [pair for setting in args.settings if setting != "default" for pair in setting.split() if "=" not in pair]
+    wrong = [pair for words in args.settings if words not in NAMED for pair in words.split() if "=" not in pair]
     if wrong:
-        parser.error(f"--settings: {wrong[0]} is neither default nor NAME=VALUE")
+        parser.error(f"--settings: {wrong[0]} is none of default, chosen and NAME=VALUE")
     found = {setting: {kind: [] for kind in LOADS} for setting in args.settings}
     for turn in range(args.repeats):
         for kind in LOADS:

@@ -1,6 +1,10 @@
 """Tiny random models and synthetic data for unit tests; the real ones are in test_pipeline.py."""
 
+import os
 from pathlib import Path
+
+# tiny models are faster on one thread, and results do not depend on how busy the machine is
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -26,7 +26,7 @@ from models.llm.teacher_states import teacher_states
 from models.slmrec import SLMRec
 from models.sr import MODELS
 from utils import assets, cli
-from utils.data import Sequences, check_same_dataset, training_examples
+from utils.data import Examples, Sequences, check_same_dataset, training_examples
 from utils.errors import UserError
 from utils.files import load_tensors, sha256
 from utils.report import closing_table, finished_run
@@ -77,51 +77,63 @@ def main(
 ) -> None:
     config = dict(locals()) | {"kind": "student"}
     data = Sequences.load(assets.dataset_folder(dataset))
-    source = Path(teacher or cli.ROOT / "outputs" / data.name / "teacher-8")
-    make = f"{source} holds no finished teacher; make it: python finetune.py --dataset {dataset} --num_layers 8"
-    taught, _ = finished_run(source, make)
+    source, taught = find_teacher(config, data)
+    base = recorded_base(taught)
+    config["base_model"] = assets.record_base_model(taught["base_model"], base)
+    examples = training_examples(data, config["train_targets"], config["max_seq_length"])
+
+    run = Run(config, data, default_dir=f"student-{num_layers}from{taught['num_layers']}")
+    if not run.finished:
+        train_student(run, config, source, taught, base, examples)
+    run.print(closing_table(run.folder.parent, data.fingerprint))
+
+
+def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
+    """The teacher's folder and configuration; what the student inherits from it goes into `config`."""
+    source = Path(config["teacher"] or cli.ROOT / "outputs" / data.name / "teacher-8")
+    make = f"python finetune.py --dataset {config['dataset']} --num_layers 8"
+    taught, _ = finished_run(source, f"{source} holds no finished teacher; make it: {make}")
     if taught.get("kind") != "teacher":
         raise UserError(f"--teacher {source} is no run of finetune.py")
     check_same_dataset(data, taught.get("dataset_fingerprint"), source)
+    given, depth, blocks = config["max_seq_length"], taught["num_layers"], config["num_blocks"]
     cli.inherit(config, taught, INHERITED, cli.shown(source))
-    depth = taught["num_layers"]
-    if num_layers > depth:
-        raise UserError(f"--num_layers {num_layers}: the teacher has {depth} layers, a student needs no more")
+    if config["num_layers"] > depth:
+        raise UserError(f"--num_layers {config['num_layers']}: the teacher has {depth} layers, a student needs no more")
     if config["max_seq_length"] > taught["max_seq_length"]:
-        raise UserError(f"--max_seq_length {max_seq_length}: the teacher reads {taught['max_seq_length']} items")
-    if lambda_ms and num_blocks == 1:
+        raise UserError(f"--max_seq_length {given}: the teacher reads {taught['max_seq_length']} items")
+    if config["lambda_ms"] and blocks == 1:
         raise UserError("--num_blocks 1 leaves no block before the last for L_ms: add --lambda_ms 0, or more blocks")
-    block_boundaries(num_layers, num_blocks)
-    boundaries = block_boundaries(depth, num_blocks)
-    base = recorded_base(taught)
-    config["base_model"] = assets.record_base_model(taught["base_model"], base)
-    config |= {"teacher": cli.shown(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
+    for stack in (config["num_layers"], depth):
+        block_boundaries(stack, blocks)
     hashes = {str(p.relative_to(source)): sha256(p) for p in sorted(source.rglob("*.safetensors"))}
-    config |= {"title": f"SLMRec-{num_layers}<-{depth}", "teacher_sha256": hashes}
-    examples = training_examples(data, config["train_targets"], config["max_seq_length"])
-    item_table = load_tensors(source / HEADS_FILE)["item_table"]
+    config |= {"teacher": cli.shown(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
+    config |= {"title": f"SLMRec-{config['num_layers']}<-{depth}", "teacher_sha256": hashes}
+    return source, taught
 
-    run = Run(config, data, default_dir=f"student-{num_layers}from{depth}")
-    if not run.finished:
-        fingerprint = load_base(taught, base).fingerprint
-        check_base(taught, fingerprint, base, source)
-        kept = load_base(config, base)
-        run.record(base_fingerprint=kept.fingerprint)
-        student = SLMRec(
-            build_llm_rec(config, kept, item_table),
-            num_blocks=num_blocks,
-            lambda_cos=lambda_cos,
-            lambda_norm=lambda_norm,
-            lambda_ms=lambda_ms,
-            norm_form=norm_form,
-            block_reduction=block_reduction,
-        )
-        if mode == "offline" and student.needs_teacher:
-            student.teacher_states = teacher_states(source, fingerprint, examples, boundaries, run)
-        state = fit(run, student, examples)
-        size = count_parameters(student) | {"total": count_parameters(student.student)["total"]}  # ms_heads only train
-        run.finish(student, state, size, lambda folder: save_llm_rec(student.student, folder))
-    run.print(closing_table(run.folder.parent, data.fingerprint))
+
+def train_student(run: Run, config: dict, source: Path, taught: dict, base: str, examples: Examples) -> None:
+    """Train and save the student, offline: with the states of the frozen teacher, computed once."""
+    fingerprint = load_base(taught, base).fingerprint
+    check_base(taught, fingerprint, base, source)
+    kept = load_base(config, base)
+    run.record(base_fingerprint=kept.fingerprint)
+    item_table = load_tensors(source / HEADS_FILE)["item_table"]
+    student = SLMRec(
+        build_llm_rec(config, kept, item_table),
+        num_blocks=config["num_blocks"],
+        lambda_cos=config["lambda_cos"],
+        lambda_norm=config["lambda_norm"],
+        lambda_ms=config["lambda_ms"],
+        norm_form=config["norm_form"],
+        block_reduction=config["block_reduction"],
+    )
+    if config["mode"] == "offline" and student.needs_teacher:
+        boundaries = block_boundaries(config["teacher_layers"], config["num_blocks"])
+        student.teacher_states = teacher_states(source, fingerprint, examples, boundaries, run)
+    state = fit(run, student, examples)
+    size = count_parameters(student) | {"total": count_parameters(student.student)["total"]}  # ms_heads only train
+    run.finish(student, state, size, lambda folder: save_llm_rec(student.student, folder))
 
 
 if __name__ == "__main__":

@@ -59,9 +59,8 @@ def main(
     config = dict(locals()) | {"kind": "teacher", "title": f"Teacher-{num_layers}"}
     data = Sequences.load(assets.dataset_folder(dataset))
     source = Path(item_embeddings or cli.ROOT / "outputs" / data.name / "item_embeddings-sasrec")
-    extracted = read_json(
-        source / "config.json", f"{source} is missing; make it: python extract_emb.py --dataset {dataset}"
-    )
+    make = f"{source} is missing; make it: python extract_emb.py --dataset {dataset}"
+    extracted = read_json(source / "config.json", make)
     if extracted.get("kind") != "item_embeddings":
         raise UserError(f"--item_embeddings {source} was not written by extract_emb.py")
     check_same_dataset(data, extracted.get("dataset_fingerprint"), source)

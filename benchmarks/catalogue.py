@@ -28,7 +28,7 @@ from utils.files import write_json
 from utils.metrics import draw_negatives, rank_users
 from utils.report import environment
 
-CLOTH_ITEMS = 376_858  # PAPER, table 1
+CLOTH_ITEMS = 376_858  # the paper's table 1
 
 
 def released_candidates(data: Sequences) -> None:

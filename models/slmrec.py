@@ -1,4 +1,4 @@
-"""SLMRec: a shallow student with the distillation terms that pull it towards a deep, frozen teacher (PAPER, step 4)."""
+"""SLMRec: a shallow student, and the terms that pull it towards a deep, frozen teacher (section 3.3 of the paper)."""
 
 from contextlib import AbstractContextManager
 

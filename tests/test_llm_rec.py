@@ -332,7 +332,7 @@ def test_more_layers_than_the_base_and_blocks_that_do_not_divide_are_refused():
 
 @pytest.mark.parametrize(("layers", "total", "lora"), [(32, 6.631, 0.023), (4, 0.944, 0.003)])
 def test_table_7_parameter_counts(layers, total, lora):
-    """The LLaMA-7B shape on the meta device, where nothing is allocated (PAPER, table 7, billions)."""
+    """The LLaMA-7B shape on the meta device, where nothing is allocated (the paper's table 7, billions)."""
     config = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers)
     options = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}
     with torch.device("meta"):

@@ -226,7 +226,7 @@ def test_peak_memory_is_what_the_work_takes_and_not_what_was_freed_before():
 
 
 def test_a_step_over_the_catalogue_of_cloth_takes_a_quarter_of_the_memory():
-    """376,858 items (PAPER, table 1), d = 128, batch 256, each computation in a process of its own."""
+    """376,858 items (the paper's table 1), d = 128, batch 256, each computation in a process of its own."""
     found = compare_steps()
     print(
         f"peak extra memory: {found['loss_peak_bytes'] / 2**20:.0f} of {found['loss_plain_peak_bytes'] / 2**20:.0f} MiB"

@@ -154,7 +154,7 @@ def parse_train_targets(train_targets: str) -> int:
 
 
 def training_examples(data: Sequences, train_targets: str, max_length: int) -> Examples:
-    """The training part of every user: all but the last two items (PAPER protocol, leave-one-out).
+    """The training part of every user: all but the last two items (leave-one-out).
 
     `last` asks for one target a user, with the `max_length` items before it as history: the released protocol. With
     more targets a user's training part is cut into windows of at most `max_length` items, the newest first, and each

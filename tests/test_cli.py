@@ -18,9 +18,11 @@ from conftest import ROOT
 
 from models.interface import Recommender, flag
 from models.sr import MODELS
-from utils import cli
-from utils.cli import FLAGS, RECIPE_SECTIONS, resolve
+from utils import cli, flags
+from utils.cli import resolve
 from utils.errors import UserError
+from utils.flags import FLAGS
+from utils.recipes import RECIPE_SECTIONS
 
 SCRIPTS = {"train_sr_trad": "sr", "extract_emb": "extract", "finetune": "teacher", "distill": "student"}
 EVERY = SCRIPTS | dict.fromkeys(("reproduce", "recommend", "evaluate"))
@@ -98,10 +100,10 @@ def test_every_flag_can_be_given(name):
     """Its default, or a value of its annotated type where the default is None, comes back as given."""
     function = importlib.import_module(name).main
     samples = {int: 3, float: 0.25, str: "text"}
-    for flag_name, known in cli.flags_of(function, MODELS).items():
+    for flag_name, known in flags.flags_of(function, MODELS).items():
         value = known.default
         if value is None:
-            value = (cli.choices(known.annotation) or [samples[cli.alternatives(known.annotation)[0]]])[-1]
+            value = (flags.choices(known.annotation) or [samples[flags.alternatives(known.annotation)[0]]])[-1]
         argv = [f"--{flag_name}", str(value)]
         argv += ["--dataset", "none-such"] if EVERY[name] and flag_name != "dataset" else []
         assert got(resolve(function, EVERY[name], argv, models=MODELS), flag_name) == value
@@ -112,7 +114,7 @@ def test_help_shows_every_flag_with_type_default_and_meaning(name, capsys):
     module = importlib.import_module(name)
     cli.run(module.main, EVERY[name], ["--help"], models=MODELS)
     text = capsys.readouterr().out
-    for flag_name, known in cli.flags_of(module.main, MODELS).items():
+    for flag_name, known in flags.flags_of(module.main, MODELS).items():
         part = text[text.index(f"--{flag_name}=") :].split("\n    --")[0]
         assert "Type:" in part and known.meaning in part
         if known.default is not None:
@@ -298,7 +300,7 @@ def test_a_recipe_in_utf_8_is_read_under_an_ascii_locale(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from utils import cli
+from utils import cli, flags
 import train_sr_trad
 cli.ROOT = Path({str(tmp_path)!r})
 cli.run(train_sr_trad.main, "sr", ["--dataset", "mine"], models=train_sr_trad.MODELS)

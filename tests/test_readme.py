@@ -24,6 +24,7 @@ from models.sr import MODELS
 from models.sr.sasrec import SASRec
 from utils import cli
 from utils.files import load_tensors
+from utils.flags import FLAGS, coerce, flags_of
 
 PATHS = [ROOT / "README.md", ROOT / "datasets/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
@@ -133,7 +134,7 @@ def test_commands_use_flags_that_exist(page, script, arguments, monkeypatch):
 
 def test_flags_that_are_named_exist():
     """Of some script, those alone that stand in code spans without a command."""
-    known = {flag for kind in MODELS.values() for flag in kind.Config.__dataclass_fields__} | set(cli.FLAGS)
+    known = {flag for kind in MODELS.values() for flag in kind.Config.__dataclass_fields__} | set(FLAGS)
     for path in (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("datasets/*.py")):
         known |= set(re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8")))
     for name, text in PAGES.items():
@@ -201,7 +202,7 @@ def test_the_states_of_the_model_of_extend_are_those_of_each_history_alone(gru4r
 
 def test_the_recipe_of_extend_names_flags_of_its_model(gru4rec):
     (text,) = blocks(EXTEND, "yaml")
-    flags = cli.flags_of(train_sr_trad.main, MODELS, "gru4rec")
+    flags = flags_of(train_sr_trad.main, MODELS, "gru4rec")
     assert set(yaml.safe_load(text)["sr"]["gru4rec"]) <= set(flags)
 
 
@@ -231,10 +232,10 @@ def test_the_map_of_released_flags_leads_to_flags_that_exist(row):
     assert here or row[2] != "renamed" or "`HF_HUB_CACHE`" in row[3]
     for flag, value, only in here:
         for script in [only] if only else scripts:
-            flags = cli.flags_of(importlib.import_module(script).main, MODELS)
+            flags = flags_of(importlib.import_module(script).main, MODELS)
             assert flag in flags, script
             if value:
-                assert cli.coerce(f"--{flag}", value, flags[flag]) is not None
+                assert coerce(f"--{flag}", value, flags[flag]) is not None
     files = re.findall(r"`([a-z_/]+\.py)`", row[3])
     assert files or row[2] != "fixed", "where it is fixed"
     assert all((ROOT / path).is_file() for path in files)

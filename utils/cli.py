@@ -6,111 +6,23 @@ known, of its annotated type and within its range; otherwise one line says what 
 """
 
 import dataclasses
-import difflib
 import errno
 import inspect
-import math
 import re
 import sys
-import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import fire
-import yaml
 from fire import decorators, helptext
 from fire import trace as fire_trace
 
 from utils.errors import RunError, UserError
+from utils.flags import Models, choices, coerce, flags_of, suggest
+from utils.recipes import RECIPE_SECTIONS, check_recipe, per_model, read_recipe, recipe_values
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE_SECTIONS = ("data", "sr", "teacher", "student")
-Models = Mapping[str, type] | None  # a registry: the classes by the names that --model takes
-
-# Every flag in the signature of a script: its meaning and, for numbers, the range of values that make sense.
-FLAGS: dict[str, tuple[str, str]] = {
-    "dataset": ("a processed dataset: a name under datasets/, or the path of its folder", ""),
-    "model": ("traditional recommender", ""),
-    "base_model": (
-        "language model: smollm2-135m (fetched once), a local folder, or a hub id (id@revision for one of its commits)",
-        "",
-    ),
-    "item_embeddings": ("folder written by extract_emb.py (default: this dataset's)", ""),
-    "sr_dir": ("run folder of train_sr_trad.py (default: this dataset's)", ""),
-    "teacher": ("run folder of finetune.py (default: this dataset's teacher-8)", ""),
-    "output_dir": ("where this run is written (default: under outputs/<dataset>/)", ""),
-    "num_layers": ("layers kept of the base model", ">= 1"),
-    "layer_selection": ("keep the first layers of the base, or layers at an even interval", ""),
-    "train_strategy": ("train LoRA adapters, all decoder layers, or neither (the two linear maps always train)", ""),
-    "lora_r": ("rank of the adapters", ">= 1"),
-    "lora_alpha": ("scale of the adapters", "> 0"),
-    "lora_dropout": ("dropout before the adapters", "0..1"),
-    "lora_target_modules": ("comma-separated modules that get adapters", ""),
-    "max_seq_length": ("newest items of a history that are read", ">= 1"),
-    "train_targets": ("training targets per user: last (the released protocol), all, or a number of newest ones", ""),
-    "batch_size": ("examples per optimiser step, over all devices", ">= 1"),
-    "micro_batch_size": ("examples at once on a device (default: all of them); the rest is accumulated", ">= 1"),
-    "eval_batch_size": ("users scored at once", ">= 1"),
-    "num_epochs": ("passes over the training examples", "> 0"),
-    "max_steps": ("optimiser steps, instead of num_epochs; -1: by num_epochs", "-1 or >= 1"),
-    "learning_rate": ("peak learning rate of AdamW", "> 0"),
-    "head_learning_rate": ("the same for the maps from items and to user vectors (default: learning_rate)", "> 0"),
-    "weight_decay": ("weight decay of AdamW", ">= 0"),
-    "warmup_steps": ("steps of linear warm-up", ">= 0"),
-    "lr_scheduler": ("what follows the warm-up", ""),
-    "max_grad_norm": ("gradient norm above which gradients are scaled down", "> 0"),
-    "eval_steps": (
-        "steps between two evaluations on validation; checkpoints precede them and follow each epoch",
-        ">= 1",
-    ),
-    "seed": ("seed of initialisation, dropout and batches (candidates have their own)", ">= 0"),
-    "dtype": ("precision of the forward pass and of a frozen base", ""),
-    "resume": ("auto: continue the interrupted run in output_dir, if any; never: start anew", ""),
-    "report_to": ("also log to this tracker", ""),
-    "num_blocks": ("blocks into which both stacks are cut", ">= 1"),
-    "lambda_cos": ("weight of 1 - D_cos (lambda_1)", ">= 0"),
-    "lambda_norm": ("weight of D_norm (lambda_2)", ">= 0"),
-    "lambda_ms": ("weight of the multi-supervision term L_ms (lambda_3)", ">= 0"),
-    "norm_form": ("D_norm as the released code has it (l2) or as the paper prints it (squared)", ""),
-    "block_reduction": ("over blocks: sum as in the released code, or mean as printed", ""),
-    "run": ("run folder of a trained recommender", ""),
-    "split": ("users' held-out items that are ranked", ""),
-    "negatives": ("sampled candidates per user beside the held-out item", ">= 1"),
-    "candidate_seed": ("seed of the sampled candidates", ">= 0"),
-    "history": ("items of one history, ids or titles, oldest first, separated by ';'", ""),
-    "input": ("histories: a .jsonl or .csv file, or - for standard input", ""),
-    "k": ("items recommended per history", ">= 1"),
-    "exclude_seen": ("leave out the items of the history", ""),
-    "candidates": ("file with the only items to rank, one per line (default: all)", ""),
-    "output": ("write to this .jsonl or .csv file (default: print)", ""),
-    "record": ("also write a record of each run to results/runs/", ""),
-    "mode": ("offline: a frozen teacher, whose states are computed once", ""),
-}
-
-
-@dataclass(frozen=True)
-class Flag:
-    """What is known of a flag: the type and default of its value, its meaning, and the range of a number."""
-
-    annotation: object
-    default: object
-    meaning: str
-    limits: str
-
-
-def flags_of(main: Callable, models: Models = None, model: str | None = None) -> dict[str, Flag]:
-    """The flags of `main`, and those of the Config of `models[model]` where `main` takes a `model_config`."""
-    parameters = inspect.signature(main).parameters
-    found = {n: Flag(p.annotation, p.default, *FLAGS[n]) for n, p in parameters.items() if n != "model_config"}
-    if models and "model_config" in parameters:
-        config = models[model or parameters["model"].default].Config
-        types_of = typing.get_type_hints(config)
-        for field in dataclasses.fields(config):
-            text = field.metadata["meaning"], field.metadata["limits"]
-            found[field.name] = Flag(types_of[field.name], field.default, *text)
-    return found
 
 
 def run(
@@ -183,7 +95,8 @@ def resolve(
     given = collect(argv)
     parameters = inspect.signature(main).parameters
     name = Path(given.get("dataset", parameters["dataset"].default)).name if section else ""
-    path, sections = read_recipe(name)
+    path = ROOT / "recipes" / f"{name}.yaml"
+    sections = read_recipe(path)
     check_recipe(path, sections, models)
     model = None
     if models and "model" in parameters:
@@ -234,123 +147,6 @@ def collect(argv: list[str]) -> dict[str, str]:
     words = [f"{word}=True" if bare[at] and ends[at] else word for at, word in enumerate(argv)]
     fire.Fire(gather, command=words)
     return found
-
-
-def coerce(source: str, value: object, flag: Flag) -> object:
-    """`value` as the flag's type, within its range; anything else is a UserError naming `source`."""
-    options = alternatives(flag.annotation)
-    if type(None) in options and str(value).lower() == "none":
-        return None
-    wanted = next(option for option in options if option is not type(None))
-    if choices(wanted):
-        if value not in choices(wanted):
-            raise UserError(f"{source} {value}: expected one of {', '.join(choices(wanted))}")
-        return value
-    if wanted is str:
-        if value is None or str(value) in ("True", ""):  # what fire makes of a flag without a value
-            raise UserError(f"{source} needs a value")
-        return str(value)
-    if wanted is bool:
-        if str(value).lower() not in ("true", "false"):
-            raise UserError(f"{source} {value}: expected true or false")
-        return str(value).lower() == "true"
-    try:
-        number = wanted(str(value))
-    except ValueError:
-        kind = {int: "a whole number", float: "a number"}[wanted]
-        raise UserError(f"{source} {value}: expected {kind}") from None
-    if not math.isfinite(number) or not within(number, flag.limits):
-        raise UserError(f"{source} {value}: expected a number {flag.limits}")
-    return number
-
-
-def within(number: float, limits: str) -> bool:
-    """Whether `number` is in a range of FLAGS: "0..1" (1 excluded), "> 0", ">= 1", "-1 or >= 1"."""
-    if limits == "0..1":
-        return 0 <= number < 1
-    alone, _, limits = limits.rpartition(" or ")
-    sign, bound = limits.split()
-    if alone and number == float(alone):
-        return True
-    return number > float(bound) if sign == ">" else number >= float(bound)
-
-
-def alternatives(annotation: object) -> tuple:
-    """The members of a union, or the annotation alone."""
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if union else (annotation,)
-
-
-def choices(annotation: object) -> tuple[str, ...]:
-    """The values of a Literal annotation, optional or not; () for any other."""
-    return next((typing.get_args(o) for o in alternatives(annotation) if typing.get_origin(o) is typing.Literal), ())
-
-
-def suggest(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean --{close[0]}?)" if close else ""
-
-
-def read_recipe(dataset: str) -> tuple[Path, dict[str, dict]]:
-    """The recipe of a dataset, every section of it; empty sections where there is none."""
-    path = ROOT / "recipes" / f"{dataset}.yaml"
-    empty: dict[str, dict] = {title: {} for title in RECIPE_SECTIONS}
-    if not path.is_file():
-        return path, empty
-    try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {error}") from error
-    if not isinstance(sections, dict):
-        raise UserError(f"{path}: expected sections, one of {', '.join(RECIPE_SECTIONS)}")
-    for title, entries in sections.items():
-        if title not in RECIPE_SECTIONS:
-            raise UserError(f"{path}: unknown section {title}; expected {', '.join(RECIPE_SECTIONS)}")
-        if not isinstance(entries, dict):
-            raise UserError(f"{path}: section {title}: expected name: value lines")
-    return path, empty | sections
-
-
-def per_model(title: str, entries: dict, models: Models) -> list[tuple[str, object]]:
-    """The parts of a recipe's section: what it says of every model, then what it says of each by name."""
-    apart = {name: part for name, part in entries.items() if name in (models or {})}
-    plain = {name: value for name, value in entries.items() if name not in apart}
-    return [(title, plain), *((f"{title}.{name}", part) for name, part in apart.items())]
-
-
-def check_recipe(path: Path, sections: dict[str, dict], models: Models) -> None:
-    """UserError for a key that is a flag of no script and no model, in whichever section."""
-    known = set(FLAGS).union(*({field.name for field in dataclasses.fields(m.Config)} for m in (models or {}).values()))
-    for title, entries in sections.items():
-        for place, part in per_model(title, entries, models):
-            if not isinstance(part, dict):
-                raise UserError(f"{path}: section {place}: expected name: value lines")
-            for name in part:
-                if name not in known:
-                    raise UserError(f"{path}: unknown key {place}.{name}{suggest(str(name), known)}")
-
-
-def recipe_values(
-    path: Path, sections: list, section: str, flags: dict[str, Flag], inherits: Sequence[str], own: str
-) -> dict:
-    """The recipe's values for this script: section `data`, then the script's own, then what that has for the model.
-
-    own: where the model's stand, as in "sr.sasrec". What a step inherits is not taken from `data`: the earlier step
-    knows better what it was trained with.
-    """
-    entries: dict[str, tuple[str, object]] = {}
-    for place, part in sections:
-        if place not in ("data", section, own):
-            continue
-        for name, value in part.items():
-            if name not in flags and place != "data":
-                raise UserError(f"{path}: {place}.{name} is no flag of this step{suggest(str(name), flags)}")
-            if name in flags and not (place == "data" and name in inherits):
-                entries[name] = (f"{path}: {place}.{name}", value)
-    values = {name: coerce(source, value, flags[name]) for name, (source, value) in entries.items()}
-    if values:
-        print(f"recipe {path.name}: " + ", ".join(f"{name}={value}" for name, value in values.items()))
-    return values
 
 
 def help_text(main: Callable, script: str, argv: list[str], models: Models) -> str:

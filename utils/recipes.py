@@ -1,0 +1,84 @@
+"""Recipes: the values of a dataset's flags, by step and by model, in recipes/<dataset>.yaml."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from utils.errors import UserError
+from utils.flags import FLAGS, Flag, Models, coerce, suggest
+
+RECIPE_SECTIONS = ("data", "sr", "teacher", "student")
+
+
+class OneOfEachKey(yaml.SafeLoader):
+    """PyYAML would keep the last of equal keys and drop the others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        found = [key.value for key, _ in node.value]
+        twice = next((key for at, (key, _) in enumerate(node.value) if key.value in found[:at]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"line {twice.start_mark.line + 1}: {twice.value} stands twice in one section")
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe(path: Path) -> dict[str, dict]:
+    """Every section of a recipe; empty sections where there is none."""
+    empty: dict[str, dict] = {title: {} for title in RECIPE_SECTIONS}
+    if not path.is_file():
+        return empty
+    try:
+        sections = yaml.load(path.read_text(encoding="utf-8-sig"), OneOfEachKey) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML: {error}") from error
+    if not isinstance(sections, dict):
+        raise UserError(f"{path}: expected sections, one of {', '.join(RECIPE_SECTIONS)}")
+    for title, entries in sections.items():
+        if title not in RECIPE_SECTIONS:
+            raise UserError(f"{path}: unknown section {title}; expected {', '.join(RECIPE_SECTIONS)}")
+        if not isinstance(entries, dict):
+            raise UserError(f"{path}: section {title}: expected name: value lines")
+    return empty | sections
+
+
+def per_model(title: str, entries: dict, models: Models) -> list[tuple[str, object]]:
+    """The parts of a recipe's section: what it says of every model, then what it says of each by name."""
+    apart = {name: part for name, part in entries.items() if name in (models or {})}
+    plain = {name: value for name, value in entries.items() if name not in apart}
+    return [(title, plain), *((f"{title}.{name}", part) for name, part in apart.items())]
+
+
+def check_recipe(path: Path, sections: dict[str, dict], models: Models) -> None:
+    """UserError for a key that is a flag of no script and no model, in whichever section."""
+    known = set(FLAGS).union(*({field.name for field in dataclasses.fields(m.Config)} for m in (models or {}).values()))
+    for title, entries in sections.items():
+        for place, part in per_model(title, entries, models):
+            if not isinstance(part, dict):
+                raise UserError(f"{path}: section {place}: expected name: value lines")
+            for name in part:
+                if name not in known:
+                    raise UserError(f"{path}: unknown key {place}.{name}{suggest(str(name), known)}")
+
+
+def recipe_values(
+    path: Path, sections: list, section: str, flags: dict[str, Flag], inherits: Sequence[str], own: str
+) -> dict:
+    """The recipe's values for this script: section `data`, then the script's own, then what that has for the model.
+
+    own: where the model's stand, as in "sr.sasrec". What a step inherits is not taken from `data`: the earlier step
+    knows better what it was trained with.
+    """
+    entries: dict[str, tuple[str, object]] = {}
+    for place, part in sections:
+        if place not in ("data", section, own):
+            continue
+        for name, value in part.items():
+            if name not in flags and place != "data":
+                raise UserError(f"{path}: {place}.{name} is no flag of this step{suggest(str(name), flags)}")
+            if name in flags and not (place == "data" and name in inherits):
+                entries[name] = (f"{path}: {place}.{name}", value)
+    values = {name: coerce(source, value, flags[name]) for name, (source, value) in entries.items()}
+    if values:
+        print(f"recipe {path.name}: " + ", ".join(f"{name}={value}" for name, value in values.items()))
+    return values

@@ -12,6 +12,7 @@ run: setup
 	$(PY) extract_emb.py
 	$(PY) finetune.py --resume auto
 	$(PY) distill.py --resume auto
+	$(PY) recommend.py --history "Star Wars; Return of the Jedi; Raiders of the Lost Ark" --k 3
 
 test: setup lint
 	$(PY) -m pytest

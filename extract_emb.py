@@ -17,7 +17,7 @@ from models.sr import MODELS
 from utils import assets, cli
 from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
-from utils.files import check_replaceable, load_tensors, save_tensors, sha256, whole_folder, write_json
+from utils.files import check_replaceable, load_tensors, read_json, save_tensors, sha256, whole_folder, write_json
 from utils.report import finished_run
 
 TABLE_FILE = "item_embeddings.safetensors"
@@ -51,8 +51,13 @@ def main(
         raise UserError(f"--sr_dir {source} is no run of train_sr_trad.py")
     check_same_dataset(data, trained.get("dataset_fingerprint"), source)
     check_replaceable(target, ["config.json", TABLE_FILE], "--output_dir")
+    held = target / "config.json"
+    if held.exists() and read_json(held, "").get("kind") != "item_embeddings":
+        raise UserError(f"--output_dir {target} holds something else (config.json); choose another place")
 
     weights = source / "model.safetensors"
+    if trained["model"] not in MODELS:
+        raise UserError(f"--sr_dir {source} holds a model {trained['model']!r}, not one of {', '.join(MODELS)}")
     table = load_tensors(weights)[MODELS[trained["model"]].item_table_name]  # (V + 1, d)
     if len(table) != data.num_items + 1:
         raise UserError(f"{weights} has {len(table) - 1} items, dataset {data.name} has {data.num_items}")

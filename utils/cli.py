@@ -6,9 +6,7 @@ wrong and the exit code is 2.
 """
 
 import difflib
-import errno
 import inspect
-import math
 import re
 import sys
 import types
@@ -21,7 +19,7 @@ import yaml
 from fire import decorators, helptext
 from fire import trace as fire_trace
 
-from utils.errors import RunError, UserError
+from utils.errors import RunError, UserError, describe_error, end_output
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE_SECTIONS = ("data", "sr", "teacher", "student")
@@ -96,12 +94,13 @@ def run(main: Callable, section: str, argv: list[str] | None = None, inherits: S
             print(help_text(main, script))
             return
         main(**resolve(main, section, argv, inherits))
+        print(end="", flush=True)
     except UserError as error:
         stop(script, str(error), 2)
     except RunError as error:
         stop(script, str(error), 1)
     except OSError as error:
-        stop(script, describe(error), 2)
+        stop(script, describe_error(error), 2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -110,23 +109,13 @@ def run(main: Callable, section: str, argv: list[str] | None = None, inherits: S
         stop(script, f"out of memory{advice}", 1)
     except KeyboardInterrupt:
         stop(script, "interrupted; start it again with --resume auto to go on", 130)
+    finally:
+        end_output()
 
 
 def stop(script: str, message: str, code: int) -> typing.NoReturn:
     print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code) from None
-
-
-ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space, or choose another place")
-ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may write to")
-ADVICE |= {errno.EMFILE: "allow more open files (ulimit -n)", errno.ENAMETOOLONG: "choose a shorter name"}
-
-
-def describe(error: OSError) -> str:
-    """The system's own words, the file that they are about, and what helps."""
-    place = f": {error.filename}" if error.filename else ""
-    advice = f"; {ADVICE[error.errno]}" if error.errno in ADVICE else ""
-    return f"{error.strerror or error}{place}{advice}"
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -174,6 +163,8 @@ def collect(argv: list[str]) -> dict[str, str]:
 
 def coerce(source: str, value: object, annotation: object, name: str) -> object:
     """`value` as the annotated type, within the flag's range; anything else is a UserError naming `source`."""
+    if isinstance(value, dict | list):  # of a recipe
+        raise UserError(f"{source} {value}: expected a single value")
     options = alternatives(annotation)
     if type(None) in options and str(value).lower() == "none":
         return None
@@ -196,8 +187,8 @@ def coerce(source: str, value: object, annotation: object, name: str) -> object:
         kind = {int: "a whole number", float: "a number"}[wanted]
         raise UserError(f"{source} {value}: expected {kind}") from None
     limits = FLAGS[name][1]
-    if not math.isfinite(number) or not within(number, limits):
-        raise UserError(f"{source} {value}: expected a number {limits}")
+    if not within(number, limits) or not abs(number) < 2**63:
+        raise UserError(f"{source} {value}: expected a number {limits}, of at most 64 bits")
     return number
 
 
@@ -228,6 +219,17 @@ def suggest(name: str, known: typing.Iterable[str]) -> str:
     return f" (did you mean --{close[0]}?)" if close else ""
 
 
+class OneOfEachKey(yaml.SafeLoader):
+    """PyYAML would keep the last of equal keys and drop the others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        found = [key.value for key, _ in node.value]
+        twice = next((key for at, (key, _) in enumerate(node.value) if key.value in found[:at]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"line {twice.start_mark.line + 1}: {twice.value} stands twice in one section")
+        return super().construct_mapping(node, deep)
+
+
 def recipe(
     dataset: str, section: str, parameters: typing.Mapping[str, inspect.Parameter], inherits: Sequence[str] = ()
 ) -> dict:
@@ -239,7 +241,7 @@ def recipe(
     if not path.is_file():
         return {}
     try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        sections = yaml.load(path.read_text(encoding="utf-8"), OneOfEachKey) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML: {error}") from error
     if not isinstance(sections, dict):

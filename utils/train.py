@@ -9,6 +9,7 @@ So a run continues exactly from weights, optimiser state and a step number.
 import importlib.util
 import json
 import math
+import os
 import time
 import uuid
 from collections.abc import Callable
@@ -150,7 +151,7 @@ class Run:
     def start(self) -> None:
         """Make the folder this run's: after this, what an earlier run left there is gone unless it is continued."""
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            Path(os.path.realpath(self.folder)).mkdir(parents=True, exist_ok=True)  # also where a link leads nowhere
             self._take_lock()
             if self._open_folder():
                 raise UserError(f"another process has finished {self.folder} meanwhile; start again to see its results")

@@ -17,7 +17,7 @@ from models.sr.storage import load_recommender, new_recommender
 from utils import assets, cli
 from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
-from utils.files import check_replaceable, save_tensors, sha256, whole_folder, write_json
+from utils.files import check_replaceable, read_json, save_tensors, sha256, whole_folder, write_json
 from utils.report import finished_run
 
 TABLE_FILE = "item_embeddings.safetensors"
@@ -51,6 +51,9 @@ def main(
     check_same_dataset(data, trained.get("dataset_fingerprint"), source)
     target = Path(output_dir or cli.ROOT / "outputs" / data.name / f"item_embeddings-{trained['model']}")
     check_replaceable(target, ["config.json", TABLE_FILE], "--output_dir")
+    held = target / "config.json"
+    if held.exists() and read_json(held, "").get("kind") != "item_embeddings":
+        raise UserError(f"--output_dir {target} holds something else (config.json); choose another place")
 
     table = load_recommender(source, trained, data.training_part()).item_table()  # (V + 1, d)
     config = {

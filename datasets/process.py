@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,7 +39,7 @@ from readers import read_interactions, read_lists, read_pairs, read_prepared, re
 from sources import open_bytes
 from times import RANK, written
 
-from utils.errors import UserError
+from utils.errors import UserError, describe_error, end_output
 from utils.files import check_replaceable, is_plain_name, locked, read_json, sha256, whole_folder
 
 ARRAYS = ("items", "offsets", "timestamps")
@@ -47,19 +48,18 @@ FILES = ["dataset.json", *(f"{name}.npy" for name in ARRAYS), "user_ids.txt", "i
 
 def check_place(place: Path, inputs: list[Path]) -> None:
     """UserError unless `place` may be written: it is absent, empty, or a dataset, and no input lies in it."""
-    if place.is_symlink():
-        raise UserError(f"{place} is a link to itself; remove it, or choose another --name")
+    check_replaceable(place, FILES, "the dataset folder")
     for path in inputs:
         for folder in (path.parent.resolve(), path.resolve().parent):  # of a link, and of what it points to
             if place.exists() and any(parent.samefile(place) for parent in (folder, *folder.parents)):
                 raise UserError(f"{path} lies in {place}, which is to be replaced; move it, or choose another --name")
-    check_replaceable(place, FILES, "the dataset folder")
     strange = next((name for name in FILES if (place / name).is_dir()), None)
     if strange:
         raise UserError(f"{place} holds something else (a folder {strange}); choose another --name, or move it away")
-    parent = next(parent for parent in place.parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"nothing can be written to {parent}; choose another --output")
+    there = [folder for folder in (place, *place.parents) if folder.exists()][: 1 + place.exists()]
+    for folder in there:  # what is replaced, and where it stands
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"nothing can be written to {folder}; choose another --output")
 
 
 def make_dataset(args: argparse.Namespace) -> None:
@@ -149,11 +149,7 @@ def write(folder: Path, arrays: dict, user_ids: list[str], item_ids: list[str], 
 def load_info(name: str) -> tuple[Path, dict]:
     for folder in (HERE / name, Path(name)):
         if (folder / "dataset.json").is_file():
-            info = read_json(folder / "dataset.json", "")
-            absent = {"name", "users", "items", "interactions", "density"} - info.keys()
-            if absent:
-                raise UserError(f"{folder / 'dataset.json'} has no {min(absent)!r}; make the dataset anew")
-            return folder, info
+            return folder, read_json(folder / "dataset.json", "")
     raise UserError(f"{name}: no dataset of that name in {HERE}, and no such folder")
 
 
@@ -168,12 +164,13 @@ def export(args: argparse.Namespace) -> None:
     try:
         items, offsets, moments = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
         users, names = ids_in(folder / "user_ids.txt"), ids_in(folder / "items.tsv")
-        fit = len(items) == len(moments) == offsets[-1] and len(users) == len(offsets) - 1
-        if not fit or items.min() < 1 or items.max() >= len(names):
+        timed, decimals = info["timestamp_ties"] is not None, int(info.get("timestamp_decimals") or 0)
+        fit = all(part.ndim == 1 and part.dtype.kind == "i" and len(part) for part in (items, offsets, moments))
+        fit = fit and offsets[0] == 0 and offsets[-1] == len(items) == len(moments) and (np.diff(offsets) >= 0).all()
+        if not fit or len(users) != len(offsets) - 1 or items.min() < 1 or items.max() >= len(names):
             raise ValueError("its parts do not fit together")
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, TypeError, EOFError) as error:
         raise UserError(f"{folder} cannot be read ({error}); make the dataset anew") from error
-    timed, decimals = info.get("timestamp_ties") is not None, info.get("timestamp_decimals") or 0
     names = np.array([in_list(name) for name in names], object)
     first = np.unique(items, return_index=True)[1]
     # What `lists` does by itself: number items by first appearance, and sort by time.
@@ -190,9 +187,12 @@ def stats(args: argparse.Namespace) -> None:
     """Table 1 of the paper for processed datasets, with the paper's own rows below."""
     rows = [["dataset", "users", "items", "interactions", "density %"]]
     for name in args.names:
-        _, info = load_info(name)
-        counts = [f"{info[key]:,}" for key in ("users", "items", "interactions")]
-        rows.append([info["name"], *counts, f"{100 * info['density']:.3f}"])
+        folder, info = load_info(name)
+        try:
+            counts = [f"{info[key]:,}" for key in ("users", "items", "interactions")]
+            rows.append([str(info["name"]), *counts, f"{100 * info['density']:.3f}"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{folder} cannot be read ({error}); make the dataset anew") from error
     paper = HERE.parent / "results" / "paper_tables.json"
     if paper.is_file():
         for name, values in json.loads(paper.read_text(encoding="utf-8"))["table_1"]["rows"].items():
@@ -210,6 +210,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def at_least(low: float, kind: type = float) -> Callable[[str], float]:
+    """A number of that kind, not below `low`, for a flag."""
+
+    def number(text: str) -> float:
+        if not kind(text) >= low:
+            raise argparse.ArgumentTypeError(f"{text}: expected a number >= {low}")
+        return kind(text)
+
+    return number
+
+
 def source(commands, name: str, read, repeats: str = "all", filters: str = "none") -> Parser:
     """The command of a format, with the flags that all have."""
     one = commands.add_parser(name, help=read.__doc__.splitlines()[0], description=read.__doc__)
@@ -218,7 +229,7 @@ def source(commands, name: str, read, repeats: str = "all", filters: str = "none
     one.add_argument("--name", required=True, help="the dataset is written to datasets/NAME")
     one.add_argument("--output", type=Path, default=HERE, help="write to OUTPUT/NAME instead")
     one.add_argument("--filter", choices=("paper", "kcore", "none"), default=filters, help="default: %(default)s")
-    one.add_argument("--k", type=int, default=5, help="of --filter kcore (default: %(default)s)")
+    one.add_argument("--k", type=at_least(1, int), default=5, help="of --filter kcore (default: %(default)s)")
     one.add_argument("--order", choices=("time", "file"), help="default: time where the source has times")
     one.add_argument(
         "--repeats", choices=("first", "all"), default=repeats, help="of a user's items (default: %(default)s)"
@@ -248,7 +259,7 @@ def title_flags(one: Parser) -> None:
 
 def json_flags(one: Parser) -> None:
     one.add_argument("--meta", type=Path, help="JSON lines with titles")
-    one.add_argument("--max_bad_lines", type=float, default=0.001, help="share of lines (default: %(default)s)")
+    one.add_argument("--max_bad_lines", type=at_least(0), default=0.001, help="share of lines (default: %(default)s)")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -291,22 +302,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     one.add_argument("--category", required=True, help="such as Clothing_Shoes_and_Jewelry")
     one.add_argument("--mirror", action="append", metavar="URL", help="instead of the known ones; may be repeated")
     one.add_argument("--output", type=Path, default=HERE / "raw", help="default: %(default)s")
-    one.add_argument("--timeout", type=float, default=60, help="seconds without a byte (default: %(default)s)")
-    one.add_argument("--tries", type=int, default=3, help="of each mirror (default: %(default)s)")
+    one.add_argument("--timeout", type=at_least(0.1), default=60, help="seconds without a byte (default: %(default)s)")
+    one.add_argument("--tries", type=at_least(1, int), default=3, help="of each mirror (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.do is make_dataset and not is_plain_name(args.name):
         raise UserError(f"--name {args.name!r}: use letters, digits, '-', '_' and '.'")
+    if getattr(args, "user", None) and args.user == args.item:
+        raise UserError(f"--user and --item are both {args.user}; name two columns")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # whatever the locale
     try:
         args = parse(argv)
         args.do(args)
+        print(end="", flush=True)
     except BrokenPipeError:  # `export NAME | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass
     except KeyboardInterrupt:
         print("process.py: interrupted; nothing was changed", file=sys.stderr)
         raise SystemExit(130) from None
@@ -314,8 +328,11 @@ def main(argv: list[str] | None = None) -> None:
         print("process.py: memory ran out, or a process that parses was killed", file=sys.stderr)
         raise SystemExit(2) from None
     except (UserError, OSError) as error:
-        print(f"process.py: {' '.join(str(error).split())}", file=sys.stderr)
+        text = describe_error(error) if isinstance(error, OSError) else str(error)
+        print(f"process.py: {' '.join(text.split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        end_output()
 
 
 if __name__ == "__main__":

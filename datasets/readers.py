@@ -201,11 +201,16 @@ def entries(text: str) -> list:
                 None if isinstance(entry, ast.Name) and entry.id in missing else ast.literal_eval(entry)
                 for entry in (tree.elts if isinstance(tree, ast.List) else None)
             ]
-        except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            raise ValueError("no list") from error
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            raise ValueError("no list of plain values") from error
     if not isinstance(value, list):
         raise ValueError("no list")
     return [None if entry != entry else entry for entry in value]  # NaN alone differs from itself
+
+
+def is_exact(value: object) -> bool:
+    """Whether it is a float that stands for one whole number; from 2**53 on several are written as one."""
+    return type(value) is float and value.is_integer() and abs(value) < 2**53
 
 
 def read_prepared(args: argparse.Namespace) -> Interactions:
@@ -217,7 +222,7 @@ def read_prepared(args: argparse.Namespace) -> Interactions:
     for row, (user, text) in enumerate(zip(table["user"], table["items"], strict=True)):
         try:
             items = entries(text)
-            wrong = [item for item in items if not (type(item) is int or (type(item) is float and item.is_integer()))]
+            wrong = [item for item in items if type(item) is not int and not is_exact(item)]
             if wrong:
                 raise ValueError(f"it holds {wrong[0]!r}")
         except ValueError as error:

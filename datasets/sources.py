@@ -30,10 +30,18 @@ def open_zip(path: Path) -> io.BufferedIOBase:
     return archive.open(names[0])
 
 
-OPENERS = {b"\x1f\x8b": igzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"PK": open_zip}
+OPENERS = {
+    b"\x1f\x8b": igzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+    b"PK\3\4": open_zip,
+    b"PK\5\6": open_zip,
+}
 
 
 def first_bytes(path: Path) -> bytes:
+    if path.is_fifo():
+        raise UserError(f"{path} is a pipe, which cannot be read twice; write it to a file first")
     try:
         with open(path, "rb") as file:
             return file.read(8)
@@ -74,6 +82,8 @@ def blocks(path: Path) -> Iterator[bytes]:
             future = ahead.submit(file.read, BLOCK)
             if start and block[257:262] == b"ustar":
                 raise UserError(f"{path} is a tar archive; unpack it, and give the file to read")
+            if start and block.startswith((*OPENERS, *UNREADABLE)):
+                raise UserError(f"{path} holds a compressed file; unpack it, and give the file to read")
             start = False
             whole, newline, tail = block.rpartition(b"\n")
             if newline:

@@ -58,7 +58,8 @@ class Layout:
         separator = {"tab": "\t", r"\t": "\t", "space": " "}.get(separator, separator)
         if separator is not None and (not separator or "\n" in separator or '"' in separator):
             raise UserError(f"--{prefix}separator {separator!r}: give what stands between two values (tab, ::, ;)")
-        return cls(encoding or "utf-8", separator, tuple(columns.split(",")) if columns else None, prefix)
+        names = tuple(map(str.strip, columns.split(","))) if columns else None
+        return cls(encoding or "utf-8", separator, names, prefix)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ def one_line(capsys, argv: list[str]) -> str:
     [
         (["--learning_rte", "1"], "did you mean --learning_rate"),
         (["--nonsense"], "unknown flag --nonsense"),
+        (["--num_layers", "99999999999999999999"], "at most 64 bits"),
+        (["--learning_rate", "1e300"], "at most 64 bits"),
         (["stray"], "stray word 'stray'"),
         (["--num_layers", "4", "8"], "stray word '8'"),
         (["-"], "stray"),
@@ -377,6 +379,10 @@ def test_bad_values_for_a_model_are_refused(text, words, tmp_path, monkeypatch):
         ("sr: [", "no YAML"),
         ("sr: 3", "expected name: value"),
         ("- sr", "expected sections"),
+        ("sr: {seed: 3, max_steps: 1, seed: 4}", "line 1: seed stands twice"),
+        ("sr:\n  max_steps: 1\nsr:\n  num_layers: 2", "line 3: sr stands twice"),
+        ("sr: {output_dir: {a: 1}}", "expected a single value"),
+        ("sr: {output_dir: [a]}", "expected a single value"),
     ],
 )
 def test_bad_recipes_are_refused(text, words, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from kills import contents, snapshots
 
@@ -84,6 +85,12 @@ def test_a_symbolic_link_stays_one(tmp_path):
     files.write_json({"a": 1}, tmp_path / "near.json")
     assert (tmp_path / "near.json").is_symlink() and files.read_json(tmp_path / "far.json", "") == {"a": 1}
     assert {path.name for path in tmp_path.iterdir()} == {"far", "data", "far.json", "near.json"}
+
+
+def test_tensors_are_as_readable_as_other_files(tmp_path):
+    files.write_json({}, tmp_path / "a.json")
+    files.save_tensors({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.json").stat().st_mode
 
 
 def ended_process() -> int:

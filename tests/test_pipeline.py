@@ -314,6 +314,10 @@ def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def drop(path: Path, key: str) -> None:
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+
+
 def spoil_table(path: Path, value: float | None, name: str = "items.weight") -> None:
     tensors = load_file(path)
     table = tensors[name]
@@ -322,6 +326,7 @@ def spoil_table(path: Path, value: float | None, name: str = "items.weight") -> 
 
 
 NONE = lambda place: None  # noqa: E731
+OTHER_WEIGHTS = lambda place: save_file({"a": torch.ones(1)}, place / "sasrec/model.safetensors")  # noqa: E731
 BAD = {
     # name: (script, arguments, what is done to a copy of the work folder first, words of the message)
     "unknown flag": ("finetune", ["--learning_rte", 1], NONE, "did you mean --learning_rate"),
@@ -342,6 +347,11 @@ BAD = {
     "no trained recommender": ("extract_emb", [], lambda p: shutil.rmtree(p / "sasrec"), "train_sr_trad.py"),
     "unfinished recommender": ("extract_emb", [], lambda p: (p / "sasrec/metrics.json").unlink(), "train_sr_trad.py"),
     "truncated weights": ("extract_emb", [], lambda p: cut(p / "sasrec/model.safetensors"), "damaged"),
+    "weights without the table": ("extract_emb", [], OTHER_WEIGHTS, "has no 'items.weight'"),
+    "config without a model": ("extract_emb", [], lambda p: drop(p / "sasrec/config.json", "model"), "has no 'model'"),
+    "metrics without test": ("extract_emb", [], lambda p: drop(p / "sasrec/metrics.json", "test"), "has no 'test'"),
+    "model that is not known": ("extract_emb", [], lambda p: edit(p / "sasrec/config.json", model="gru"), "sasrec"),
+    "table without its SHA-256": ("finetune", [], lambda p: drop(p / "items/config.json", "table_sha256"), "has no"),
     "NaN in the table": ("extract_emb", [], lambda p: spoil_table(p / "sasrec/model.safetensors", torch.nan), "NaN"),
     "untrained table": ("extract_emb", [], lambda p: spoil_table(p / "sasrec/model.safetensors", None), "untrained"),
     "no item table": ("finetune", [], lambda p: shutil.rmtree(p / "items"), "extract_emb.py"),
@@ -362,6 +372,8 @@ BAD = {
     "too many layers": ("finetune", ["--num_layers", 31], NONE, "the base model has 30 layers"),
     "no such module": ("finetune", ["--lora_target_modules", "gate_proj,up"], NONE, "no linear module named up"),
     "bad targets": ("finetune", ["--train_targets", "some"], NONE, "last, all or a number"),
+    "targets that are no digit": ("train_sr_trad", ["--train_targets", "²"], NONE, "last, all or a number"),
+    "targets beyond 64 bits": ("train_sr_trad", ["--train_targets", "9" * 30], NONE, "last, all or a number"),
     "another base than the teacher's": ("distill", ["--base_model", "x"], NONE, "unknown flag --base_model"),
     "no teacher": ("distill", [], lambda p: shutil.rmtree(p / "teacher"), "finetune.py"),
     "a recommender for a teacher": ("distill", ["--teacher", "sasrec"], NONE, "no run of finetune.py"),
@@ -392,6 +404,12 @@ BAD = {
         ["--output_dir", "items"],
         lambda p: (p / "items/thesis.txt").write_text("precious"),
         "holds something else (thesis.txt)",
+    ),
+    "table over another model's configuration": (
+        "extract_emb",
+        ["--output_dir", "other"],
+        lambda p: ((p / "other").mkdir(), (p / "other/config.json").write_text('{"model_type": "bert"}')),
+        "holds something else (config.json)",
     ),
     "a teacher that is being replaced": (
         "distill",

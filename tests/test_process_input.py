@@ -6,6 +6,10 @@ import io
 import itertools
 import json
 import lzma
+import os
+import shlex
+import subprocess
+import sys
 import zipfile
 from datetime import datetime
 from fractions import Fraction
@@ -15,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from test_process import load_process, read
 
 PLAIN = ["--header", "none", "--columns", "user,item,rating,timestamp"]
@@ -235,6 +240,8 @@ def test_file_order_comes_back_as_it_was(run, back, tmp_path):
         ("\n\nuser_id,item_id,timestamp\r\n196,242,881250949\r\n186,302,881250950\r\n", TIMED),
         ("user_id,item_id,timestamp\r196,242,881250949\r186,302,881250950\r", TIMED),
         (",user_id,item_id,timestamp\n0,196,242,881250949\n1,186,302,881250950\n", TIMED),
+        ("PK,user_id,item_id,timestamp\n0,196,242,881250949\n1,186,302,881250950\n", TIMED),
+        ("196,242,3,881250949\n186,302,1,881250950\n", [*PLAIN[:3], "user, item, rating, timestamp"]),
     ],
 )
 def test_layouts(data, flags, run):
@@ -272,6 +279,9 @@ def test_layouts(data, flags, run):
         ("\n\nuser_id,item_id\n1,2\n\n\n3,\n", [], "line 7: user or item is empty"),
         ("user_id,item_id\n1,2\n3, \n", [], "line 3: user or item is empty"),
         ("\n\n", [], "is empty"),
+        ("user_id,item_id\n1,2\n", ["--user", "item_id", "--item", "item_id"], "--user and --item are both item_id"),
+        (gzip.compress(gzip.compress(b"user_id,item_id\n1,2\n")), [], "holds a compressed file"),
+        (gzip.compress(b"PK\x03\x04...."), [], "holds a compressed file"),
         (b"(\xb5/\xfd....", [], "zstd"),
         (bz2.compress(b"user_id,item_id\n1,2\n")[:-4], [], "damaged or cut off"),
         (lzma.compress(b"user_id,item_id\n1,2\n")[:-4], [], "damaged or cut off"),
@@ -509,6 +519,8 @@ def test_titles_find_ids_that_are_written_otherwise(run, tmp_path):
         ("prepared", 'reviewerID,asin\nA,"[1, true]"\n', "(it holds True)"),
         ("prepared", 'reviewerID,asin\nA,"[1, nan]"\n', "(it holds None)"),
         ("prepared", 'reviewerID,asin\nA,"[1e400]"\n', "(it holds inf)"),
+        ("prepared", 'reviewerID,asin\nA,"[9007199254740993.0]"\n', "(it holds 9007199254740992.0)"),
+        ("prepared", 'reviewerID,asin\nA,"[np.int64(1)]"\n', "(no list of plain values)"),
         ("prepared", f"reviewerID,asin\nA,{'[' * 9000}\n", "line 2: asin is no list"),
         ("prepared", 'reviewerID,asin,title\nA,"[0, 3]","[\'x\']"\n', "line 2: title is no list of as many"),
         ("prepared", 'reviewerID,asin,title\nA,"[0, 3]",x\n', "line 2: title is no list of as many"),
@@ -628,6 +640,10 @@ def test_json_lines_that_mix_numbers_and_dates_are_refused(run):
         ["jsonl", "--preset", "bogus"],
         ["interactions", "--name", "x"],
         ["stats", "none"],
+        ["pairs", "--k", "0"],
+        ["jsonl", "--max_bad_lines", "nan"],
+        ["jsonl", "--max_bad_lines", "-1"],
+        ["download", "--category", "x", "--tries", "0"],
     ],
 )
 def test_wrong_flags_give_one_line(arguments, module, capsys):
@@ -650,11 +666,47 @@ def test_parquet_is_named_where_it_is_not_read(command, run):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("dataset.json", "{}"), ("dataset.json", "["), ("items.npy", "x"), ("user_ids.txt", ""), ("items.tsv", "")],
+    [
+        ("dataset.json", "{}"),
+        ("dataset.json", "["),
+        ("dataset.json", "[" * 100_000),
+        ("dataset.json", '{"timestamp_ties": 0, "timestamp_decimals": "two", "users": "many"}'),
+        ("items.npy", "x"),
+        ("items.npy", [1.5, 2]),
+        ("items.npy", [[1, 2]]),
+        ("offsets.npy", [1, 2]),
+        ("offsets.npy", [0, 3, 2]),
+        ("offsets.npy", []),
+        ("user_ids.txt", ""),
+        ("items.tsv", ""),
+    ],
 )
-def test_export_of_a_damaged_dataset_gives_one_line(name, text, run, module, tmp_path, capsys):
+def test_a_damaged_dataset_gives_one_line(name, text, run, module, tmp_path, capsys):
     run("pairs", "1 2\n1 3\n")
-    (tmp_path / "made" / name).write_text(text)
+    path = tmp_path / "made" / name
+    path.write_text(text) if isinstance(text, str) else np.save(path, text)
+    for command in ["export", *["stats"] * (name == "dataset.json")]:
+        with pytest.raises(SystemExit) as ended:
+            module.main([command, str(tmp_path / "made")])
+        assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_pipe_is_refused_and_not_waited_for(module, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SystemExit) as ended:
-        module.main(["export", str(tmp_path / "made")])
-    assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+        module.main(["pairs", "--input", str(tmp_path / "pipe"), "--name", "made", "--output", str(tmp_path)])
+    assert ended.value.code == 2 and "is a pipe" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(("redirect", "code"), [(">/dev/full", 2), ("| true", 0), (">&-", None)])
+def test_output_that_nobody_takes_gives_one_line(redirect, code, run, tmp_path):
+    run("pairs", "1 2\n1 3\n")
+    words = [sys.executable, "datasets/process.py", "stats", str(tmp_path / "made")]
+    script = f"set -o pipefail; {shlex.join(words)} {redirect}"
+    env = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert code in (done.returncode, None) and "Traceback" not in done.stderr
+    assert done.stderr.splitlines() == ["process.py: No space left on device; free space, or choose another place"] * (
+        code == 2
+    )

@@ -376,18 +376,33 @@ def test_the_closing_table_leaves_out_what_does_not_belong(tmp_path):
         "replaced": ("config.json", {"run_id": "another"}),
         "cut": ("metrics.json", None),
         "torn": ("config.json", None),
+        "deep": ("metrics.json", "[" * 100_000),
     }
     for name, (file, changes) in damages.items():
         shutil.copytree(tmp_path / "good", tmp_path / name)
         path = tmp_path / name / file
         text = path.read_text()
-        path.write_text(text[:50] if changes is None else json.dumps(json.loads(text) | changes))
+        changed = json.dumps(json.loads(text) | changes) if isinstance(changes, dict) else changes
+        path.write_text(changed or text[:50])
     table = closing_table(tmp_path, fingerprint).splitlines()
     assert "\n".join(table[len(damages) :]) == alone and "SASRec (good)" in alone
     for line, name in zip(table, sorted(damages), strict=False):
         assert line.startswith(f"left out of the table, {tmp_path / name}: "), line
     words = {name: line for line, name in zip(table, sorted(damages), strict=False)}
     assert "another dataset" in words["older"] and "not finished" in words["replaced"] and "damaged" in words["odd"]
+
+
+def test_a_copied_run_has_a_row_of_its_own(tmp_path):
+    finish(*train(tmp_path / "run"))
+    shutil.copytree(tmp_path / "run", tmp_path / "backup")
+    table = closing_table(tmp_path, "0" * 64)
+    assert "SASRec (run)" in table and "SASRec (backup)" in table
+
+
+def test_an_output_folder_may_be_a_link_to_one_that_is_not_there_yet(tmp_path):
+    (tmp_path / "link").symlink_to("far")
+    finish(*train(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "far" / "metrics.json").is_file()
 
 
 def test_peak_memory_without_the_module_that_windows_lacks():

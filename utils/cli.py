@@ -6,7 +6,6 @@ known, of its annotated type and within its range; otherwise one line says what 
 """
 
 import dataclasses
-import errno
 import inspect
 import re
 import sys
@@ -18,7 +17,7 @@ import fire
 from fire import decorators, helptext
 from fire import trace as fire_trace
 
-from utils.errors import RunError, UserError
+from utils.errors import RunError, UserError, describe_error, end_output
 from utils.flags import Models, choices, coerce, flags_of, suggest
 from utils.recipes import RECIPE_SECTIONS, check_recipe, per_model, read_recipe, recipe_values
 
@@ -49,12 +48,13 @@ def run(
             print(help_text(main, script, argv, models))
             return
         main(**resolve(main, section, argv, inherits=inherits, models=models))
+        print(end="", flush=True)
     except UserError as error:
         stop(script, str(error), 2)
     except RunError as error:
         stop(script, str(error), 1)
     except OSError as error:
-        stop(script, describe(error), 2)
+        stop(script, describe_error(error), 2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -63,23 +63,13 @@ def run(
         stop(script, f"out of memory{advice}", 1)
     except KeyboardInterrupt:
         stop(script, "interrupted; start it again with --resume auto to go on", 130)
+    finally:
+        end_output()
 
 
 def stop(script: str, message: str, code: int) -> typing.NoReturn:
     print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code) from None
-
-
-ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space, or choose another place")
-ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may write to")
-ADVICE |= {errno.EMFILE: "allow more open files (ulimit -n)", errno.ENAMETOOLONG: "choose a shorter name"}
-
-
-def describe(error: OSError) -> str:
-    """The system's own words, the file that they are about, and what helps."""
-    place = f": {error.filename}" if error.filename else ""
-    advice = f"; {ADVICE[error.errno]}" if error.errno in ADVICE else ""
-    return f"{error.strerror or error}{place}{advice}"
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -4,6 +4,7 @@ A dataset folder (`datasets/README.md` describes the format) holds every user's 
 order. Nothing here copies it: splits and examples are index ranges into that array, and a batch is cut out of it.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ def parse_train_targets(train_targets: str) -> int:
     fixed = {"last": 1, "all": -1}
     if train_targets in fixed:
         return fixed[train_targets]
-    if train_targets.isdigit() and int(train_targets) > 0:
+    if re.fullmatch("[0-9]{1,18}", train_targets) and int(train_targets) > 0:
         return int(train_targets)
     raise UserError(f"--train_targets {train_targets!r}: expected last, all or a number of at least 1")
 

@@ -1,5 +1,14 @@
 """What ends a program with one line instead of a traceback."""
 
+import errno
+import os
+import sys
+
+ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space, or choose another place")
+ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may write to")
+ADVICE |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is to be; choose another place")
+ADVICE |= {errno.EMFILE: "allow more open files (ulimit -n)", errno.ENAMETOOLONG: "choose a shorter name"}
+
 
 class UserError(Exception):
     """Bad input: exit code 2."""
@@ -7,3 +16,18 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that cannot go on (a loss that is not finite, say): exit code 1."""
+
+
+def describe_error(error: OSError) -> str:
+    """The system's own words, the file that they are about, and what helps."""
+    place = f": {error.filename}" if error.filename else ""
+    advice = f"; {ADVICE[error.errno]}" if error.errno in ADVICE else ""
+    return f"{error.strerror or error}{place}{advice}"
+
+
+def end_output() -> None:
+    """Drop what standard output does not take (full disk, closed pipe): Python's own end would print a traceback."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

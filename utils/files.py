@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,6 +121,9 @@ def remove(paths: Iterable[Path]) -> None:
 
 def check_replaceable(folder: Path, names: list[str], flag: str) -> None:
     """UserError unless `folder` is absent, empty, or holds names[0] and nothing but the files `names`."""
+    folder = Path(os.path.realpath(folder))
+    if folder.is_symlink():
+        raise UserError(f"{flag} {folder} is a link to itself; remove it, or choose another place")
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -166,13 +170,24 @@ def write_json(value: object, path: Path) -> None:
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+class FromFile(dict):
+    """What a file holds; a key that it lacks is a UserError that names the file."""
+
+    def __init__(self, path: Path, values: dict) -> None:
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str) -> None:
+        raise UserError(f"{self.path} has no {key!r}; run the step that writes it again")
+
+
 def read_json(path: Path, missing: str) -> dict:
     """A JSON object; UserError with the text `missing` where there is no file, or naming the file if it is damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_hook=partial(FromFile, path))
     except FileNotFoundError as error:
         raise UserError(missing) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); run the step that writes it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; run the step that writes it again")
@@ -186,10 +201,13 @@ def save_tensors(tensors: dict[str, "torch.Tensor"], path: Path, metadata: dict[
 
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with whole_file(path) as part:
+        part.touch()
+        mode = part.stat().st_mode
         try:
             save_file(plain, part, metadata)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise UserError(f"{path} cannot be written: {error}; free space or choose another --output_dir") from error
+        part.chmod(mode)  # safetensors lets nobody but the owner read
 
 
 def load_tensors(path: Path) -> dict[str, "torch.Tensor"]:
@@ -200,7 +218,7 @@ def load_tensors(path: Path) -> dict[str, "torch.Tensor"]:
     if not path.is_file():
         raise UserError(f"{path} is missing; run the step that writes it again")
     try:
-        return load_file(path)
+        return FromFile(path, load_file(path))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); run the step that writes it again") from error
 

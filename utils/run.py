@@ -6,6 +6,7 @@ finished.
 
 import importlib.util
 import json
+import os
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
@@ -144,7 +145,7 @@ class Run:
     def start(self) -> None:
         """Make the folder this run's: after this, what an earlier run left there is gone unless it is continued."""
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            Path(os.path.realpath(self.folder)).mkdir(parents=True, exist_ok=True)  # also where a link leads nowhere
             self._take_lock()
             if self._open_folder():
                 raise UserError(f"another process has finished {self.folder} meanwhile; start again to see its results")

@@ -64,6 +64,7 @@ def test_an_active_environment_is_used_whatever_its_path(name, checkout, tmp_pat
         "extract_emb.py",
         "finetune.py --resume auto",
         "distill.py --resume auto",
+        "recommend.py --history Star Wars; Return of the Jedi; Raiders of the Lost Ark --k 3",
     ]
 
 

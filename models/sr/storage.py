@@ -28,6 +28,7 @@ def load_recommender(folder: Path, config: dict, known: TrainingPart) -> Recomme
     wanted, found = ({n: tuple(v.shape) for n, v in part.items()} for part in (recommender.state_dict(), weights))
     if wanted != found:
         odd = min(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise UserError(f"{folder}: {odd} of its weights is {found.get(odd)}, not {wanted.get(odd)}; train it again")
+        what = f"{odd} is {found.get(odd)}, not {wanted.get(odd)}"
+        raise UserError(f"{folder}: its weights do not fit its flags ({what}); train it again")
     recommender.load_state_dict(weights)
     return recommender.eval()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import cost, llm_step, order, same_metrics, seeds
+from benchmarks import busy, cost, llm_step, order, same_metrics, seeds
 from utils import cli
 from utils.cli import ROOT
 from utils.errors import UserError
@@ -105,6 +105,7 @@ def large_catalogues(record: dict) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "busy": lambda: busy.table(record("busy")),
     "beside the paper": lambda: beside_paper(runs("ml-100k"), published()),
     "runs of ml-100k": lambda: comparison(runs("ml-100k")),
     "runs of beauty": lambda: comparison(runs("beauty")),

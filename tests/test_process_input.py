@@ -640,9 +640,6 @@ def test_json_lines_that_mix_numbers_and_dates_are_refused(run):
         ["jsonl", "--preset", "bogus"],
         ["interactions", "--name", "x"],
         ["stats", "none"],
-        ["pairs", "--k", "0"],
-        ["jsonl", "--max_bad_lines", "nan"],
-        ["jsonl", "--max_bad_lines", "-1"],
         ["download", "--category", "x", "--tries", "0"],
     ],
 )
@@ -650,6 +647,12 @@ def test_wrong_flags_give_one_line(arguments, module, capsys):
     with pytest.raises(SystemExit) as ended:
         module.main(arguments)
     assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags", [["--k", 0], ["--k", "x"], ["--max_bad_lines", "nan"], ["--max_bad_lines", -1]])
+def test_numbers_that_mean_nothing_are_refused(flags, run):
+    code, _, err = run("jsonl", '{"user_id": 1, "item_id": 2}\n', *flags)
+    assert code == 2 and len(err) == 1 and flags[0] in err[0]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "", "a b", "x\n", "."])
@@ -670,11 +673,12 @@ def test_parquet_is_named_where_it_is_not_read(command, run):
         ("dataset.json", "{}"),
         ("dataset.json", "["),
         ("dataset.json", "[" * 100_000),
-        ("dataset.json", '{"timestamp_ties": 0, "timestamp_decimals": "two", "users": "many"}'),
+        ("dataset.json", '{"timestamp_ties": 0, "timestamp_decimals": "two", "name": 1, "users": "many"}'),
+        ("dataset.json", '{"timestamp_ties": [], "timestamp_decimals": [2], "name": 1, "users": 1, "items": []}'),
         ("items.npy", "x"),
         ("items.npy", [1.5, 2]),
-        ("items.npy", [[1, 2]]),
-        ("offsets.npy", [1, 2]),
+        ("items.npy", [[1, 2], [1, 2]]),
+        ("offsets.npy", [1, 1, 2]),
         ("offsets.npy", [0, 3, 2]),
         ("offsets.npy", []),
         ("user_ids.txt", ""),
@@ -682,7 +686,7 @@ def test_parquet_is_named_where_it_is_not_read(command, run):
     ],
 )
 def test_a_damaged_dataset_gives_one_line(name, text, run, module, tmp_path, capsys):
-    run("pairs", "1 2\n1 3\n")
+    run("pairs", "1 2\n2 3\n")
     path = tmp_path / "made" / name
     path.write_text(text) if isinstance(text, str) else np.save(path, text)
     for command in ["export", *["stats"] * (name == "dataset.json")]:

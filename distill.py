@@ -97,7 +97,7 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
         raise UserError(f"--teacher {source} is no run of finetune.py")
     check_same_dataset(data, taught.get("dataset_fingerprint"), source)
     given, depth, blocks = config["max_seq_length"], taught["num_layers"], config["num_blocks"]
-    cli.inherit(config, taught, INHERITED, cli.shown(source))
+    cli.inherit(config, taught, INHERITED, cli.portable_path(source))
     if config["num_layers"] > depth:
         raise UserError(f"--num_layers {config['num_layers']}: the teacher has {depth} layers, a student needs no more")
     if config["max_seq_length"] > taught["max_seq_length"]:
@@ -107,7 +107,7 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     for stack in (config["num_layers"], depth):
         block_boundaries(stack, blocks)
     hashes = {str(p.relative_to(source)): sha256(p) for p in sorted(source.rglob("*.safetensors"))}
-    config |= {"teacher": cli.shown(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
+    config |= {"teacher": cli.portable_path(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
     config |= {"title": f"SLMRec-{config['num_layers']}<-{depth}", "teacher_sha256": hashes}
     return source, taught
 

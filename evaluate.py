@@ -30,14 +30,13 @@ def main(
     candidate_seed: int = CANDIDATE_SEED,
     eval_batch_size: int = 512,
 ) -> None:
-    folder = next((path for path in (Path(run), cli.ROOT / run) if path.is_dir()), Path(run))
-    trained = load(folder)
+    trained = load(run)
     data = Sequences.load(assets.dataset_folder(dataset or trained.config["dataset"]))
-    check_same_dataset(data, trained.config["dataset_fingerprint"], folder)
+    check_same_dataset(data, trained.config["dataset_fingerprint"], Path(run))
     drawn = draw_negatives(data, split, negatives, candidate_seed)
-    how = {"max_length": trained.config["max_seq_length"], "batch_size": eval_batch_size, "progress": True}
+    options = {"max_length": trained.config["max_seq_length"], "batch_size": eval_batch_size, "progress": True}
     metrics, seconds = evaluate(
-        trained.model, data, split, drawn, device=trained.device, autocast=trained.autocast, **how
+        trained.model, data, split, drawn, device=trained.device, autocast=trained.autocast, **options
     )
     rows = [metric_row(f"{split}, {kind}", values) for kind, values in metrics.items()]
     print(markdown_table(["split, candidates", *metrics["full"]], rows))

@@ -17,7 +17,7 @@ from models.sr.storage import load_recommender, new_recommender
 from utils import assets, cli
 from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
-from utils.files import check_replaceable, read_json, save_tensors, sha256, whole_folder, write_json
+from utils.files import atomic_folder, check_replaceable, read_json, save_tensors, sha256, write_json
 from utils.report import finished_run
 
 TABLE_FILE = "item_embeddings.safetensors"
@@ -60,7 +60,7 @@ def main(
         "kind": "item_embeddings",
         "dataset": dataset,
         "dataset_fingerprint": data.fingerprint,
-        "sr_dir": cli.shown(source),
+        "sr_dir": cli.portable_path(source),
         "sr_weights_sha256": sha256(source / "model.safetensors"),
         "sr_test_sampled_NDCG@10": metrics["test"]["sampled"]["NDCG@10"],
         "model": trained["model"],
@@ -68,7 +68,7 @@ def main(
         "item_dim": table.shape[1],
     } | summarise(table, new_recommender(trained, data.training_part()).item_table())
     cli.print_config(config)
-    with whole_folder(target) as part:
+    with atomic_folder(target) as part:
         save_tensors({"item_table": table, "item_ids": torch.arange(len(table))}, part / TABLE_FILE)
         write_json(config | {"table_sha256": sha256(part / TABLE_FILE)}, part / "config.json")
     print(f"{target / TABLE_FILE}: {data.num_items:,} items, d = {table.shape[1]}")

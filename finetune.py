@@ -64,11 +64,11 @@ def main(
     if extracted.get("kind") != "item_embeddings":
         raise UserError(f"--item_embeddings {source} was not written by extract_emb.py")
     check_same_dataset(data, extracted.get("dataset_fingerprint"), source)
-    cli.inherit(config, extracted, ["table_sha256", "item_dim"], cli.shown(source))
+    cli.inherit(config, extracted, ["table_sha256", "item_dim"], cli.portable_path(source))
     base = assets.base_model_path(base_model)
     shape = base_config(base)
     select_layers(num_layers, shape.num_hidden_layers, layer_selection)
-    config |= {"item_embeddings": cli.shown(source), "base_shape": base_shape(shape)}
+    config |= {"item_embeddings": cli.portable_path(source), "base_shape": base_shape(shape)}
     config["base_model"] = assets.record_base_model(base_model, base)
     table_file = source / "item_embeddings.safetensors"
     item_table = load_tensors(table_file)["item_table"]

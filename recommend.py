@@ -31,7 +31,7 @@ from models.sr.storage import load_recommender
 from utils import cli
 from utils.catalogue import Catalogue
 from utils.errors import UserError
-from utils.files import whole_file
+from utils.files import atomic_file
 from utils.report import finished_run
 
 
@@ -117,8 +117,8 @@ def best_of(scores: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
 
 
 def load(folder: str | Path) -> Trained:
-    """A trained recommender from its run folder, traditional or a language model."""
-    folder = Path(folder)
+    """A trained recommender from its run folder, traditional or a language model; a path may start at the checkout."""
+    folder = next((path for path in (Path(folder), cli.ROOT / folder) if path.is_dir()), Path(folder))
     config, _ = finished_run(folder, f"{folder} holds no finished run: give the folder of one with --run")
     catalogue = Catalogue.load(folder)
     if config.get("kind") == "sr":
@@ -191,8 +191,7 @@ def main(
     form = Path(output).suffix.lstrip(".") if output else ""
     if output and form not in ("csv", "jsonl"):
         raise UserError(f"--output {output}: a name that ends in .csv or .jsonl")
-    folder = next((p for p in (Path(run), cli.ROOT / run) if p.is_dir()), Path(run))
-    trained = load(folder)
+    trained = load(run)
     wanted = None
     if candidates:
         wanted = [line.strip() for line in Path(candidates).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
@@ -209,7 +208,7 @@ def main(
             print(trained.catalogue.unknown(item), file=sys.stderr)
         told.add(item)
     if output:
-        with whole_file(Path(output)) as part, open(part, "w", encoding="utf-8", newline="") as file:
+        with atomic_file(Path(output)) as part, open(part, "w", encoding="utf-8", newline="") as file:
             write_answers(answers, file, form)
         print(f"{output}: {len(answers):,} histories, {len(answers) / seconds:,.0f} per second")
     else:

@@ -81,7 +81,7 @@ INFERENCE = (*INFERENCE, "all_positions")
 
 
 def one_off(work: Workload, repeats: int) -> list[dict]:
-    """Samples a second with everything on, and with one measure off: SmolLM2-135M, 8 layers."""
+    """Samples per second with everything on, and with one measure off: SmolLM2-135M, 8 layers."""
     model = make_model("smollm2-135m", 8, work.data.num_items, work.device, torch.float32)
     batches, users = work.batches(work.index()), len(work.tests)
     samples = work.batch_size * len(batches)
@@ -128,7 +128,7 @@ def copies(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def many_targets(dataset: str | None, repeats: int, device) -> dict[str, float]:
-    """Targets a second with the newest 8 of 16 users sharing a history, and with a copy of it for each target."""
+    """Targets per second with the newest 8 of 16 users sharing a history, and with a copy of it for each target."""
     data = make_data(dataset, 256)
     examples = training_examples(data, "8", MAX_ITEMS)
     index = shuffled_batches(len(examples), 16, seed=0, epoch=0)[:4]
@@ -142,7 +142,7 @@ def many_targets(dataset: str | None, repeats: int, device) -> dict[str, float]:
 
 
 def micro_batches(work: Workload, repeats: int, size: int = 8) -> dict[str, float]:
-    """Samples a second of gradients in micro-batches, with the prefix once a step, and once a micro-batch."""
+    """Samples per second of gradients in micro-batches, with the prefix once per step, and once per micro-batch."""
     model = make_model("smollm2-135m", 8, work.data.num_items, work.device, torch.float32).train()
     parts = work.batches([index[at : at + size] for index in work.index() for at in range(0, BATCH, size)])
 
@@ -163,7 +163,7 @@ def micro_batches(work: Workload, repeats: int, size: int = 8) -> dict[str, floa
 
 
 def sasrec_groups(repeats: int, device) -> dict[str, float]:
-    """Users a second of SASRec's training, 256 of Beauty's lengths a batch: in groups of like lengths, in one piece."""
+    """SASRec in training, 256 of Beauty's users per batch: users per second in groups of like lengths, in one piece."""
     data = make_data(None, 1024)
     examples = training_examples(data, "all", MAX_ITEMS)
     index = shuffled_batches(len(examples), 256, seed=0, epoch=0)
@@ -182,7 +182,7 @@ def sasrec_groups(repeats: int, device) -> dict[str, float]:
 
 
 def compiled(work: Workload, repeats: int) -> dict[str, float]:
-    """Samples a second of training with and without torch.compile, and the seconds of the first, compiling pass.
+    """Samples per second of training with and without torch.compile, and the seconds of the first, compiling pass.
 
     Compiled is every layer but the top one, whose hooks change state; dropout is off, as graphs would break at it.
     """
@@ -284,17 +284,17 @@ def main() -> None:
     print(measures_table({"one_off": measures}), flush=True)
     micro = micro_batches(work, repeats)
     ratio = micro["shared"] / micro["each"]
-    print(f"prefix once for four micro-batches of 8: {ratio:.2f} x the samples a second", flush=True)
+    print(f"prefix once for four micro-batches of 8: {ratio:.2f} x the samples per second", flush=True)
     grouped = sasrec_groups(repeats, device)
     ratio = grouped["groups"] / grouped["one_piece"]
-    print(f"SASRec's users in groups of like lengths: {ratio:.2f} x the users a second of one piece", flush=True)
+    print(f"SASRec's users in groups of like lengths: {ratio:.2f} x the users per second of one piece", flush=True)
     compiling = compiled(work, repeats)
     ratio = compiling["compiled"] / compiling["plain"]
-    print(f"torch.compile: {ratio:.2f} x the samples a second, after {compiling['first_seconds']:.0f} s", flush=True)
+    print(f"torch.compile: {ratio:.2f} x the samples per second, after {compiling['first_seconds']:.0f} s", flush=True)
     targets = {name or "beauty": many_targets(name, repeats, device) for name in (None, "ml-100k")}
     for name, speeds in targets.items():
         ratio = speeds["shared"] / speeds["copies"]
-        print(f"8 targets of a user at once, {name}: {ratio:.2f} x the targets a second of copies", flush=True)
+        print(f"8 targets of a user at once, {name}: {ratio:.2f} x the targets per second of copies", flush=True)
     panels = {
         "layers, ms a sample": {n: language_model(n, None, device) for n in DEPTHS},
         "items of history (4 layers), ms a sample": {n: language_model(4, n, device) for n in LENGTHS},

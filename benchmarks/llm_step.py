@@ -1,4 +1,4 @@
-"""The released computation beside ours, in one run, on the same weights and batches: samples a second.
+"""The released computation beside ours, in one run, on the same weights and batches: samples per second.
 
     python benchmarks/llm_step.py                              8 layers against 8, and a 4-layer student against 30
     python benchmarks/llm_step.py --dataset ml-100k --batch_sizes 64
@@ -234,7 +234,7 @@ class Workload:
 
 
 def alternate(repeats: int, **work: tuple[Callable[[], object], int]) -> dict[str, float]:
-    """Median samples a second of each (function, samples), run in turn `repeats` times."""
+    """Median samples per second of each (function, samples), run in turn `repeats` times."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(repeats):
         for name, (function, _) in work.items():
@@ -422,7 +422,7 @@ def paper_table(record: dict) -> str:
     }
     rows = []
     for column, (kind, name) in enumerate(
-        (("training", "training, hours an epoch"), ("inference", "inference, hours"))
+        (("training", "training, hours per epoch"), ("inference", "inference, hours"))
     ):
         hours = [e4srec[column], slmrec[column]]
         here = measured.get(kind, "needs a GPU, not measured")
@@ -436,7 +436,7 @@ def plot(rows: list[dict], path: Path) -> None:
     bars = axes.barh(names, [r["ratio"] for r in rows], color=["C0" if r["kind"] == "training" else "C1" for r in rows])
     axes.bar_label(bars, fmt="%.1f x", padding=3)
     axes.invert_yaxis()
-    axes.set(xlabel="samples a second, ours over the released computation")
+    axes.set(xlabel="samples per second, ours over the released computation")
     axes.margins(x=0.12)
     figure.savefig(path, dpi=100)
 

@@ -150,9 +150,8 @@ def main() -> None:
             f"{source.stat().st_size / 2**20:,.0f} MiB of reviews, {meta.stat().st_size / 2**20:,.0f} MiB of metadata"
         )
         seconds, memory = process(source, place, "scale", "--meta", meta)
-        print(
-            f"processed: {args.reviews / seconds:,.0f} review lines a second ({seconds:.0f} s), peak {memory:,.0f} MiB"
-        )
+        speed = args.reviews / seconds
+        print(f"processed: {speed:,.0f} review lines per second ({seconds:.0f} s), peak {memory:,.0f} MiB")
         loaded = subprocess.run(
             [sys.executable, "-c", LOAD, str(ROOT), str(place / "scale")],
             capture_output=True,

@@ -17,7 +17,7 @@ from benchmarks import busy, cost, llm_step, order, same_metrics, seeds
 from utils import cli
 from utils.cli import ROOT
 from utils.errors import UserError
-from utils.files import read_json, whole_file
+from utils.files import atomic_file, read_json
 from utils.report import comparison, markdown_table
 
 RESULTS = ROOT / "results"
@@ -147,7 +147,7 @@ def main() -> None:
         except UserError as error:
             cli.stop("tables.py", f"{path}: {error}", 2)
         if new != old:
-            with whole_file(path) as part:
+            with atomic_file(path) as part:
                 part.write_text(new, encoding="utf-8")
         print(f"{path.relative_to(ROOT)}: {len(PLACE.findall(new))} tables{'' if new == old else ', written anew'}")
 

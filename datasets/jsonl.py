@@ -55,8 +55,8 @@ class BadLines:
 
     def add(self, part: Parsed) -> None:
         if part.bad and not self.count:
-            place, reason = part.bad[0]
-            self.first = f"line {self.lines + place + 1} ({reason})"
+            index, reason = part.bad[0]
+            self.first = f"line {self.lines + index + 1} ({reason})"
         self.count += len(part.bad)
         self.lines += part.lines
 
@@ -139,7 +139,7 @@ def parse_rows(block: bytes, user: str, item: str, timestamp: str | None, rating
     lines = lines_of(block)
     part = Parsed(len(lines))
     warnings.simplefilter("ignore", SyntaxWarning)  # "\d" in a Python literal
-    for place, line in enumerate(lines):
+    for index, line in enumerate(lines):
         try:
             row = load(line)
             who, what = as_id(row[user], user, line), as_id(row[item], item, line)
@@ -147,13 +147,13 @@ def parse_rows(block: bytes, user: str, item: str, timestamp: str | None, rating
             stars = as_rating(row[rating], rating) if rating else 0.0
         except (ValueError, KeyError) as error:
             if line.strip():
-                part.bad.append((place, f"no field {error}" if isinstance(error, KeyError) else str(error)))
+                part.bad.append((index, f"no field {error}" if isinstance(error, KeyError) else str(error)))
             continue
         part.user.append(who)
         part.item.append(what)
         if timestamp:
             part.time.append(when)
-            part.kinds.setdefault(kind, place)
+            part.kinds.setdefault(kind, index)
         if rating:
             part.rating.append(stars)
         part.names = part.names or list(row)
@@ -167,7 +167,7 @@ def parse_titles(block: bytes, item: str, title: str) -> Parsed:
     lines = lines_of(block)
     part = Parsed(len(lines))
     warnings.simplefilter("ignore", SyntaxWarning)
-    for place, line in enumerate(lines):
+    for index, line in enumerate(lines):
         try:
             row = load(line)
             name = row.get(title)
@@ -175,7 +175,7 @@ def parse_titles(block: bytes, item: str, title: str) -> Parsed:
                 part.titles.append((as_id(row[item], item, line), str(name)))
         except ValueError as error:
             if line.strip():
-                part.bad.append((place, str(error)))
+                part.bad.append((index, str(error)))
     return part
 
 
@@ -199,11 +199,11 @@ def read_jsonl(args: argparse.Namespace) -> Interactions:
         for part in in_parallel(partial(parse_rows, **wanted), args.input):
             user.extend([users.setdefault(who, len(users)) for who in part.user])
             item.extend([items.setdefault(what, len(items)) for what in part.item])
-            for other, place in part.kinds.items():
+            for other, index in part.kinds.items():
                 kind = kind or other
                 if other != kind:
                     wrong = f"{names['timestamp']} is a {other} where the lines before hold {kind}s"
-                    raise UserError(f"{args.input}, line {bad.lines + place + 1}: {wrong}; write all in one way")
+                    raise UserError(f"{args.input}, line {bad.lines + index + 1}: {wrong}; write all in one way")
             if type(when) is array and type(part.time) is list:
                 when = when.tolist()  # from here on there are fractions
             when.extend(part.time)

@@ -40,35 +40,35 @@ from sources import open_bytes
 from times import RANK, written
 
 from utils.errors import UserError, describe_error, end_output
-from utils.files import check_replaceable, is_plain_name, locked, read_json, sha256, whole_folder
+from utils.files import atomic_folder, check_replaceable, is_plain_name, locked, read_json, sha256
 
 ARRAYS = ("items", "offsets", "timestamps")
 FILES = ["dataset.json", *(f"{name}.npy" for name in ARRAYS), "user_ids.txt", "items.tsv"]
 
 
-def check_place(place: Path, inputs: list[Path]) -> None:
-    """UserError unless `place` may be written: it is absent, empty, or a dataset, and no input lies in it."""
-    check_replaceable(place, FILES, "the dataset folder")
+def check_target(target: Path, inputs: list[Path]) -> None:
+    """UserError unless `target` may be written: it is absent, empty, or a dataset, and no input lies in it."""
+    check_replaceable(target, FILES, "the dataset folder")
     for path in inputs:
         for folder in (path.parent.resolve(), path.resolve().parent):  # of a link, and of what it points to
-            if place.exists() and any(parent.samefile(place) for parent in (folder, *folder.parents)):
-                raise UserError(f"{path} lies in {place}, which is to be replaced; move it, or choose another --name")
-    strange = next((name for name in FILES if (place / name).is_dir()), None)
+            if target.exists() and any(parent.samefile(target) for parent in (folder, *folder.parents)):
+                raise UserError(f"{path} lies in {target}, which is to be replaced; move it, or choose another --name")
+    strange = next((name for name in FILES if (target / name).is_dir()), None)
     if strange:
-        raise UserError(f"{place} holds something else (a folder {strange}); choose another --name, or move it away")
-    there = [folder for folder in (place, *place.parents) if folder.exists()][: 1 + place.exists()]
-    for folder in there:  # what is replaced, and where it stands
+        raise UserError(f"{target} holds something else (a folder {strange}); choose another --name, or move it away")
+    folders = [folder for folder in (target, *target.parents) if folder.exists()][: 1 + target.exists()]
+    for folder in folders:  # what is replaced, and where it stands
         if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"nothing can be written to {folder}; choose another --output")
 
 
 def make_dataset(args: argparse.Namespace) -> None:
     """Read, order, filter, and write the folder beside its place, which it takes only when complete."""
-    place = Path(os.path.realpath(args.output / args.name))
+    target = Path(os.path.realpath(args.output / args.name))
     inputs = [path for path in (args.input, getattr(args, "meta", None), getattr(args, "titles", None)) if path]
     for path in inputs:
         open_bytes(path).close()
-    check_place(place, inputs)
+    check_target(target, inputs)
     read = args.read(args)
     order = args.order or ("file" if read.time is None or read.keep_order else "time")
     funnel = apply_filters(in_order(read, order), args)
@@ -87,10 +87,10 @@ def make_dataset(args: argparse.Namespace) -> None:
     info = describe(args, found, arrays, item_ids, order)
     info |= {"funnel": funnel.steps, "sources": {name: sha256(path) for name, path in by_name(inputs).items()}}
     info["flags"] = {name: str(value) for name, value in vars(args).items() if name not in ("read", "do")}
-    with ExitStack() as held, whole_folder(place) as part:
+    with ExitStack() as held, atomic_folder(target) as part:
         write(part, arrays, user_ids, item_ids, found.titles or {}, info)
-        held.enter_context(locked(place))  # until the folder has its place
-        check_place(place, inputs)
+        held.enter_context(locked(target))  # until the folder has its place
+        check_target(target, inputs)
     exact = [] if found.time is None or found.time.unit != RANK else [f"{args.input}: timestamps are stored as {RANK}"]
     for note in found.notes + exact:
         print(f"process.py: {note}", file=sys.stderr)

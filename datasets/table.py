@@ -154,11 +154,11 @@ def read_text(path: Path, layout: Layout) -> tuple[list[str], pd.DataFrame, Call
         if value is not None:
             raise UserError(f"{path}, line {blank + 1} holds values ({value}), no names of columns; {layout.no_header}")
     skip = blank + (layout.columns is None)
-    how = {"sep": separator, "quoting": quoting, "lineterminator": "\n", "skiprows": skip, "index_col": False}
+    options = {"sep": separator, "quoting": quoting, "lineterminator": "\n", "skiprows": skip, "index_col": False}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # more fields than columns: data would be lost
-            table = pd.read_csv(io.StringIO(text), names=range(len(names)), dtype=str, keep_default_na=False, **how)
+            table = pd.read_csv(io.StringIO(text), names=range(len(names)), dtype=str, keep_default_na=False, **options)
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{path} holds no row below its header") from error
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:

@@ -1,4 +1,4 @@
-"""One function an equation. Shapes: B examples, K blocks, h hidden size, d item dimension, V items.
+"""One function per equation. Shapes: B examples, K blocks, h hidden size, d item dimension, V items.
 
 The printed and the released forms of the distillation loss differ; see `norm_distance` and `reduce_blocks`.
 """

@@ -151,12 +151,12 @@ def check_equal(model: LLMRec, decoder: torch.nn.Module) -> None:
     """States of all layers, and the gradient of the map from items, against `decoder`, a plain copy of the base."""
     model.eval()
     histories = [[7], [3, 4, 5, 6, 7], list(range(11, 19))]
-    asked = torch.zeros(3, 8, dtype=torch.bool)
-    asked[:, -1] = True
+    target_mask = torch.zeros(3, 8, dtype=torch.bool)
+    target_mask[:, -1] = True
     expected = plain_model_states(decoder.eval(), model, histories)
-    found = model.states(pad(histories), asked, list(range(1, model.num_layers + 1)))
+    found = model.states(pad(histories), target_mask, list(range(1, model.num_layers + 1)))
     with model.for_inference(), torch.no_grad():
-        inside = model.states(pad(histories), asked, list(range(1, model.num_layers + 1)))
+        inside = model.states(pad(histories), target_mask, list(range(1, model.num_layers + 1)))
     weigh = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
     gradients = [torch.autograd.grad((s * weigh).sum(), model.input_proj.weight)[0] for s in (found, expected)]
     for k in range(model.num_layers):

@@ -54,7 +54,7 @@ def test_training_targets_against_a_naive_loop(sequences, train_targets):
 def test_released_protocol_is_one_example_a_user_with_the_newest_history(sequences):
     examples = training_examples(sequences, "last", 4)
     expected = sorted((tuple(s[:-3][-4:]), s[-3]) for s in users(sequences) if len(s) > 3)
-    assert pairs(sequences, examples) == expected and (examples.asked == 1).all()
+    assert pairs(sequences, examples) == expected and (examples.num_targets == 1).all()
 
 
 def test_held_out_items_never_train():
@@ -79,7 +79,7 @@ def test_training_counts(sequences):
 
 def test_target_rows_follow_the_batches(sequences):
     examples = training_examples(sequences, "3", 5)
-    rows = np.arange(examples.asked.sum())
+    rows = np.arange(examples.num_targets.sum())
     everything = np.concatenate(
         [examples.batch(np.array([i]))["targets"].numpy().ravel() for i in range(len(examples))]
     )

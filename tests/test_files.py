@@ -23,7 +23,7 @@ def fill(folder: Path, text: str) -> None:
 
 
 def replace(place: Path) -> None:
-    with files.whole_folder(place / "data") as part:
+    with files.atomic_folder(place / "data") as part:
         (part / "a.txt").write_text("new")
         (part / "b.txt").write_text("new")
 
@@ -68,9 +68,9 @@ def test_a_folder_that_is_replaced_is_never_absent(tmp_path):
 def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path):
     fill(tmp_path / "data", "old")
     before = contents(tmp_path)
-    for whole in (files.whole_folder, files.whole_file):
+    for whole in (files.atomic_folder, files.atomic_file):
         with pytest.raises(ZeroDivisionError), whole(tmp_path / "data") as part:
-            part.mkdir(exist_ok=True) if whole is files.whole_folder else part.write_text("half")
+            part.mkdir(exist_ok=True) if whole is files.atomic_folder else part.write_text("half")
             raise ZeroDivisionError
     assert contents(tmp_path) == before
 

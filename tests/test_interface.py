@@ -35,9 +35,9 @@ class GRU(Recommender):
         return self.gru(self.items(histories))[0]  # (B, T, d)
 
     def forward(self, batch):
-        asked = batch["targets"] != 0
-        vectors = self.states(batch["histories"])[asked]
-        return {"ce": catalogue_cross_entropy(vectors, self.items.weight, batch["targets"][asked])}
+        target_mask = batch["targets"] != 0
+        vectors = self.states(batch["histories"])[target_mask]
+        return {"ce": catalogue_cross_entropy(vectors, self.items.weight, batch["targets"][target_mask])}
 
     def user_vectors(self, histories, users=None):
         return self.states(histories)[:, -1]

@@ -126,7 +126,7 @@ def test_each_measure_switched_off_changes_cost_and_not_the_answer(off):
 
 @pytest.mark.parametrize("off", ["rows_apart", "keys_copied"])
 def test_attention_without_shared_rows_and_keys_gives_the_same_gradients(off, monkeypatch):
-    """Several targets a history; histories of 1 to 30 items, so that rows hold from one sample to many."""
+    """Several targets per history; histories of 1 to 30 items, so that rows hold from one sample to many."""
     model, histories = tiny_llm_rec().train(), pad(mixed_histories())
     targets = torch.randint(1, 41, histories.shape) * (histories != 0) * (torch.rand(histories.shape) < 0.3)
     targets[:, -1] = torch.arange(1, 31)

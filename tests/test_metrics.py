@@ -152,13 +152,13 @@ def test_sasrec_learns_with_a_sampled_softmax():
     assert q[0] == 0 and torch.allclose(q[1:].double(), expected / expected.sum(), rtol=1e-5)
     examples = training_examples(data, "all", 12)
     batch = examples.batch(np.arange(len(examples)))
-    asked = batch["targets"] != 0
+    target_mask = batch["targets"] != 0
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 
     def whole() -> float:
         with torch.no_grad():
-            logits = model.states(batch["histories"])[asked] @ model.items.weight[1:].T
-            return torch.nn.functional.cross_entropy(logits, batch["targets"][asked] - 1).item()
+            logits = model.states(batch["histories"])[target_mask] @ model.items.weight[1:].T
+            return torch.nn.functional.cross_entropy(logits, batch["targets"][target_mask] - 1).item()
 
     before = whole()
     for _ in range(60):
@@ -191,10 +191,10 @@ def test_sasrec_padding_is_attended_by_nobody(sequences):
 def test_sasrec_trains_the_same_in_groups_of_like_lengths(sequences, monkeypatch):
     examples = training_examples(sequences, "all", 30)
     batch = examples.batch(np.random.default_rng(0).permutation(len(examples))[:40])
-    asked, widths = batch["targets"] != 0, []
+    target_mask, widths = batch["targets"] != 0, []
     model = sasrec(sequences).eval()
-    scores = model.states(batch["histories"])[asked] @ model.items.weight[1:].T
-    plain = torch.nn.functional.cross_entropy(scores, batch["targets"][asked] - 1)
+    scores = model.states(batch["histories"])[target_mask] @ model.items.weight[1:].T
+    plain = torch.nn.functional.cross_entropy(scores, batch["targets"][target_mask] - 1)
     model.blocks[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[:2]))
     monkeypatch.setattr("models.sr.sasrec.GROUP", 16)
     grouped = model(batch)["ce"]

@@ -129,7 +129,7 @@ def test_accumulation_keeps_the_global_batch(micro, tmp_path):
     """Micro-batches with unequal numbers of targets add up to the gradient of the mean over the whole batch."""
     examples = training_examples(make_sequences(users=80), "all", 8)
     index = np.arange(16)
-    assert len(set(examples.asked[index])) > 3
+    assert len(set(examples.num_targets[index])) > 3
     found = []
     for size in (None, micro):
         run = Run(CONFIG | {"output_dir": str(tmp_path / "a"), "micro_batch_size": size}, make_sequences(), "unused")
@@ -146,7 +146,7 @@ def test_accumulation_keeps_the_global_batch(micro, tmp_path):
 @pytest.mark.parametrize("strategy", ["lora", "full", "frozen"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_micro_batches_share_the_prompt_prefix(dtype, strategy, tmp_path):
-    """The prefix runs once a step, and the gradient is that of the whole batch."""
+    """The prefix runs once per step, and the gradient is that of the whole batch."""
     examples, index, found = training_examples(make_sequences(users=80), "all", 8), np.arange(16), []
     model = tiny_llm_rec(train_strategy=strategy)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

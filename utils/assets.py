@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import ROOT, shown
+from utils.cli import ROOT, portable_path
 from utils.errors import UserError
-from utils.files import locked, sha256, whole_folder
+from utils.files import atomic_folder, locked, sha256
 
 DATASETS = ROOT / "datasets"
 
@@ -123,7 +123,7 @@ def cached(folder: Path) -> Iterator[Path | None]:
         if folder.is_dir():
             yield None
             return
-        with whole_folder(folder) as part:
+        with atomic_folder(folder) as part:
             yield part
 
 
@@ -167,7 +167,7 @@ def record_base_model(base_model: str, found: str) -> str:
     """What configurations hold of `base_model`, found there by `base_model_path`: good in any working folder."""
     if base_model == EMBEDDED_MODEL:
         return base_model
-    path = shown(Path(found)) if Path(found).is_dir() else found
+    path = portable_path(Path(found)) if Path(found).is_dir() else found
     return found if path == EMBEDDED_MODEL else path  # a folder of that very name
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from utils.data import Sequences, TrainingPart
 from utils.errors import UserError
-from utils.files import whole_file
+from utils.files import atomic_file
 
 CATALOGUE_FILE = "items.jsonl"
 
@@ -47,7 +47,7 @@ class Catalogue:
             raise UserError(f"{path} is damaged ({error}); train the run again") from error
 
     def save(self, folder: Path) -> None:
-        with whole_file(folder / CATALOGUE_FILE) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
+        with atomic_file(folder / CATALOGUE_FILE) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
             for name, title, count in zip(self.ids, self.titles, self.counts[1:].tolist(), strict=True):
                 file.write(json.dumps({"id": name, "title": title, "count": count}, ensure_ascii=False) + "\n")
 

@@ -162,7 +162,7 @@ def help_text(main: Callable, script: str, argv: list[str], models: Models) -> s
     return re.sub(r"(?m)^    -\w, --", "    --", text)  # fire's one-letter flags are not accepted here
 
 
-def shown(path: Path) -> str:
+def portable_path(path: Path) -> str:
     """A path as configurations hold it: relative to the checkout where it lies inside, so that records are portable."""
     path = path.absolute()
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)

@@ -118,28 +118,28 @@ class Examples:
         return self.end - self.start
 
     @property
-    def asked(self) -> np.ndarray:
+    def num_targets(self) -> np.ndarray:
         """Targets of each example."""
         return self.end - self.first + 1
 
     def target_rows(self, index: np.ndarray) -> np.ndarray:
         """Rows of the examples `index` in an array with one row a target of all examples, in order."""
-        counts = self.asked[index]
-        low = np.cumsum(self.asked)[index] - counts
+        counts = self.num_targets[index]
+        low = np.cumsum(self.num_targets)[index] - counts
         return np.arange(counts.sum()) + np.repeat(low - (np.cumsum(counts) - counts), counts)
 
     def batch(self, index: np.ndarray) -> dict[str, torch.Tensor]:
         """Cut out the examples `index`, left-padded with 0 to the longest of them.
 
         Returns users (B,), histories (B, T) and targets (B, T); targets[b, t] is the item to predict after
-        histories[b, :t + 1], 0 where nothing is asked. The last column always asks.
+        histories[b, :t + 1], 0 where there is no target. The last column always has one.
         """
         width = int(self.lengths[index].max())
         position = self.end[index][:, None] - width + np.arange(width)  # (B, T)
         inside = position >= self.start[index][:, None]
         histories = np.where(inside, self.items[np.maximum(position, 0)], 0)
-        asked = inside & (position + 1 >= self.first[index][:, None])
-        targets = np.where(asked, self.items[np.maximum(position + 1, 0)], 0)
+        target_mask = inside & (position + 1 >= self.first[index][:, None])
+        targets = np.where(target_mask, self.items[np.maximum(position + 1, 0)], 0)
         batch = {"users": self.users[index], "histories": histories, "targets": targets}
         return {name: torch.from_numpy(values.astype(np.int64)) for name, values in batch.items()}
 

@@ -20,9 +20,9 @@ class RunError(Exception):
 
 def describe_error(error: OSError) -> str:
     """The system's own words, the file that they are about, and what helps."""
-    place = f": {error.filename}" if error.filename else ""
+    file = f": {error.filename}" if error.filename else ""
     advice = f"; {ADVICE[error.errno]}" if error.errno in ADVICE else ""
-    return f"{error.strerror or error}{place}{advice}"
+    return f"{error.strerror or error}{file}{advice}"
 
 
 def end_output() -> None:

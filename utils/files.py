@@ -37,7 +37,7 @@ def beside(path: Path, kind: str) -> Path:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which takes its place only if the block ends without an error.
 
     A `path` that is a symbolic link stays one: what it points to is replaced.
@@ -56,7 +56,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """The same for a folder. One that is there is replaced with all that it holds: see `check_replaceable`."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def check_space(folder: Path, size: int) -> None:
 
 
 def write_json(value: object, path: Path) -> None:
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -200,7 +200,7 @@ def save_tensors(tensors: dict[str, "torch.Tensor"], path: Path, metadata: dict[
     from safetensors.torch import save_file
 
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         part.touch()
         mode = part.stat().st_mode
         try:

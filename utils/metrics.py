@@ -49,13 +49,13 @@ def draw_negatives(data: Sequences, split: str, num: int = NUM_NEGATIVES, seed: 
             position = drawn + np.arange(all_draws.shape[1], dtype=np.int32)
             for at in range(0, len(rows), rows_in_cache):
                 part, draws = rows[at : at + rows_in_cache], all_draws[at : at + rows_in_cache]
-                place = part[:, None] * width + draws  # (part, draws) in `first`
+                cell = part[:, None] * width + draws  # (part, draws) in `first`
                 # Of equal places the one written last stays: backwards (in memory too, NumPy would turn a view round
                 # again), it is the first one drawn.
-                backwards = place[:, ::-1].copy()
+                backwards = cell[:, ::-1].copy()
                 known = first[backwards]
                 first[backwards] = np.where(known == -1, position[::-1], known)
-                fresh = first[place] == position
+                fresh = first[cell] == position
                 slot = filled[part][:, None] + np.cumsum(fresh, 1) - 1
                 row_of, col_of = np.nonzero(fresh & (slot < wanted[part][:, None]))
                 out[low + part[row_of], slot[row_of, col_of]] = draws[row_of, col_of]
@@ -150,8 +150,8 @@ def rank_block(
 
 
 def evaluate(
-    recommender: torch.nn.Module, data: Sequences, split: str, negatives: np.ndarray, **how
+    recommender: torch.nn.Module, data: Sequences, split: str, negatives: np.ndarray, **options
 ) -> tuple[dict, float]:
     """`rank_users` turned into {"sampled": {...}, "full": {...}}, with the seconds it took."""
-    ranks, seconds = rank_users(recommender, data, split, negatives, **how)
+    ranks, seconds = rank_users(recommender, data, split, negatives, **options)
     return {kind: metrics_from_ranks(values) for kind, values in ranks.items()}, seconds

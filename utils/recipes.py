@@ -53,12 +53,12 @@ def check_recipe(path: Path, sections: dict[str, dict], models: Models) -> None:
     """UserError for a key that is a flag of no script and no model, in whichever section."""
     known = set(FLAGS).union(*({field.name for field in dataclasses.fields(m.Config)} for m in (models or {}).values()))
     for title, entries in sections.items():
-        for place, part in per_model(title, entries, models):
+        for section, part in per_model(title, entries, models):
             if not isinstance(part, dict):
-                raise UserError(f"{path}: section {place}: expected name: value lines")
+                raise UserError(f"{path}: section {section}: expected name: value lines")
             for name in part:
                 if name not in known:
-                    raise UserError(f"{path}: unknown key {place}.{name}{suggest(str(name), known)}")
+                    raise UserError(f"{path}: unknown key {section}.{name}{suggest(str(name), known)}")
 
 
 def recipe_values(
@@ -70,14 +70,14 @@ def recipe_values(
     knows better what it was trained with.
     """
     entries: dict[str, tuple[str, object]] = {}
-    for place, part in sections:
-        if place not in ("data", section, own):
+    for title, part in sections:
+        if title not in ("data", section, own):
             continue
         for name, value in part.items():
-            if name not in flags and place != "data":
-                raise UserError(f"{path}: {place}.{name} is no flag of this step{suggest(str(name), flags)}")
-            if name in flags and not (place == "data" and name in inherits):
-                entries[name] = (f"{path}: {place}.{name}", value)
+            if name not in flags and title != "data":
+                raise UserError(f"{path}: {title}.{name} is no flag of this step{suggest(str(name), flags)}")
+            if name in flags and not (title == "data" and name in inherits):
+                entries[name] = (f"{path}: {title}.{name}", value)
     values = {name: coerce(source, value, flags[name]) for name, (source, value) in entries.items()}
     if values:
         print(f"recipe {path.name}: " + ", ".join(f"{name}={value}" for name, value in values.items()))

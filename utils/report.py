@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import torch
 
-from utils.cli import ROOT, shown
+from utils.cli import ROOT, portable_path
 from utils.data import Sequences
 from utils.errors import UserError
 from utils.files import read_json
@@ -170,7 +170,10 @@ def finished_runs(folder: Path, fingerprint: str) -> tuple[list[dict], list[str]
             config, metrics = finished_run(path.parent, "not finished")
             if config.get("kind") not in ORDER:
                 continue
-            run = {"config": config | {"output_dir": shown(path.parent)}, "metrics": metrics}  # it may have been copied
+            run = {
+                "config": config | {"output_dir": portable_path(path.parent)},
+                "metrics": metrics,
+            }  # it may have been copied
             list(table_rows(run))  # it holds what the table needs
         except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
             why = str(error) if isinstance(error, UserError) else f"damaged ({type(error).__name__}: {error})"

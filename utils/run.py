@@ -19,17 +19,17 @@ from torch import nn
 from tqdm import tqdm
 
 from utils.catalogue import CATALOGUE_FILE, Catalogue
-from utils.cli import ROOT, print_config, shown
+from utils.cli import ROOT, portable_path, print_config
 from utils.data import Sequences
 from utils.errors import UserError
 from utils.files import (
+    atomic_file,
+    atomic_folder,
     load_tensors,
     read_json,
     remove,
     remove_left_over,
     save_tensors,
-    whole_file,
-    whole_folder,
     write_json,
 )
 from utils.metrics import SPLITS, draw_negatives, evaluate
@@ -40,7 +40,7 @@ RUN_FILES = ("metrics.json", "checkpoints", "log.jsonl", "curve.png", "README.md
 WEIGHTS = ("model.safetensors", "rec_heads.safetensors", "decoder.safetensors", "adapter", "states")
 LOCK = ".slmrec.lock"  # the first file of a run folder, held while a process trains in it
 # what does not change what is trained: these may differ when a run is continued
-NOT_COMPARED = ("resume", "report_to", "output_dir", "micro_batch_size", "eval_batch_size", "run_id")
+NOT_COMPARED = ("resume", "report_to", "output_dir", "micro_batch_size", "eval_batch_size", "run_id", "num_users")
 
 
 class Run:
@@ -54,7 +54,7 @@ class Run:
 
     def __init__(self, config: dict, data: Sequences, default_dir: str) -> None:
         self.folder = Path(config["output_dir"] or ROOT / "outputs" / data.name / default_dir)
-        self.config = config | {"output_dir": shown(self.folder), "dataset_fingerprint": data.fingerprint}
+        self.config = config | {"output_dir": portable_path(self.folder), "dataset_fingerprint": data.fingerprint}
         self.config["num_users"] = len(data.offsets) - 1
         self.data = data
         self.checkpoints = self.folder / "checkpoints"
@@ -175,10 +175,10 @@ class Run:
 
     def _newest_checkpoint(self) -> Path | None:
         """The newest checkpoint of this very run."""
-        for place in sorted(self.checkpoints.glob("step-*"), reverse=True):
-            state = place / "state.json"
+        for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
+            state = folder / "state.json"
             if state.exists() and read_json(state, "").get("run_id") == self.config["run_id"]:
-                return place
+                return folder
         return None
 
     def evaluate(self, model: nn.Module, split: str, progress: bool = False) -> tuple[dict, float]:
@@ -204,14 +204,14 @@ class Run:
         """A checkpoint of the current step; older ones are removed."""
         if not self.accelerator.is_main_process:
             return
-        place = self.checkpoints / f"step-{state['step']:08d}"
+        folder = self.checkpoints / f"step-{state['step']:08d}"
         moments = {
             f"{key}.{name}": optimizer.state[p][key]
             for name, p in trained.items()
             for key in ("exp_avg", "exp_avg_sq")
             if key in optimizer.state[p]
         }
-        with whole_folder(place) as part:
+        with atomic_folder(folder) as part:
             save_tensors(trained, part / "model.safetensors")
             save_tensors(moments, part / "optimizer.safetensors")
             write_json(state, part / "state.json")
@@ -239,7 +239,7 @@ class Run:
 
     def save_best(self, trained: dict[str, nn.Parameter]) -> None:
         if self.accelerator.is_main_process:
-            with whole_folder(self.checkpoints / "best") as part:
+            with atomic_folder(self.checkpoints / "best") as part:
                 save_tensors(trained, part / "model.safetensors")
 
     @torch.no_grad()
@@ -264,7 +264,7 @@ class Run:
                 continue
             if row["step"] < step or (row["step"] == step and "valid" not in row):  # that evaluation is made again
                 kept.append(f"{line}\n")
-        with whole_file(path) as part:
+        with atomic_file(path) as part:
             part.write_text("".join(kept), encoding="utf-8")
 
     def log(self, values: dict) -> None:

@@ -130,7 +130,7 @@ class Loop:
         torch.manual_seed(((config["seed"] * 1_000_003 + step) * world + rank) % 2**63)
         rng = np.random.default_rng([config["seed"], step, rank])
         self.wrapped.train()
-        targets = examples.asked
+        targets = examples.num_targets
         own = index[rank::world]
         idle = not len(own)  # a device without a share takes part in the exchange of gradients, with weight 0
         own = index[:1] if idle else own

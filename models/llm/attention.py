@@ -86,9 +86,9 @@ def packed_attention(
         for part, own in zip(before, (key, value), strict=True)
     )
     if packing.share_keys and query.device.type == "cpu":  # elsewhere transformers knows which kernels can
-        how = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling"), "enable_gqa": True}
+        settings = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling"), "enable_gqa": True}
         query_rows = laid_out(query)
-        found = F.scaled_dot_product_attention(query_rows, keys, values, attention_mask, **how).transpose(1, 2)
+        found = F.scaled_dot_product_attention(query_rows, keys, values, attention_mask, **settings).transpose(1, 2)
     else:
         found, _ = sdpa_attention_forward(module, laid_out(query), keys, values, attention_mask, **options)
     found = found.flatten(0, 1)[packing.slot][None]  # (1, tokens, heads, size)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from models.llm.recommender import LLMRec
 from models.llm.storage import load_llm_rec
 from utils.data import Examples, sorted_batches
-from utils.files import check_space, read_json, remove_left_over, sha256, whole_file
+from utils.files import atomic_file, check_space, read_json, remove_left_over, sha256
 from utils.run import NOT_COMPARED, Run
 
 
@@ -37,19 +37,19 @@ def teacher_states(folder: Path, fingerprint: str, examples: Examples, boundarie
     ]
     path = folder / "states" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npy"
     digest = path.with_suffix(".sha256")
-    shape = (int(examples.asked.sum()), len(boundaries), config["base_shape"]["hidden_size"])
+    shape = (int(examples.num_targets.sum()), len(boundaries), config["base_shape"]["hidden_size"])
     stored = np.dtype(np.int16 if run.config["dtype"] == "bfloat16" else np.float32)
     size = stored.itemsize * math.prod(shape)
     if run.accelerator.is_main_process:
-        there = path.exists() and digest.exists()
-        whole = there and digest.read_text(encoding="utf-8").strip() == sha256(path)
-        state = "found" if whole else "damaged, computed anew" if there else "computed once"
+        exists = path.exists() and digest.exists()
+        whole = exists and digest.read_text(encoding="utf-8").strip() == sha256(path)
+        state = "found" if whole else "damaged, computed anew" if exists else "computed once"
         run.print(f"teacher states: {size / 2**20:.0f} MiB, {path} ({state})")
         if not whole:
             check_space(folder, size)
             teacher = load_llm_rec(folder).to(run.accelerator.device)
             write_teacher_states(path, shape, stored, teacher, examples, boundaries, run)
-            with whole_file(digest) as part:
+            with atomic_file(digest) as part:
                 part.write_text(sha256(path) + "\n", encoding="utf-8")
     run.accelerator.wait_for_everyone()
     return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -66,7 +66,7 @@ def write_teacher_states(
 ) -> None:
     remove_left_over(path.parent)
     batches = list(sorted_batches(examples.lengths, run.config["eval_batch_size"]))
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         states = np.lib.format.open_memmap(part, "w+", stored, shape)
         if hasattr(os, "posix_fallocate"):
             with open(part, "r+b") as file:  # take the space now: a full disk is an error here, a crash later

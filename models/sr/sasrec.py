@@ -81,19 +81,19 @@ class SASRec(Recommender):
         return self.norm(x)
 
     def states_asked(self, histories: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """User vectors (N, d) where a target is asked, and the targets (N,); on a CPU short histories come first."""
+        """User vectors (N, d) where there is a target, and the targets (N,); on a CPU short histories come first."""
         if histories.device.type != "cpu":
             return self.states(histories)[targets != 0], targets[targets != 0]
         lengths, found = (histories != 0).sum(1), []
         for rows in lengths.argsort().split(GROUP):
             T = int(lengths[rows[-1]])
-            asked = targets[rows, -T:]
-            found.append((self.states(histories[rows, -T:])[asked != 0], asked[asked != 0]))
+            wanted = targets[rows, -T:]
+            found.append((self.states(histories[rows, -T:])[wanted != 0], wanted[wanted != 0]))
         vectors, targets = zip(*found, strict=True)
         return torch.cat(vectors), torch.cat(targets)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Loss terms of a batch: targets (B, T), 0 where nothing is asked."""
+        """Loss terms of a batch: targets (B, T), 0 where there is none."""
         vectors, targets = self.states_asked(batch["histories"], batch["targets"])
         if not self.num_negatives:
             return {"ce": catalogue_cross_entropy(vectors, self.items.weight, targets)}

@@ -9,16 +9,19 @@ import utils.threads  # noqa: F401  before torch is imported
 
 # isort: split
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
 from models.llm.decoder import block_boundaries
 from models.llm.storage import (
     HEADS_FILE,
+    OPTIONS,
     build_llm_rec,
     check_base,
     count_parameters,
     load_base,
+    load_llm_rec,
     recorded_base,
     save_llm_rec,
 )
@@ -34,7 +37,7 @@ from utils.run import Run
 from utils.train import fit
 
 INHERITED = ["base_model", "layer_selection", "train_strategy", "lora_r", "lora_alpha", "lora_dropout"]
-INHERITED += ["lora_target_modules", "max_seq_length", "train_targets", "dtype", "item_dim", "table_sha256"]
+INHERITED += [*OPTIONS, "lora_target_modules", "max_seq_length", "train_targets", "dtype", "item_dim", "table_sha256"]
 
 
 def main(
@@ -49,12 +52,17 @@ def main(
     norm_form: Literal["l2", "squared"] = "l2",
     block_reduction: Literal["sum", "mean"] = "sum",
     mode: Literal["offline"] = "offline",
+    teacher_states: Literal["stored", "bfloat16", "per_batch"] = "stored",
     layer_selection: Literal["first", "interval"] | None = None,
     train_strategy: Literal["lora", "full", "frozen"] | None = None,
     lora_r: int | None = None,
     lora_alpha: float | None = None,
     lora_dropout: float | None = None,
     lora_target_modules: str | None = None,
+    input_map: Literal["linear", "mlp"] | None = None,
+    item_output: Literal["frozen", "residual", "trained"] | None = None,
+    item_dropout: float | None = None,
+    state_dropout: float | None = None,
     max_seq_length: int | None = None,
     train_targets: str | None = None,
     batch_size: int = 256,
@@ -128,10 +136,17 @@ def train_student(run: Run, config: dict, source: Path, taught: dict, base: str,
         norm_form=config["norm_form"],
         block_reduction=config["block_reduction"],
     )
-    if config["mode"] == "offline" and student.needs_teacher:
-        boundaries = block_boundaries(config["teacher_layers"], config["num_blocks"])
-        student.teacher_states = teacher_states(source, fingerprint, examples, boundaries, run)
-    state = fit(run, student, examples)
+    with ExitStack() as stack:
+        if config["mode"] == "offline" and student.needs_teacher:
+            boundaries = block_boundaries(config["teacher_layers"], config["num_blocks"])
+            if config["teacher_states"] == "per_batch":
+                teacher = load_llm_rec(source).to(run.accelerator.device)
+                student.teacher = (teacher, boundaries)
+                with run.accelerator.autocast():
+                    stack.enter_context(teacher.for_inference())  # no weight of it changes while the student trains
+            else:
+                student.teacher_states = teacher_states(source, fingerprint, examples, boundaries, run)
+        state = fit(run, student, examples)
     size = count_parameters(student) | {"total": count_parameters(student.student)["total"]}  # ms_heads only train
     run.finish(student, state, size, lambda folder: save_llm_rec(student.student, folder))
 

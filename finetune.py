@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from models.llm.decoder import base_config, base_shape, select_layers
+from models.llm.recommender import normalized
 from models.llm.storage import build_llm_rec, count_parameters, load_base, save_llm_rec
 from models.sr import MODELS
 from utils import assets, cli
@@ -36,6 +37,12 @@ def main(
     lora_alpha: float = 16.0,
     lora_dropout: float = 0.05,
     lora_target_modules: str = "gate_proj,up_proj,down_proj",
+    read_out: Literal["response", "item"] = "response",
+    normalize_items: bool = False,
+    input_map: Literal["linear", "mlp"] = "linear",
+    item_output: Literal["frozen", "residual", "trained"] = "frozen",
+    item_dropout: float = 0.0,
+    state_dropout: float = 0.0,
     max_seq_length: int = 30,
     train_targets: str = "last",
     batch_size: int = 256,
@@ -74,6 +81,7 @@ def main(
     item_table = load_tensors(table_file)["item_table"]
     if sha256(table_file) != extracted["table_sha256"]:
         raise UserError(f"{table_file} changed since extract_emb.py wrote it; run extract_emb.py again")
+    item_table = normalized(item_table) if normalize_items else item_table
     examples = training_examples(data, train_targets, max_seq_length)
 
     run = Run(config, data, default_dir=f"teacher-{num_layers}")

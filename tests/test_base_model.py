@@ -170,6 +170,29 @@ def test_accepted_decoders_equal_the_plain_computation(family, tmp_path):
     check_equal(build(base, train_strategy="frozen"), AutoModel.from_pretrained(base, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("family", EQUAL)
+def test_vectors_read_at_items_equal_one_copy_of_the_history_per_item(family, tmp_path):
+    """Each copy is cut after its item, and runs alone through transformers' own forward pass, without padding."""
+    base = tiny_base(tmp_path, family)
+    model = build(base, train_strategy="frozen", read_out="item").eval()
+    decoder = AutoModel.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    histories = [[7], [3, 4, 5, 6, 7], list(range(11, 19))]
+    P, first, copies = len(PROMPT["PREFIX"]), [8 - len(h) for h in histories], []
+    for history, start in zip(histories, first, strict=True):
+        for length in range(1, len(history) + 1):
+            items = model.input_proj(model.table[history[:length]])[None]
+            inputs = torch.cat([decoder.get_input_embeddings()(model.prefix_ids), items], dim=1)
+            position = torch.cat([torch.arange(P), P + start + torch.arange(length)])[None]
+            copies.append(
+                decoder(inputs_embeds=inputs, position_ids=position, use_cache=False).last_hidden_state[0, -1]
+            )
+    expected = torch.stack(copies)
+    found = model.states(pad(histories), pad(histories) != 0, [4])[:, 0]
+    weigh = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    gradients = [torch.autograd.grad((s * weigh).sum(), model.input_proj.weight)[0] for s in (found, expected)]
+    assert relative(found, expected) < 1e-4 and relative(*gradients) < 1e-3
+
+
 @pytest.mark.parametrize("family", REFUSED)
 def test_decoders_of_another_kind_are_refused_in_one_line(family, tmp_path):
     refused(tiny_base(tmp_path, family), "--base_model", "choose another base|no decoder-only", train_strategy="frozen")

@@ -31,6 +31,7 @@ from utils import assets, cli
 from utils.data import Sequences
 from utils.errors import UserError
 from utils.metrics import SPLITS, draw_negatives, evaluate
+from utils.run import Run
 
 pytestmark = pytest.mark.pipeline
 SCRIPTS = {"train_sr_trad": "sr", "extract_emb": "extract", "finetune": "teacher", "distill": "student"}
@@ -189,6 +190,54 @@ def test_a_saved_model_loads_from_its_folder_with_identical_scores(name, work):
     how = {"max_length": 30, "batch_size": 512}
     got = {split: evaluate(model, data, split, draw_negatives(data, split), **how)[0] for split in SPLITS}
     assert got == metrics(work / name)
+
+
+READ_OUT = ["--read_out", "item", "--train_targets", "all", "--input_map", "mlp", "--normalize_items", "true"]
+INHERITED = ["read_out", "input_map", "item_output", "item_dropout", "state_dropout", "train_targets"]
+READ_OUT += ["--item_dropout", 0.1, "--state_dropout", 0.1]
+
+
+@pytest.mark.parametrize("item_output", ["residual", "trained"])
+def test_a_model_that_is_read_at_items_resumes_loads_and_teaches(item_output, work, tiny_base, tmp_path, monkeypatch):
+    """A run that was interrupted, and one that was not; then its student, with its states stored and per batch."""
+    more = [*READ_OUT, "--item_output", item_output, "--base_model", tiny_base, "--learning_rate", 0.01]
+    save, saved = Run.save_checkpoint, []
+
+    def interrupt(run: Run, *state) -> None:
+        save(run, *state)
+        saved.append(1)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    for name in ("whole", "halves"):
+        arguments = on_tiny("finetune", work, [*more, "--resume", "auto"], tmp_path / name)
+        arguments[arguments.index("--max_steps") + 1], arguments[arguments.index("--eval_steps") + 1] = 4, 1
+        if name == "halves":
+            monkeypatch.setattr(Run, "save_checkpoint", interrupt)
+            with pytest.raises(SystemExit):
+                train("finetune", *arguments)
+            monkeypatch.setattr(Run, "save_checkpoint", save)
+        train("finetune", *arguments)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "halves")
+    model, data = load_llm_rec(tmp_path / "whole"), Sequences.load(work / "small")
+    assert not torch.equal(model.item_vectors(), model.table) and model.response_ids.shape[1] == 0
+    options = {"max_length": 30, "batch_size": 512}
+    got = {split: evaluate(model, data, split, draw_negatives(data, split), **options)[0] for split in SPLITS}
+    assert got == metrics(tmp_path / "whole")
+
+    taught = json.loads((tmp_path / "whole/config.json").read_text())
+    for kind in ("stored", "bfloat16", "per_batch"):
+        student = on_tiny("distill", work, ["--teacher_states", kind], tmp_path / kind)
+        student[student.index("--teacher") + 1] = tmp_path / "whole"
+        train("distill", *student)
+        config = json.loads((tmp_path / kind / "config.json").read_text())
+        assert {name: config[name] for name in INHERITED} == {name: taught[name] for name in INHERITED}
+        assert load_llm_rec(tmp_path / kind).response_ids.shape[1] == 0
+    logs = [(tmp_path / kind / "log.jsonl").read_text().splitlines() for kind in ("stored", "per_batch")]
+    losses = [[row["loss"] for row in map(json.loads, log) if "loss" in row] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    sizes = sorted(path.stat().st_size for path in (tmp_path / "whole/states").glob("*.npy"))
+    assert len(sizes) == 2 and sizes[1] == pytest.approx(2 * sizes[0], rel=0.01)
 
 
 @pytest.fixture(scope="session")

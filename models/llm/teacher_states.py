@@ -18,13 +18,15 @@ from utils.run import NOT_COMPARED, Run
 
 
 def teacher_states(folder: Path, fingerprint: str, examples: Examples, boundaries: list[int], run: Run) -> np.ndarray:
-    """The frozen teacher's response states after the layers `boundaries`: (targets, K, h), memory-mapped.
+    """The frozen teacher's states that answer, after the layers `boundaries`: (targets, K, h), memory-mapped.
 
-    float32, or in a bfloat16 run the bits of bfloat16 as int16. They depend on nothing that trains, so they are
-    computed once and kept in the teacher's folder, under a name made from all that they depend on, with their SHA-256.
+    float32, or in a bfloat16 run and on request (--teacher_states bfloat16) the bits of bfloat16 as int16. They depend
+    on nothing that trains, so they are computed once and kept in the teacher's folder, under a name made from all that
+    they depend on, with their SHA-256.
     fingerprint: of the base weights that the teacher keeps.
     """
     config = read_json(folder / "config.json", "")
+    stored = np.dtype(np.int16 if "bfloat16" in (run.config["dtype"], run.config["teacher_states"]) else np.float32)
     trained = {name: value for name, value in config.items() if name not in NOT_COMPARED}
     inputs = [np.ascontiguousarray(part) for part in (examples.start, examples.first, examples.end, examples.items)]
     key = [
@@ -32,13 +34,13 @@ def teacher_states(folder: Path, fingerprint: str, examples: Examples, boundarie
         fingerprint,
         run.config["teacher_sha256"],
         run.config["dtype"],
+        stored.name,
         boundaries,
         [hashlib.sha256(part).hexdigest() for part in inputs],
     ]
     path = folder / "states" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npy"
     digest = path.with_suffix(".sha256")
     shape = (int(examples.num_targets.sum()), len(boundaries), config["base_shape"]["hidden_size"])
-    stored = np.dtype(np.int16 if run.config["dtype"] == "bfloat16" else np.float32)
     size = stored.itemsize * math.prod(shape)
     if run.accelerator.is_main_process:
         exists = path.exists() and digest.exists()

@@ -1,11 +1,11 @@
-"""From the paper's way to the best that was found, one switch at a time, seed after seed: the ladder of docs/results.md.
+"""From the paper's way to the best that was found, one switch at a time, over seeds: the ladder of docs/results.md.
 
     python benchmarks/ladder.py --dataset beauty --seeds 1 2 3
     python benchmarks/ladder.py --dataset beauty --seeds 42 --rows "item read-out" "student"
 
 Each row is a run of one of the four scripts with the dataset's recipe and a few flags, in outputs/<dataset>/ladder/;
-runs that are finished are taken as they are, and one that was interrupted goes on. The record holds the metrics of every
-run, and for pairs of rows the difference over the users of test with its interval.
+runs that are finished are taken as they are, and one that was interrupted goes on. The record holds the metrics of
+every run, and for pairs of rows the difference over the users of test with its interval.
 """
 
 import argparse

@@ -110,7 +110,7 @@ def test_a_later_item_changes_no_earlier_vector():
 
 @pytest.mark.parametrize("options", [{"item_dropout": 0.5}, {"state_dropout": 0.5}])
 def test_dropout_trains_only_and_keeps_the_mean(options):
-    """Of the vectors that are read, or of the states before `score`: both maps are linear, so the mean is the plain one."""
+    """Of the vectors that are read, or of the states before `score`: both maps are linear, so the mean stays."""
     model = tiny_llm_rec(**options).train()
     items, states = torch.arange(1, 41), torch.randn(40, model.hidden_size)
     noisy = model.read_items if "item_dropout" in options else model.head

@@ -59,8 +59,9 @@ def pack(
 ) -> Packed:
     """Lay out histories (B, T), left-padded, with a branch of R response tokens after each target of the mask (B, T).
 
-    With R = 0 there are no branches. P: tokens of the prefix. Items get the positions that they have in the released layout, where every sample is
-    left-padded to `max_length` items. keep_padding: padding goes along, seen by nobody, as without packing.
+    With R = 0 there are no branches. P: tokens of the prefix. Items get the positions that they have in the released
+    layout, where every sample is left-padded to `max_length` items. keep_padding: padding goes along, seen by nobody,
+    as without packing.
     """
     (B, T), device = histories.shape, histories.device
     row, column = target_mask.nonzero(as_tuple=True)  # (N,)

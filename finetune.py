@@ -12,13 +12,14 @@ import utils.threads  # noqa: F401  before torch is imported
 from pathlib import Path
 from typing import Literal
 
-from models.llm.decoder import base_config, base_shape, select_layers
+from models.llm.decoder import base_config, base_shape, layer_flags, select_layers
 from models.llm.storage import build_llm_rec, count_parameters, load_base, save_llm_rec
 from models.sr import MODELS
 from utils import assets, cli
 from utils.data import Sequences, check_same_dataset, training_examples
 from utils.errors import UserError
 from utils.files import load_tensors, read_json, sha256
+from utils.metrics import DEFAULT_SELECTION, SelectBy
 from utils.report import closing_table
 from utils.run import Run
 from utils.train import fit
@@ -29,8 +30,8 @@ def main(
     dataset: str = "ml-100k",
     base_model: str = "smollm2-135m",
     item_embeddings: str | None = None,
-    num_layers: int = 8,
-    layer_selection: Literal["first", "interval"] = "first",
+    num_layers: int | None = None,
+    layer_selection: str = "first",
     train_strategy: Literal["lora", "full", "frozen"] = "lora",
     lora_r: int = 16,
     lora_alpha: float = 16.0,
@@ -50,12 +51,15 @@ def main(
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine",
     max_grad_norm: float = 1.0,
     eval_steps: int = 100,
+    select_by: SelectBy = DEFAULT_SELECTION,
+    patience: int | None = None,
     seed: int = 42,
     dtype: Literal["float32", "bfloat16"] = "float32",
     output_dir: str | None = None,
     resume: Literal["auto", "never"] = "never",
     report_to: Literal["none", "tensorboard", "wandb"] = "none",
 ) -> None:
+    num_layers, layer_selection = layer_flags(num_layers, layer_selection, default=8)
     config = dict(locals()) | {"kind": "teacher", "title": f"Teacher-{num_layers}"}
     data = Sequences.load(assets.dataset_folder(dataset))
     source = Path(item_embeddings or cli.ROOT / "outputs" / data.name / "item_embeddings-sasrec")

@@ -69,11 +69,8 @@ def main(
         raise UserError(f"--item_embeddings {source} was not written by extract_emb.py")
     check_same_dataset(data, extracted.get("dataset_fingerprint"), source)
     cli.inherit(config, extracted, ["table_sha256", "item_dim"], cli.portable_path(source))
-    base = assets.base_model_path(base_model)
-    shape = base_config(base)
-    select_layers(num_layers, shape.num_hidden_layers, layer_selection)
-    config |= {"item_embeddings": cli.portable_path(source), "base_shape": base_shape(shape)}
-    config["base_model"] = assets.record_base_model(base_model, base)
+    config["item_embeddings"] = cli.portable_path(source)
+    base = find_base(config)
     table_file = source / "item_embeddings.safetensors"
     item_table = load_tensors(table_file)["item_table"]
     if sha256(table_file) != extracted["table_sha256"]:
@@ -88,6 +85,15 @@ def main(
         state = fit(run, teacher, examples)
         run.finish(teacher, state, count_parameters(teacher), lambda folder: save_llm_rec(teacher, folder))
     run.print(closing_table(run.folder.parent, data.fingerprint))
+
+
+def find_base(config: dict) -> str:
+    """Where the base model is, which has the layers that are asked for; what is recorded of it goes into `config`."""
+    base = assets.base_model_path(config["base_model"])
+    shape = base_config(base)
+    select_layers(config["num_layers"], shape.num_hidden_layers, config["layer_selection"])
+    config |= {"base_model": assets.record_base_model(config["base_model"], base), "base_shape": base_shape(shape)}
+    return base
 
 
 if __name__ == "__main__":

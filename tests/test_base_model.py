@@ -198,6 +198,8 @@ TURNED = {"muse_glimmer_text": {"layer_rope_theta": [1e4, 0.0, 1e4, 1e4]}, "smol
 @pytest.mark.parametrize(("selection", "layers"), [("interval", [0, 2]), ("0,3", [0, 3]), ("1,2,3", [1, 2, 3])])
 def test_selected_layers_take_along_what_the_configuration_lists_for_them(selection, layers, family, tmp_path):
     """They may differ in window and rotation; against a model of their weights alone."""
+    if family == "afmoe" and layers[0]:
+        pytest.skip("its first layer is dense, so that the model of the others alone is another one")
     base = tiny_base(tmp_path / "base", family, **TURNED.get(family, {}))
     whole = AutoModel.from_pretrained(base, dtype=torch.float32)
     config = AutoConfig.from_pretrained(base).to_dict()

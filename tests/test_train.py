@@ -220,10 +220,10 @@ def test_patience_stops_where_a_replay_of_the_validation_values_says(patient, ca
     for patience, stop in stops.items():
         capsys.readouterr()
         run, model, state = patient(str(patience), patience=patience)
-        said = f"stopped early (--patience {patience}), {whole['step']} steps were planned"
-        assert (said in capsys.readouterr().out) == (stop < whole["step"])
         kept = [e for e in whole["evaluations"] if e["step"] <= stop]
         assert state["step"] == stop and state["evaluations"] == kept
+        said = f"stopped early (--patience {patience}), {whole['step']} steps were planned"
+        assert (said in capsys.readouterr().out) == (stop < whole["step"])
         rates = [
             [row["lr"] for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "lr" in row]
             for folder in (run.folder, run.folder.parent / "whole")
@@ -240,6 +240,7 @@ def test_patience_stops_where_a_replay_of_the_validation_values_says(patient, ca
 
 def test_a_run_that_stops_early_continues_exactly(patient, tmp_path, monkeypatch):
     _, whole, expected = patient("whole", patience=2)
+    assert expected["step"] < expected["planned_steps"]
     select, counted = Loop.select, []
 
     def last_evaluation_killed(loop):

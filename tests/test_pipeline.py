@@ -248,10 +248,10 @@ def test_a_student_is_made_on_its_teachers_base_and_on_no_other(work, tiny_base,
     (base / "model.safetensors").rename(tmp_path / "kept")
     shutil.copy(other / "model.safetensors", base)
     for folder in (tmp_path / "student", tmp_path / "teacher"):
-        with pytest.raises(UserError, match="other weights or another tokenizer"):
+        with pytest.raises(UserError, match="other weights, another tokenizer"):
             load_llm_rec(folder)
     how = {"place": tmp_path, "capsys": capsys, "monkeypatch": monkeypatch}
-    refused("distill", *student, words="other weights or another tokenizer", **how)
+    refused("distill", *student, words="other weights, another tokenizer", **how)
     unfinished = tmp_path / "teacher-killed"
     shutil.copytree(tmp_path / "teacher", unfinished)
     (unfinished / "metrics.json").unlink()

@@ -379,6 +379,8 @@ def test_more_layers_than_the_base_and_blocks_that_do_not_divide_are_refused():
         select_layers(31, 30, "first")
     with pytest.raises(UserError, match=r"--layer_selection 0,30: the base model has 30 layers; choose from 0\.\.29"):
         select_layers(2, 30, "0,30")
+    with pytest.raises(UserError, match="lists 2; make them agree"):
+        select_layers(3, 30, "0,1")
     with pytest.raises(UserError, match="does not divide"):
         block_boundaries(8, 3)
     assert block_boundaries(8, 4) == [2, 4, 6, 8]

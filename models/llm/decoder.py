@@ -58,6 +58,7 @@ def select_layers(num_layers: int, base_layers: int, layer_selection: str) -> li
     """Which of the base's layers are kept: the first ones, `num_layers` at an even interval, or those listed."""
     layers = listed_layers(layer_selection)
     if layers is not None:
+        layer_flags(num_layers, layer_selection, default=num_layers)  # refuses a list of another length
         if layers[-1] >= base_layers:
             raise UserError(
                 f"--layer_selection {layer_selection}: the base model has {base_layers} layers; choose from "

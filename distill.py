@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-from models.llm.decoder import block_boundaries
+from models.llm.decoder import block_boundaries, layer_flags, listed_layers, select_layers
 from models.llm.storage import (
     HEADS_FILE,
     OPTIONS,
@@ -32,6 +32,7 @@ from utils import assets, cli
 from utils.data import Examples, Sequences, check_same_dataset, training_examples
 from utils.errors import UserError
 from utils.files import load_tensors, sha256
+from utils.metrics import DEFAULT_SELECTION, SelectBy
 from utils.report import closing_table, finished_run
 from utils.run import Run
 from utils.train import fit
@@ -44,7 +45,7 @@ def main(
     *,
     dataset: str = "ml-100k",
     teacher: str | None = None,
-    num_layers: int = 4,
+    num_layers: int | None = None,
     num_blocks: int = 4,
     lambda_cos: float = 1.0,
     lambda_norm: float = 0.1,
@@ -53,7 +54,7 @@ def main(
     block_reduction: Literal["sum", "mean"] = "sum",
     mode: Literal["offline"] = "offline",
     teacher_states: Literal["stored", "bfloat16", "per_batch"] = "stored",
-    layer_selection: Literal["first", "interval"] | None = None,
+    layer_selection: str | None = None,
     train_strategy: Literal["lora", "full", "frozen"] | None = None,
     lora_r: int | None = None,
     lora_alpha: float | None = None,
@@ -77,12 +78,15 @@ def main(
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine",
     max_grad_norm: float = 1.0,
     eval_steps: int = 100,
+    select_by: SelectBy = DEFAULT_SELECTION,
+    patience: int | None = None,
     seed: int = 42,
     dtype: Literal["float32", "bfloat16"] | None = None,
     output_dir: str | None = None,
     resume: Literal["auto", "never"] = "never",
     report_to: Literal["none", "tensorboard", "wandb"] = "none",
 ) -> None:
+    num_layers, layer_selection = layer_flags(num_layers, layer_selection, default=4)
     config = dict(locals()) | {"kind": "student"}
     data = Sequences.load(assets.dataset_folder(dataset))
     source, taught = find_teacher(config, data)
@@ -112,12 +116,24 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
         raise UserError(f"--max_seq_length {given}: the teacher reads {taught['max_seq_length']} items")
     if config["lambda_ms"] and blocks == 1:
         raise UserError("--num_blocks 1 leaves no block before the last for L_ms: add --lambda_ms 0, or more blocks")
+    check_student_layers(config["num_layers"], config["layer_selection"], taught)
     for stack in (config["num_layers"], depth):
         block_boundaries(stack, blocks)
     hashes = {str(p.relative_to(source)): sha256(p) for p in sorted(source.rglob("*.safetensors"))}
     config |= {"teacher": cli.portable_path(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
     config |= {"title": f"SLMRec-{config['num_layers']}<-{depth}", "teacher_sha256": hashes}
     return source, taught
+
+
+def check_student_layers(num_layers: int, layer_selection: str, taught: dict) -> None:
+    """UserError where the base has no such layers, or an inherited list is the teacher's and not the student's."""
+    layers = listed_layers(layer_selection)
+    if layers and len(layers) != num_layers:
+        raise UserError(
+            f"--num_layers {num_layers}: the teacher keeps layers {layer_selection} of its base; say which ones the "
+            f"student keeps, as in --layer_selection {','.join(map(str, layers[:num_layers]))}"
+        )
+    select_layers(num_layers, taught["base_shape"]["num_hidden_layers"], layer_selection)
 
 
 def train_student(run: Run, config: dict, source: Path, taught: dict, base: str, examples: Examples) -> None:

@@ -5,6 +5,7 @@ A recommender is what `models/interface.py` says; this module uses its `score_bl
 
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ from utils.errors import RunError
 NUM_NEGATIVES = 999
 CANDIDATE_SEED = 20240527  # candidates have a seed of their own: a run's --seed never changes who is ranked
 SPLITS = ("valid", "test")
+METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
+# the metric on validation that chooses the weights: candidates and name, of `evaluate`
+SelectBy = Literal[*(f"{kind}/{name}" for kind in ("sampled", "full") for name in METRICS)]
+DEFAULT_SELECTION = "sampled/NDCG@10"
 SCORES_AT_ONCE = 2**20  # entries of a block of scores: users x items never stands in memory
 
 

@@ -67,11 +67,12 @@ def check_base(config: dict, found: str, base_model: str, folder: Path) -> None:
     """UserError unless the fingerprint of `base_model`, `found`, is the one that the run in `folder` recorded."""
     recorded = config.get("base_fingerprint")
     if recorded is None:
-        print(f"{folder} is of a version that recorded no fingerprint of its base: {base_model} is taken for it")
-    elif recorded != found:
+        raise UserError(f"{folder} is of an early version, which had another prompt; train it anew")
+    if recorded != found:
         raise UserError(
             f"{folder} was trained on a base with fingerprint {recorded[:16]}, {base_model} has {found[:16]}: other "
-            "weights or another tokenizer; bring back the base that it was trained on, or train it anew"
+            "weights, another tokenizer, or the prompt of an earlier version; bring back the base or the version that "
+            "it was trained with, or train it anew"
         )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from utils.cli import ROOT, portable_path
+from utils import cli
 from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
 from utils.files import atomic_folder, check_replaceable, load_tensors, read_json, save_tensors, sha256, write_json
@@ -76,13 +76,13 @@ def whiten(table: torch.Tensor, dim: int) -> tuple[torch.Tensor, float]:
 
 def find_table(name: str, data: Sequences) -> Path:
     """Where a table is that is given as a path, or as the name of a folder in outputs/<dataset>/."""
-    places = Path(name), ROOT / "outputs" / data.name / name
+    places = Path(name), cli.ROOT / "outputs" / data.name / name
     return next((place for place in places if (place / "config.json").is_file()), Path(name))
 
 
 def read_table(flag: str, folder: Path, data: Sequences) -> tuple[torch.Tensor, dict]:
     """A table (V + 1, d) with its configuration; UserError where it is missing, damaged, changed or not of `data`."""
-    make = f"python extract_emb.py --dataset {portable_path(data.folder)}"
+    make = f"python extract_emb.py --dataset {cli.portable_path(data.folder)}"
     missing = f"{flag}: {folder} is no table, nor is there one of that name in outputs/{data.name}/; make it: {make}"
     config = read_json(folder / "config.json", missing)
     if config.get("kind") != "item_embeddings":
@@ -100,10 +100,11 @@ def read_table(flag: str, folder: Path, data: Sequences) -> tuple[torch.Tensor, 
 def read_tables(flag: str, names: str | None, data: Sequences) -> tuple[torch.Tensor, dict]:
     """One table or several side by side, (V + 1, sum of their widths), and what configurations hold of them.
 
-    names: comma-separated, None for that of SASRec. Several are scaled, so that rows that are not zero have the mean norm of the first table's:
-    a dot product with all is the sum of those with each, and in it none outweighs another by its scale alone.
+    names: comma-separated, None for that of SASRec. A dot product with several is the sum of those with each. So that
+    none of them outweighs another by its scale alone, all get the mean norm of the first one's rows, those of zeros
+    left out.
     """
-    names = names or str(ROOT / "outputs" / data.name / "item_embeddings-sasrec")
+    names = names or str(cli.ROOT / "outputs" / data.name / "item_embeddings-sasrec")
     whole = (find_table(names, data) / "config.json").is_file()  # a path may hold a comma
     parts = [names] if whole else [part.strip() for part in names.split(",")]
     if not all(parts):
@@ -114,7 +115,7 @@ def read_tables(flag: str, names: str | None, data: Sequences) -> tuple[torch.Te
     twice = next((at for at, digest in enumerate(hashes) if digest in hashes[:at]), None)
     if twice is not None:
         raise UserError(f"{flag}: {folders[twice]} is the same table as {folders[hashes.index(hashes[twice])]}")
-    found = {"item_embeddings": ",".join(map(portable_path, folders)), "table_sha256": ",".join(hashes)}
+    found = {"item_embeddings": ",".join(map(cli.portable_path, folders)), "table_sha256": ",".join(hashes)}
     found["item_dim"] = sum(table.shape[1] for table in tables)
     if len(tables) == 1:
         return tables[0], found

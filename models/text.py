@@ -15,6 +15,25 @@ MAX_TOKENS = 256  # what all-MiniLM-L6-v2 reads
 BATCH = 64
 
 
+def load_encoder() -> tuple[str, nn.Module]:
+    """The folder of the embedded sentence encoder, and the model."""
+    folder = str(assets.encoder_path())
+    try:
+        with quiet_transformers():
+            return folder, AutoModel.from_pretrained(**source(folder), dtype=torch.float32, use_safetensors=True)
+    except Exception as error:  # any library's error
+        raise UserError(f"{folder} cannot be read ({first_line(error)}); remove it, it is fetched again") from error
+
+
+def load_language_model(text_model: str) -> tuple[str, nn.Module]:
+    """Where a language model is, as assets.base_model_path says it, and its decoder with all layers."""
+    try:
+        base = assets.base_model_path(text_model)
+        return base, load_decoder(base, base_config(base).num_hidden_layers, "first", torch.float32)
+    except UserError as error:
+        raise UserError(str(error).replace("--base_model", "--text_model")) from error
+
+
 def tokens(name: str, folder: str, model: nn.Module, texts: list[str]) -> list[dict]:
     """Of each text its input_ids and special_tokens_mask, cut to what is read, and whether it is cut."""
     longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS)
@@ -28,6 +47,9 @@ def tokens(name: str, folder: str, model: nn.Module, texts: list[str]) -> list[d
     largest = max(max(ids, default=0) for ids in found.input_ids)
     if largest >= len(model.get_input_embeddings().weight):
         raise UserError(f"--text_model {name}: its tokenizer makes token {largest}, which its embedding lacks")
+    known = [token != tokenizer.unk_token_id for ids in found.input_ids for token in ids]
+    if sum(known) < len(known) / 2:  # which transformers makes without a word where its files are missing
+        raise UserError(f"--text_model {name}: its tokenizer does not know most of the words; choose another")
     names = ("input_ids", "special_tokens_mask")
     rows = [{name: torch.tensor(found[name][at], dtype=torch.long) for name in names} for at in range(len(texts))]
     return [row | {"cut": len(ids) > longest} for row, ids in zip(rows, whole, strict=True)]
@@ -56,17 +78,7 @@ class TextModel:
         # the encoder was trained with its special tokens in the mean; a language model's start token gathers attention
         # and says nothing of a text
         self.with_special = text_model == assets.EMBEDDED_ENCODER
-        if self.with_special:
-            self.folder = str(assets.encoder_path())
-            with quiet_transformers():
-                self.model = AutoModel.from_pretrained(**source(self.folder), dtype=torch.float32, use_safetensors=True)
-        else:
-            try:
-                self.folder = assets.base_model_path(text_model)
-                depth = base_config(self.folder).num_hidden_layers
-                self.model = load_decoder(self.folder, depth, "first", torch.float32)
-            except UserError as error:
-                raise UserError(str(error).replace("--base_model", "--text_model")) from error
+        self.folder, self.model = load_encoder() if self.with_special else load_language_model(text_model)
         self.model.to(torch.accelerator.current_accelerator() or "cpu").eval()
         self.name = assets.record_base_model(text_model, self.folder)
         self.width, self.fingerprint = self.model.config.hidden_size, fingerprint(self.model, {})

@@ -80,7 +80,7 @@ def refused(capsys, words: str, script: object, *flags: object) -> None:
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         start(script, *flags)
-    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("texts: ")]
     assert stop.value.code == 2 and len(lines) == 1 and words in lines[0], lines
     assert contents(Path()) == before
 
@@ -182,6 +182,24 @@ TITLES = {
         ["--text", "titles", "--pca_dim", 2, "--text_model", "encoder"],
         None,
         "not a LLaMA-like decoder",
+    ),
+    "a damaged encoder": (
+        ["--text", "titles", "--pca_dim", 2],
+        lambda p: (p / "encoder/model.safetensors").write_bytes(b"cut off"),
+        "remove it, it is fetched again",
+    ),
+    "no tokenizer": (
+        ["--text", "titles", "--pca_dim", 2],
+        lambda p: [path.unlink() for path in (p / "encoder").glob("tokenizer*")],
+        "its tokenizer does not know most of the words",
+    ),
+    "NaN in its weights": (
+        ["--text", "titles", "--pca_dim", 2],
+        lambda p: save_file(
+            {n: v * torch.nan for n, v in load_file(p / "encoder/model.safetensors").items()},
+            p / "encoder/model.safetensors",
+        ),
+        "hold NaN or infinity",
     ),
     "foreign tokens": (
         ["--text", "titles", "--pca_dim", 2, "--text_model", "causal"],
@@ -545,3 +563,6 @@ def test_a_run_from_a_table_records_it_and_goes_on_with_no_other(tables, place, 
     put("a", table + torch.eye(41, 8))
     again = [*flags, "--init_items", "item_embeddings-a", "--resume", "auto"]
     refused(capsys, "run with init_items_sha256=", train_sr_trad, *again)
+    edit("item_embeddings-a", dataset_fingerprint="x")
+    refused(capsys, "made from another dataset", train_sr_trad, *again)
+    refused(capsys, "a,b is no table", train_sr_trad, *flags, "--init_items", "a,b")

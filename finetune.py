@@ -9,7 +9,6 @@ import utils.threads  # noqa: F401  before torch is imported
 
 # isort: split
 
-from pathlib import Path
 from typing import Literal
 
 from models.llm.decoder import base_config, base_shape, layer_flags, select_layers
@@ -17,9 +16,8 @@ from models.llm.recommender import normalized
 from models.llm.storage import build_llm_rec, count_parameters, load_base, save_llm_rec
 from models.sr import MODELS
 from utils import assets, cli
-from utils.data import Sequences, check_same_dataset, training_examples
-from utils.errors import UserError
-from utils.files import load_tensors, read_json, sha256
+from utils.data import Sequences, training_examples
+from utils.item_tables import read_tables
 from utils.metrics import DEFAULT_SELECTION, SelectBy
 from utils.report import closing_table
 from utils.run import Run
@@ -69,20 +67,11 @@ def main(
     num_layers, layer_selection = layer_flags(num_layers, layer_selection, default=8)
     config = dict(locals()) | {"kind": "teacher", "title": f"Teacher-{num_layers}"}
     data = Sequences.load(assets.dataset_folder(dataset))
-    source = Path(item_embeddings or cli.ROOT / "outputs" / data.name / "item_embeddings-sasrec")
-    make = f"{source} is missing; make it: python extract_emb.py --dataset {dataset}"
-    extracted = read_json(source / "config.json", make)
-    if extracted.get("kind") != "item_embeddings":
-        raise UserError(f"--item_embeddings {source} was not written by extract_emb.py")
-    check_same_dataset(data, extracted.get("dataset_fingerprint"), source)
-    cli.inherit(config, extracted, ["table_sha256", "item_dim"], cli.portable_path(source))
-    config["item_embeddings"] = cli.portable_path(source)
-    base = find_base(config)
-    table_file = source / "item_embeddings.safetensors"
-    item_table = load_tensors(table_file)["item_table"]
-    if sha256(table_file) != extracted["table_sha256"]:
-        raise UserError(f"{table_file} changed since extract_emb.py wrote it; run extract_emb.py again")
+    item_table, tables = read_tables("--item_embeddings", item_embeddings, data)
+    config["item_embeddings"] = tables.pop("item_embeddings")
+    cli.inherit(config, tables, list(tables), config["item_embeddings"])
     item_table = normalized(item_table) if normalize_items else item_table
+    base = find_base(config)
     examples = training_examples(data, train_targets, max_seq_length)
 
     run = Run(config, data, default_dir=f"teacher-{num_layers}")

@@ -18,6 +18,7 @@ from models.sr.popularity import Popularity
 from utils import assets, cli
 from utils.data import Sequences, training_examples
 from utils.files import save_tensors
+from utils.item_tables import find_table, read_table
 from utils.metrics import DEFAULT_SELECTION, SelectBy
 from utils.report import closing_table
 from utils.run import Run
@@ -29,6 +30,7 @@ def main(
     dataset: str = "ml-100k",
     model: str = "sasrec",
     model_config: Recommender.Config,
+    init_items: str | None = None,
     train_targets: str = "last",
     batch_size: int = 256,
     micro_batch_size: int | None = None,
@@ -54,10 +56,16 @@ def main(
     data = Sequences.load(assets.dataset_folder(dataset))
     known = data.training_part()
     examples = training_examples(data, train_targets, model_config.max_seq_length)
+    if init_items:
+        source = find_table(init_items, data)
+        start, table = read_table("--init_items", source, data)
+        config |= {"init_items": cli.portable_path(source), "init_items_sha256": table["table_sha256"]}
 
     run = Run(config, data, default_dir=model)
     if not run.finished:
         recommender = MODELS[model](model_config, known)
+        if init_items:
+            recommender.init_items(start)
         state = fit(run, recommender, examples)
         size = sum(p.numel() for p in recommender.parameters())
         run.finish(

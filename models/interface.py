@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from utils.data import Examples, TrainingPart
+from utils.errors import UserError
 
 
 def flag(default: Any, meaning: str, limits: str = "") -> Any:
@@ -90,6 +91,25 @@ class Recommender(nn.Module):
     def item_table(self) -> torch.Tensor:
         """(V + 1, d): what step 2 hands to the language model."""
         return self.item_vectors()
+
+    @torch.no_grad()
+    def init_items(self, rows: torch.Tensor) -> None:
+        """Start the item table from `rows` (V + 1, d), at the scale of its own start.
+
+        Rows of zeros, and the padding, keep their start. UserError where the widths differ, or the table is computed
+        from other weights: such a model overrides this.
+        """
+        table = self.item_table()
+        if rows.shape != table.shape:
+            raise UserError(
+                f"--init_items: its table has width {rows.shape[1]}, the model's {table.shape[1]}: change one"
+            )
+        given = (rows != 0).any(dim=1)
+        given[0] = False
+        scale = table[1:].square().mean().sqrt() / rows[given].square().mean().sqrt()  # in root mean square
+        table[given] = started = (rows[given] * scale).to(table.dtype)
+        if not torch.equal(self.item_table()[given], started):
+            raise UserError(f"--init_items: the item table of {type(self).__name__} is computed, so it cannot be given")
 
     # --- optional: nothing happens by default ---
 

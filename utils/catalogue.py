@@ -28,8 +28,16 @@ class Catalogue:
         """Of a dataset folder; numbers stand for ids where the data have no folder."""
         ids, titles = [str(item) for item in range(1, data.num_items + 1)], [""] * data.num_items
         if data.folder:
-            rows = (data.folder / "items.tsv").read_text(encoding="utf-8").split("\n")[1:-1]
-            ids, titles = map(list, zip(*(row.split("\t", 1) for row in rows), strict=True))
+            path = data.folder / "items.tsv"
+            try:
+                rows = path.read_text(encoding="utf-8").split("\n")[1:-1]
+                ids, titles = map(list, zip(*(row.split("\t", 1) for row in rows), strict=True))
+            except ValueError as error:
+                raise UserError(f"{path} is damaged ({error}); make it anew with datasets/process.py") from error
+            if len(ids) != data.num_items:
+                raise UserError(
+                    f"{path} has {len(ids)} items, not {data.num_items}; make it anew with datasets/process.py"
+                )
         return cls(ids, titles, data.training_part().counts())
 
     @classmethod

@@ -21,7 +21,24 @@ FLAGS: dict[str, tuple[str, str]] = {
         "language model: smollm2-135m (fetched once), a local folder, or a hub id (id@revision for one of its commits)",
         "",
     ),
-    "item_embeddings": ("folder written by extract_emb.py (default: this dataset's)", ""),
+    "item_embeddings": (
+        "folder written by extract_emb.py, a path or a name in outputs/<dataset>/; several, with commas, stand side by "
+        "side (default: item_embeddings-sasrec)",
+        "",
+    ),
+    "init_items": ("such a folder, from whose table the recommender's item table starts (default: random numbers)", ""),
+    "text": ("make a table from this text of the items instead of a trained recommender", ""),
+    "text_model": (
+        "what reads the text: all-minilm-l6-v2 (fetched once), or a language model as base_model takes it "
+        "(default: all-minilm-l6-v2)",
+        "",
+    ),
+    "import_table": ("take the table out of this .npy, .safetensors, .csv or .tsv file instead", ""),
+    "row_order": ("rows of an imported array: in the order of items.tsv, or numbered by the items' own ids", ""),
+    "pca_dim": (
+        "width after PCA with centred, whitened, unit rows (default: 128 of a text, no PCA of an imported table)",
+        ">= 1",
+    ),
     "sr_dir": ("run folder of train_sr_trad.py (default: this dataset's)", ""),
     "teacher": ("run folder of finetune.py (default: this dataset's teacher-8)", ""),
     "output_dir": ("where this run is written (default: under outputs/<dataset>/)", ""),

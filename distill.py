@@ -13,8 +13,8 @@ import utils.threads  # noqa: F401  before torch is imported
 from pathlib import Path
 from typing import Literal
 
-from models.llm.decoder import block_boundaries
 from models.interface import Recommender
+from models.llm.decoder import block_boundaries
 from models.llm.storage import (
     HEADS_FILE,
     build_llm_rec,
@@ -130,7 +130,7 @@ def find_kl_teacher(config: dict, teacher: Path, data: Sequences) -> None:
     given = {name: config[name] for name in ("kl_teacher", "kl_items", "temperature") if config[name] is not None}
     if config["lambda_kl"] is None and given:  # with --lambda_kl 0 it was switched off
         name, value = next(iter(given.items()))
-        raise UserError(f"--{name} {value} is of the logit term, which is off: add --lambda_kl, or leave it out")
+        raise UserError(f"--{name} {value} has no effect without the logit term: add --lambda_kl, its weight")
     config["lambda_kl"] = config["lambda_kl"] or 0.0
     if not config["lambda_kl"]:
         return
@@ -141,7 +141,7 @@ def find_kl_teacher(config: dict, teacher: Path, data: Sequences) -> None:
     check_same_dataset(data, taught.get("dataset_fingerprint"), source)
     length, reads = config["max_seq_length"], taught["max_seq_length"]
     if taught["kind"] != "sr" and length > reads:
-        raise UserError(f"--kl_teacher {source} reads {reads} items, the student {length}: add --max_seq_length {reads}")
+        raise UserError(f"--max_seq_length {length}: --kl_teacher {source} reads {reads} items, a student no more")
     config |= {"kl_teacher": cli.portable_path(source), "kl_teacher_sha256": weights_sha256(source)}
     config["temperature"] = config["temperature"] or 1.0
 

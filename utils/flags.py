@@ -64,6 +64,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "norm_form": ("D_norm as the released code has it (l2) or as the paper prints it (squared)", ""),
     "block_reduction": ("over blocks: sum as in the released code, or mean as printed", ""),
     "run": ("run folder of a trained recommender", ""),
+    "fuse": ("also weigh in the scores of this run folder; the weight is chosen on validation", ""),
     "split": ("users' held-out items that are ranked", ""),
     "negatives": ("sampled candidates per user beside the held-out item", ">= 1"),
     "candidate_seed": ("seed of the sampled candidates", ">= 0"),

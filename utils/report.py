@@ -29,7 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy")
-ORDER = ("sr", "teacher", "student")
+ORDER = ("sr", "teacher", "student", "fusion")
 
 
 def git_commit() -> str:
@@ -159,7 +159,7 @@ def finished_run(folder: Path, missing: str) -> tuple[dict, dict]:
 
 
 def finished_runs(folder: Path, fingerprint: str) -> tuple[list[dict], list[str]]:
-    """{"config", "metrics"} of every finished run of a training script below a folder, on one dataset.
+    """{"config", "metrics"} of every finished run and fusion below a folder, on one dataset.
 
     Also a line for each run that is left out: damaged, or of another dataset than that of `fingerprint`. Other things
     are passed over.
@@ -203,7 +203,8 @@ def table_rows(run: dict) -> Iterator[list[str]]:
     for name, baseline in metrics["baselines"].items():
         yield row(name, baseline["test"], 0, 0, "-", baseline["score_test_seconds"])
     seconds, sizes = metrics["seconds"], metrics["parameters"]
-    figures = (sizes["total"], sizes["trained"], f"{seconds['train_epoch']:.1f}", seconds["score_test"])
+    epoch = "-" if config["kind"] == "fusion" else f"{seconds['train_epoch']:.1f}"
+    figures = (sizes["total"], sizes["trained"], epoch, seconds["score_test"])
     yield row(f"{config['title']} ({Path(config['output_dir']).name})", metrics["test"], *figures)
 
 

@@ -33,7 +33,7 @@ from utils import cli
 from utils.catalogue import Catalogue
 from utils.errors import UserError
 from utils.files import atomic_file
-from utils.report import finished_run
+from utils.report import check_parts, finished_run
 
 
 @dataclass(frozen=True)
@@ -130,19 +130,16 @@ def load(folder: str | Path) -> Trained:
     if config.get("kind") == "sr":
         model = load_recommender(folder, config, catalogue.training_part(config["num_users"]))
     elif config.get("kind") == "fusion":
-        model = load_fusion(folder, config)
+        model = load_fusion(config)
     else:
         model = load_llm_rec(folder)
     return Trained(model, config, catalogue)
 
 
-def load_fusion(folder: Path, config: dict) -> Fusion:
+def load_fusion(config: dict) -> Fusion:
     """The two runs that evaluate.py fused, with the weight that it chose."""
+    check_parts(config)
     parts = [load(config[name]) for name in ("run", "fuse")]
-    for name, part, run_id in zip(("run", "fuse"), parts, config["run_ids"], strict=True):
-        if part.config["run_id"] != run_id:
-            again = f"python evaluate.py --run {config['run']} --fuse {config['fuse']}"
-            raise UserError(f"{config[name]} was trained anew since {folder} was made; fuse them again: {again}")
     lengths = [part.config["max_seq_length"] for part in parts]
     return Fusion([part.model for part in parts], lengths, [part.autocast for part in parts], config["weight"])
 

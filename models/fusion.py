@@ -23,14 +23,14 @@ def standardised(scores: torch.Tensor) -> torch.Tensor:
     return (scores - mean) / deviation.where(deviation > 0, 1)
 
 
-def fuse(one: torch.Tensor, other: torch.Tensor, weight: float) -> torch.Tensor:
-    """(1 - weight) of the standardised scores `one` and `weight` of `other`; all (B, V + 1).
+def fuse(pair: Sequence[torch.Tensor], weights: Sequence[float]) -> Iterator[torch.Tensor]:
+    """For each weight, (1 - weight) of the first standardised scores and `weight` of the second; all (B, V + 1).
 
     With weight 0 or 1 it is the one model's scores as they are: their order is the same, and nothing is rounded.
     """
-    if weight in (0, 1):
-        return (other if weight else one).clone()
-    return torch.lerp(standardised(one), standardised(other), weight)
+    standard = [standardised(scores) for scores in pair]
+    for weight in weights:
+        yield pair[int(weight)].clone() if weight in (0, 1) else torch.lerp(*standard, weight)
 
 
 class Fusion(Recommender):
@@ -69,7 +69,7 @@ class Fusion(Recommender):
         self, histories: torch.Tensor, users: torch.Tensor, size: int
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         for block, pair in self.score_pairs(histories, users, size):
-            yield block, fuse(*pair, self.weight)
+            yield block, next(fuse(pair, [self.weight]))
 
     def scores(
         self, histories: torch.Tensor, users: torch.Tensor | None = None, items: torch.Tensor | None = None
@@ -78,7 +78,7 @@ class Fusion(Recommender):
         for model, length, autocast in zip(self.models, self.max_lengths, self.autocasts, strict=True):
             with autocast():
                 pair.append(model.scores(histories[:, -length:], users).float())
-        fused = fuse(*pair, self.weight)  # standardised over all items, whichever are asked for
+        fused = next(fuse(pair, [self.weight]))  # standardised over all items, whichever are asked for
         return fused if items is None else fused[:, items]
 
     @contextmanager
@@ -112,7 +112,7 @@ def rank_with_weights(
         for index in tqdm(batches, desc=f"rank {split}", unit="batch", disable=not progress, leave=False):
             batch = {name: values.to(device) for name, values in examples.batch(index).items()}
             for block, pair in fusion.score_pairs(batch["histories"], batch["users"], users_at_once):
-                for weight, found in zip(weights, ranks, strict=True):
-                    part = metrics.rank_block(fuse(*pair, weight), data, examples, index[block], negatives)
+                for found, scores in zip(ranks, fuse(pair, weights), strict=True):
+                    part = metrics.rank_block(scores, data, examples, index[block], negatives)
                     found["sampled"][index[block]], found["full"][index[block]] = part
     return ranks, time.perf_counter() - begun

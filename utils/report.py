@@ -158,6 +158,15 @@ def finished_run(folder: Path, missing: str) -> tuple[dict, dict]:
     return config, metrics
 
 
+def check_parts(config: dict) -> None:
+    """UserError where a fusion was made of runs that have been trained anew since."""
+    for flag, run_id in zip(("run", "fuse"), config.get("run_ids", ()), strict=False):
+        part = ROOT / config[flag] / "config.json"
+        if part.exists() and read_json(part, "").get("run_id") != run_id:
+            again = f"python evaluate.py --run {config['run']} --fuse {config['fuse']}"
+            raise UserError(f"{config[flag]} was trained anew since they were fused; fuse them again: {again}")
+
+
 def finished_runs(folder: Path, fingerprint: str) -> tuple[list[dict], list[str]]:
     """{"config", "metrics"} of every finished run and fusion below a folder, on one dataset.
 
@@ -170,6 +179,7 @@ def finished_runs(folder: Path, fingerprint: str) -> tuple[list[dict], list[str]
             config, metrics = finished_run(path.parent, "not finished")
             if config.get("kind") not in ORDER:
                 continue
+            check_parts(config)
             run = {
                 "config": config | {"output_dir": portable_path(path.parent)},
                 "metrics": metrics,

@@ -146,12 +146,14 @@ def find_kl_teacher(config: dict, teacher: Path, data: Sequences) -> None:
     config["temperature"] = config["temperature"] or 1.0
 
 
-def load_kl_teacher(config: dict, data: Sequences) -> tuple[Recommender, Path, list]:
+def load_kl_teacher(config: dict, run: Run) -> tuple[Recommender, Path, list]:
     """The recommender whose logits are learned, its folder, and what tells its weights from others."""
     source = cli.ROOT / config["kl_teacher"]
+    if source.resolve() == run.folder.resolve():
+        raise UserError(f"--kl_teacher {source} is where this run is written; choose another --output_dir")
     taught, _ = finished_run(source, f"--kl_teacher {source} holds no finished run any more")
     if taught["kind"] == "sr":
-        teacher, base = load_recommender(source, taught, data.training_part()), None
+        teacher, base = load_recommender(source, taught, run.data.training_part()), None
     else:
         teacher = load_llm_rec(source)
         base = taught.get("base_fingerprint") or load_base(taught, recorded_base(taught)).fingerprint
@@ -184,7 +186,7 @@ def train_student(run: Run, config: dict, source: Path, taught: dict, base: str,
         boundaries = block_boundaries(config["teacher_layers"], config["num_blocks"])
         student.teacher_states = teacher_states(source, fingerprint, examples, boundaries, run)
     if config["lambda_kl"]:
-        teacher, folder, key = load_kl_teacher(config, run.data)
+        teacher, folder, key = load_kl_teacher(config, run)
         states = student.teacher_states if folder.resolve() == source.resolve() else None
         student.teacher_vectors = teacher_vectors(teacher, folder, key, examples, run, states)
         student.teacher_table = teacher.item_vectors().detach().float()

@@ -37,6 +37,7 @@ from utils.report import (
 )
 
 WEIGHTS = [k / 10 for k in range(11)]  # of the second run
+CRITERIA = [f"valid {kind} {name}" for kind in ("sampled", "full") for name in metrics_from_ranks(np.zeros(1))]
 
 
 def main(
@@ -122,6 +123,8 @@ def single_run(flag: str, folder: Path) -> tuple[dict, dict]:
     config, metrics = finished_run(folder, f"{flag} {folder} holds no finished run: give the folder of one")
     if config.get("kind") not in ("sr", "teacher", "student"):
         raise UserError(f"{flag} {folder} is a {config.get('kind')}: give a run of a training script")
+    if metrics["selected_by"] not in CRITERIA:
+        raise UserError(f"{folder}: metrics.json has selected_by {metrics['selected_by']!r}; train the run again")
     return config, metrics
 
 

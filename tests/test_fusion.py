@@ -256,6 +256,7 @@ def test_a_fusion_of_runs_that_were_trained_anew_is_told(place, sources, capsys)
         ("--fuse {0}/none", "--fuse {0}/none holds no finished run"),
         ("--run {0}/none --fuse {0}/sasrec", "--run {0}/none holds no finished run"),
         ("--fuse {0}/unfinished", "holds no finished run"),
+        ("--run {0}/odd --fuse {0}/sasrec", "selected_by 'valid by eye'; train the run again"),
         ("--fuse {0}/llm", "is the run of --run"),
         ("--fuse {0}/other", "was trained on elsewhere, --run {0}/llm on"),
         ("--fuse {0}/fusion", "is a fusion: give a run of a training script"),
@@ -279,6 +280,9 @@ def test_what_makes_no_sense_is_refused_in_one_line(words, told, place, sources,
             path.write_text(json.dumps(json.loads(path.read_text()) | (change if file == "config" else {})))
     path = place / "other/metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"run_id": "o"}))
+    shutil.copytree(place / "llm", place / "odd", dirs_exist_ok=True)
+    path = place / "odd/metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"selected_by": "valid by eye"}))
     (place / "damaged/model.safetensors").write_bytes(b"nonsense")
     [path.unlink() for path in (place / "strange").iterdir() if path.name != "config.json"]
     argv = words.format(place).split()

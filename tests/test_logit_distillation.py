@@ -247,8 +247,9 @@ def test_a_student_may_have_no_teacher_at_all(runs, sources, capsys):  # noqa: F
 
 def refused(runs, sources, capsys, flags: list) -> str:  # noqa: F811
     common = ["--dataset", sources / "data", "--teacher", runs / "teacher", "--num_layers", 1, "--num_blocks", 1]
-    argv = [*common, *ALONE, *flags, "--max_steps", 1, "--output_dir", runs / "new"]
+    argv = [*common, *ALONE, "--max_steps", 1, "--output_dir", runs / "new", *flags]
     before = contents(runs)
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         cli.run(distill.main, "student", [str(word) for word in argv], models=MODELS, inherits=distill.INHERITED)
     lines = capsys.readouterr().err.splitlines()
@@ -283,6 +284,13 @@ def test_what_makes_no_sense_is_refused_in_one_line(flags, words, runs, sources,
         (runs / name / "config.json").write_text(json.dumps(config | change))
     (runs / "damaged/model.safetensors").write_bytes(b"nonsense")
     assert words.format(runs) in refused(runs, sources, capsys, flags.format(runs).split())
+
+
+def test_a_run_is_not_written_over_its_own_teacher(runs, sources, capsys):  # noqa: F811
+    student(runs, sources, "once", *ALONE)
+    flags = ["--lambda_kl", 1, "--kl_teacher", runs / "once", "--output_dir", runs / "once"]
+    assert "is where this run is written" in refused(runs, sources, capsys, flags)
+    student(runs, sources, "twice", *ALONE, *flags[:4])  # a student teaches as well
 
 
 def test_a_model_without_user_vectors_teaches_no_logits(runs, sources, capsys, monkeypatch):  # noqa: F811

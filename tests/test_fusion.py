@@ -131,18 +131,25 @@ def test_each_model_scores_once_and_users_come_in_blocks(monkeypatch):
         assert all((one[kind] == other[kind]).all() for kind in ("sampled", "full"))
 
 
-def test_each_model_computes_in_its_own_precision(sequences):
-    fusion = fusion_of(sequences, autocasts=(BFLOAT16, nullcontext))
+@pytest.mark.parametrize("autocasts", [(BFLOAT16, nullcontext), (nullcontext, BFLOAT16)], ids=["first", "second"])
+def test_each_model_computes_in_its_own_precision(autocasts, sequences):
+    fusion = fusion_of(sequences, autocasts=autocasts)
     found = ranks(fusion, [0.0, 1.0], sequences, batch_size=64)
     assert not torch.is_autocast_enabled("cpu")
     negatives = draw_negatives(sequences, "test", num=19)
-    for at, autocast in enumerate((BFLOAT16, torch.no_grad)):
+    for at, autocast in enumerate(autocasts):
         model, length = fusion.models[at], fusion.max_lengths[at]
         how = {"max_length": length, "batch_size": 64, "autocast": autocast}
         single = rank_users(model, sequences, "test", negatives, **how)[0]
         assert all((found[at][kind] == single[kind]).all() for kind in ("sampled", "full"))
-    exact = ranks(fusion_of(sequences), [0.0], sequences, batch_size=64)[0]
-    assert (exact["full"] != found[0]["full"]).any()
+    exact, reduced = ranks(fusion_of(sequences), [0.0, 1.0], sequences, batch_size=64), autocasts.index(BFLOAT16)
+    assert (exact[reduced]["full"] != found[reduced]["full"]).any()
+
+
+def test_between_blocks_the_precision_is_the_callers(sequences):
+    with BFLOAT16():
+        for _ in sasrec(sequences).eval().score_blocks(torch.ones(9, 3, dtype=torch.long), None, 2):
+            assert torch.is_autocast_enabled("cpu")
 
 
 class Generative(Recommender):

@@ -3,16 +3,19 @@
 python distill.py                                     4 layers from the 8 of outputs/ml-100k/teacher-8
 python distill.py --lambda_ms 0 --output_dir outputs/ml-100k/student-cos-norm
 python distill.py --norm_form squared --block_reduction mean      the loss as the paper prints it
+python distill.py --lambda_kl 1 --kl_teacher outputs/ml-100k/sasrec   logits of SASRec beside the teacher's states
 """
 
 import utils.threads  # noqa: F401  before torch is imported
 
 # isort: split
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
+from models.interface import Recommender
 from models.llm.decoder import block_boundaries, layer_flags, listed_layers, select_layers
 from models.llm.storage import (
     HEADS_FILE,
@@ -25,9 +28,10 @@ from models.llm.storage import (
     recorded_base,
     save_llm_rec,
 )
-from models.llm.teacher_states import teacher_states
+from models.llm.teacher_states import teacher_states, teacher_vectors
 from models.slmrec import SLMRec
 from models.sr import MODELS
+from models.sr.storage import load_recommender
 from utils import assets, cli
 from utils.data import Examples, Sequences, check_same_dataset, training_examples
 from utils.errors import UserError
@@ -50,6 +54,10 @@ def main(
     lambda_cos: float = 1.0,
     lambda_norm: float = 0.1,
     lambda_ms: float = 1.0,
+    lambda_kl: float | None = None,
+    kl_teacher: str | None = None,
+    kl_items: int | None = None,
+    temperature: float | None = None,
     norm_form: Literal["l2", "squared"] = "l2",
     block_reduction: Literal["sum", "mean"] = "sum",
     mode: Literal["offline"] = "offline",
@@ -90,6 +98,7 @@ def main(
     config = dict(locals()) | {"kind": "student"}
     data = Sequences.load(assets.dataset_folder(dataset))
     source, taught = find_teacher(config, data)
+    find_kl_teacher(config, source, data)
     base = recorded_base(taught)
     config["base_model"] = assets.record_base_model(taught["base_model"], base)
     examples = training_examples(data, config["train_targets"], config["max_seq_length"])
@@ -106,7 +115,8 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     make = f"python finetune.py --dataset {config['dataset']} --num_layers 8"
     taught, _ = finished_run(source, f"{source} holds no finished teacher; make it: {make}")
     if taught.get("kind") != "teacher":
-        raise UserError(f"--teacher {source} is no run of finetune.py")
+        instead = f"; its logits alone can be learned: --kl_teacher {source}" if taught.get("kind") == "sr" else ""
+        raise UserError(f"--teacher {source} is no run of finetune.py{instead}")
     check_same_dataset(data, taught.get("dataset_fingerprint"), source)
     given, depth, blocks = config["max_seq_length"], taught["num_layers"], config["num_blocks"]
     cli.inherit(config, taught, INHERITED, cli.portable_path(source))
@@ -119,9 +129,8 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     check_student_layers(config["num_layers"], config["layer_selection"], taught)
     for stack in (config["num_layers"], depth):
         block_boundaries(stack, blocks)
-    hashes = {str(p.relative_to(source)): sha256(p) for p in sorted(source.rglob("*.safetensors"))}
     config |= {"teacher": cli.portable_path(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
-    config |= {"title": f"SLMRec-{config['num_layers']}<-{depth}", "teacher_sha256": hashes}
+    config |= {"title": f"SLMRec-{config['num_layers']}<-{depth}", "teacher_sha256": weights_sha256(source)}
     return source, taught
 
 
@@ -134,6 +143,64 @@ def check_student_layers(num_layers: int, layer_selection: str, taught: dict) ->
             f"student keeps, as in --layer_selection {','.join(map(str, layers[:num_layers]))}"
         )
     select_layers(num_layers, taught["base_shape"]["num_hidden_layers"], layer_selection)
+
+
+def weights_sha256(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def find_kl_teacher(config: dict, teacher: Path, data: Sequences) -> None:
+    """Check the flags of the logit term, and put into `config` from which run its logits come."""
+    given = {name: config[name] for name in ("kl_teacher", "kl_items", "temperature") if config[name] is not None}
+    if config["lambda_kl"] is None and given:  # with --lambda_kl 0 it was switched off
+        name, value = next(iter(given.items()))
+        raise UserError(f"--{name} {value} has no effect without the logit term: add --lambda_kl, its weight")
+    config["lambda_kl"] = config["lambda_kl"] or 0.0
+    if not config["lambda_kl"]:
+        return
+    source = Path(config["kl_teacher"] or teacher)
+    taught, _ = finished_run(source, f"--kl_teacher {source} holds no finished run; give the folder of one")
+    if taught.get("kind") not in ("sr", "teacher", "student"):
+        raise UserError(f"--kl_teacher {source} is no run of train_sr_trad.py, finetune.py or distill.py")
+    check_same_dataset(data, taught.get("dataset_fingerprint"), source)
+    length, reads = config["max_seq_length"], taught["max_seq_length"]
+    if taught["kind"] != "sr" and length > reads:
+        raise UserError(f"--max_seq_length {length}: --kl_teacher {source} reads {reads} items, a student no more")
+    config |= {"kl_teacher": cli.portable_path(source), "kl_teacher_sha256": weights_sha256(source)}
+    config["temperature"] = config["temperature"] or 1.0
+
+
+def load_kl_teacher(config: dict, run: Run) -> tuple[Recommender, Path, list]:
+    """The recommender whose logits are learned, its folder, and what tells its weights from others."""
+    source = cli.ROOT / config["kl_teacher"]
+    if source.resolve() == run.folder.resolve():
+        raise UserError(f"--kl_teacher {source} is where this run is written; choose another --output_dir")
+    taught, _ = finished_run(source, f"--kl_teacher {source} holds no finished run any more")
+    if taught["kind"] == "sr":
+        teacher, base = load_recommender(source, taught, run.data.training_part()), None
+    else:
+        teacher = load_llm_rec(source)
+        base = taught.get("base_fingerprint") or load_base(taught, recorded_base(taught)).fingerprint
+    if type(teacher).scores is not Recommender.scores:
+        title = taught["title"]
+        raise UserError(f"--kl_teacher {source}: {title} scores items by no dot product, which the logit term needs")
+    return teacher, source, [base, config["kl_teacher_sha256"]]
+
+
+@contextmanager
+def give_states(student: SLMRec, folder: Path, fingerprint: str, examples: Examples, run: Run) -> Iterator[None]:
+    """Let the student have the teacher's hidden states: stored, or computed for each batch inside."""
+    boundaries = block_boundaries(run.config["teacher_layers"], run.config["num_blocks"])
+    if run.config["teacher_states"] != "per_batch":
+        student.teacher_states = teacher_states(folder, fingerprint, examples, boundaries, run)
+        yield
+        return
+    teacher = load_llm_rec(folder).to(run.accelerator.device)
+    student.teacher = (teacher, boundaries)
+    with ExitStack() as stack:
+        with run.accelerator.autocast():
+            stack.enter_context(teacher.for_inference())  # no weight of it changes while the student trains
+        yield
 
 
 def train_student(run: Run, config: dict, source: Path, taught: dict, base: str, examples: Examples) -> None:
@@ -151,17 +218,19 @@ def train_student(run: Run, config: dict, source: Path, taught: dict, base: str,
         lambda_ms=config["lambda_ms"],
         norm_form=config["norm_form"],
         block_reduction=config["block_reduction"],
+        lambda_kl=config["lambda_kl"],
+        temperature=config["temperature"] or 1.0,
+        kl_items=config["kl_items"],
     )
     with ExitStack() as stack:
-        if config["mode"] == "offline" and student.needs_teacher:
-            boundaries = block_boundaries(config["teacher_layers"], config["num_blocks"])
-            if config["teacher_states"] == "per_batch":
-                teacher = load_llm_rec(source).to(run.accelerator.device)
-                student.teacher = (teacher, boundaries)
-                with run.accelerator.autocast():
-                    stack.enter_context(teacher.for_inference())  # no weight of it changes while the student trains
-            else:
-                student.teacher_states = teacher_states(source, fingerprint, examples, boundaries, run)
+        if config["mode"] == "offline" and student.needs_states:
+            stack.enter_context(give_states(student, source, fingerprint, examples, run))
+        if config["lambda_kl"]:
+            teacher, folder, key = load_kl_teacher(config, run)
+            states = student.teacher_states if folder.resolve() == source.resolve() else None
+            student.teacher_vectors = teacher_vectors(teacher, folder, key, examples, run, states)
+            student.teacher_table = teacher.item_vectors().detach().float()
+            del teacher
         state = fit(run, student, examples)
     size = count_parameters(student) | {"total": count_parameters(student.student)["total"]}  # ms_heads only train
     run.finish(student, state, size, lambda folder: save_llm_rec(student.student, folder))

@@ -1,35 +1,66 @@
-"""Measure a saved run again, without training.
+"""Measure a saved run again, without training; or fuse its scores with those of another run.
 
 python evaluate.py                                              the default student on test
 python evaluate.py --run outputs/ml-100k/sasrec --split valid
 python evaluate.py --negatives 99                               another number of sampled candidates
+python evaluate.py --fuse outputs/ml-100k/sasrec                the default student and SASRec as one recommender
 """
 
 import utils.threads  # noqa: F401  before torch is imported
 
 # isort: split
 
+import uuid
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
+from accelerate import Accelerator
 
-from recommend import load
+from models.fusion import Fusion, rank_with_weights
+from recommend import load, run_folder
 from utils import assets, cli
+from utils.catalogue import CATALOGUE_FILE
 from utils.data import Sequences, check_same_dataset
-from utils.metrics import CANDIDATE_SEED, NUM_NEGATIVES, draw_negatives, evaluate
-from utils.report import markdown_table, metric_row
+from utils.errors import UserError
+from utils.files import atomic_folder, check_replaceable, read_json, write_json
+from utils.metrics import CANDIDATE_SEED, NUM_NEGATIVES, draw_negatives, evaluate, metrics_from_ranks
+from utils.report import (
+    closing_table,
+    environment,
+    finished_run,
+    markdown_table,
+    metric_row,
+    peak_memory,
+    protocol,
+)
+
+WEIGHTS = [k / 10 for k in range(11)]  # of the second run
+CRITERIA = [f"valid {kind} {name}" for kind in ("sampled", "full") for name in metrics_from_ranks(np.zeros(1))]
 
 
 def main(
     *,
     run: str = "outputs/ml-100k/student-4from8",
+    fuse: str | None = None,
     dataset: str | None = None,
     split: Literal["valid", "test"] = "test",
     negatives: int = NUM_NEGATIVES,
     candidate_seed: int = CANDIDATE_SEED,
     eval_batch_size: int = 512,
+    output_dir: str | None = None,
 ) -> None:
+    if fuse is not None:
+        if (split, negatives, candidate_seed) != ("test", NUM_NEGATIVES, CANDIDATE_SEED):
+            raise UserError(
+                "--fuse chooses on valid and measures on test, with the candidates of every run: leave out --split, "
+                "--negatives and --candidate_seed"
+            )
+        fuse_runs(run, fuse, dataset, eval_batch_size, output_dir)
+        return
+    if output_dir is not None:
+        raise UserError("--output_dir is where --fuse writes: add --fuse, or leave it out")
     trained = load(run)
     data = Sequences.load(assets.dataset_folder(dataset or trained.config["dataset"]))
     check_same_dataset(data, trained.config["dataset_fingerprint"], Path(run))
@@ -42,6 +73,87 @@ def main(
     print(markdown_table(["split, candidates", *metrics["full"]], rows))
     counts = np.count_nonzero(drawn, axis=1)
     print(f"{len(data.users):,} users, {counts.min()} to {counts.max()} negatives, {seconds:.1f} s")
+
+
+def fuse_runs(run: str, fuse: str, dataset: str | None, batch_size: int, output_dir: str | None) -> None:
+    """Choose the weight of `fuse` beside `run` on validation, measure both as one on test, and write a run folder."""
+    folders = [run_folder(name).absolute() for name in (run, fuse)]
+    configs, metrics = zip(*map(single_run, ("--run", "--fuse"), folders), strict=True)
+    if configs[0]["run_id"] == configs[1]["run_id"]:
+        raise UserError(f"--fuse {fuse} is the run of --run; give another one")
+    if configs[0]["dataset_fingerprint"] != configs[1]["dataset_fingerprint"]:
+        of = [config["dataset"] for config in configs]
+        raise UserError(f"--fuse {fuse} was trained on {of[1]}, --run {run} on {of[0]}: give two runs of one dataset")
+    data = Sequences.load(assets.dataset_folder(dataset or configs[0]["dataset"]))
+    check_same_dataset(data, configs[0]["dataset_fingerprint"], folders[0])
+    target = Path(output_dir or folders[0].parent / f"{folders[0].name}-with-{folders[1].name}")
+    check_replaceable(target, ["config.json", "metrics.json", CATALOGUE_FILE], "--output_dir")
+    if (target / "config.json").exists() and read_json(target / "config.json", "").get("kind") != "fusion":
+        raise UserError(f"--output_dir {target} holds something else (config.json); choose another place")
+
+    parts = [load(folder) for folder in folders]
+    lengths = [config["max_seq_length"] for config in configs]
+    fusion = Fusion([part.model for part in parts], lengths, [part.autocast for part in parts], weight=0.0)
+    fusion.to(parts[0].device)
+    figures = choose_weight(fusion, data, metrics[0]["selected_by"], batch_size, parts[0].device)
+    config = {
+        "kind": "fusion",
+        "title": " + ".join(config["title"] for config in configs),
+        "run": cli.portable_path(folders[0]),
+        "fuse": cli.portable_path(folders[1]),
+        "run_ids": [config["run_id"] for config in configs],
+        "weight": fusion.weight,
+        "max_seq_length": max(lengths),
+        "dtype": "float32",  # of the sum; each part has its own
+        "output_dir": cli.portable_path(target),
+        "run_id": uuid.uuid4().hex,
+    } | {name: configs[0][name] for name in ("dataset", "dataset_fingerprint", "num_users")}
+    sizes = {name: sum(found["parameters"][name] for found in metrics) for name in ("total", "trained")}
+    with atomic_folder(target) as part:
+        write_json(config, part / "config.json")
+        parts[0].catalogue.save(part)
+        write_json(figures | {"parameters": sizes, "run_id": config["run_id"]}, part / "metrics.json")
+    print(f"{target}: weight {fusion.weight} of {fuse}, chosen by {figures['selected_by']}:")
+    print(", ".join(f"{row['weight']}: {row['valid']:.4f}" for row in figures["weights"]))
+    print(closing_table(target.parent, data.fingerprint))
+
+
+def single_run(flag: str, folder: Path) -> tuple[dict, dict]:
+    """config.json and metrics.json of a run that can be fused."""
+    config, metrics = finished_run(folder, f"{flag} {folder} holds no finished run: give the folder of one")
+    if config.get("kind") not in ("sr", "teacher", "student"):
+        raise UserError(f"{flag} {folder} is a {config.get('kind')}: give a run of a training script")
+    if metrics["selected_by"] not in CRITERIA:
+        raise UserError(f"{folder}: metrics.json has selected_by {metrics['selected_by']!r}; train the run again")
+    return config, metrics
+
+
+def choose_weight(fusion: Fusion, data: Sequences, selected_by: str, batch_size: int, device: torch.device) -> dict:
+    """Give `fusion` the weight that is best on validation; returns what metrics.json says of it.
+
+    selected_by: the metric, as metrics.json names it ("valid sampled NDCG@10"). Of equal weights the lowest is taken.
+    """
+    options = {"batch_size": batch_size, "device": device, "progress": True}
+    found, choosing = rank_with_weights(fusion, WEIGHTS, data, "valid", draw_negatives(data, "valid"), **options)
+    valid = [{kind: metrics_from_ranks(values) for kind, values in ranks.items()} for ranks in found]
+    _, kind, name = selected_by.split()
+    values = [metrics[kind][name] for metrics in valid]
+    best = int(np.argmax(values))
+    fusion.weight = WEIGHTS[best]
+    negatives = draw_negatives(data, "test")
+    [ranks], seconds = rank_with_weights(fusion, [fusion.weight], data, "test", negatives, **options)
+    return {
+        "valid": valid[best],
+        "test": {kind: metrics_from_ranks(values) for kind, values in ranks.items()},
+        "weight": fusion.weight,
+        "weights": [{"weight": weight, "valid": value} for weight, value in zip(WEIGHTS, values, strict=True)],
+        "selected_by": selected_by,
+        "seconds": {"choose_weight": choosing, "score_test": seconds},
+        "peak_memory_bytes": peak_memory(),
+        "protocol": protocol(data, max(fusion.max_lengths), negatives),
+        "baselines": {},
+        "environment": environment(Accelerator(cpu=not torch.accelerator.is_available())),
+    }
 
 
 if __name__ == "__main__":

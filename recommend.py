@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from models.fusion import Fusion
 from models.llm.storage import load_llm_rec
 from models.sr.storage import load_recommender
 from utils import cli
 from utils.catalogue import Catalogue
 from utils.errors import UserError
 from utils.files import atomic_file
-from utils.report import finished_run
+from utils.report import check_parts, finished_run
 
 
 @dataclass(frozen=True)
@@ -116,16 +117,31 @@ def best_of(scores: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
     return items[np.lexsort((items, -scores[items]))][:k]
 
 
+def run_folder(folder: str | Path) -> Path:
+    """Where a run is; a relative path starts at the working folder or at the checkout."""
+    return next((path for path in (Path(folder), cli.ROOT / folder) if path.is_dir()), Path(folder))
+
+
 def load(folder: str | Path) -> Trained:
-    """A trained recommender from its run folder, traditional or a language model; a path may start at the checkout."""
-    folder = next((path for path in (Path(folder), cli.ROOT / folder) if path.is_dir()), Path(folder))
+    """A trained recommender from its run folder: traditional, a language model, or a fusion of two."""
+    folder = run_folder(folder)
     config, _ = finished_run(folder, f"{folder} holds no finished run: give the folder of one with --run")
     catalogue = Catalogue.load(folder)
     if config.get("kind") == "sr":
         model = load_recommender(folder, config, catalogue.training_part(config["num_users"]))
+    elif config.get("kind") == "fusion":
+        model = load_fusion(config)
     else:
         model = load_llm_rec(folder)
     return Trained(model, config, catalogue)
+
+
+def load_fusion(config: dict) -> Fusion:
+    """The two runs that evaluate.py fused, with the weight that it chose."""
+    check_parts(config)
+    parts = [load(config[name]) for name in ("run", "fuse")]
+    lengths = [part.config["max_seq_length"] for part in parts]
+    return Fusion([part.model for part in parts], lengths, [part.autocast for part in parts], config["weight"])
 
 
 def read_histories(path: str) -> Iterator[list[str]]:

@@ -84,9 +84,10 @@ class Recommender(nn.Module):
             yield from ((block, self.scores(histories[block], users[block]).float()) for block in blocks)
             return
         vectors, items = self.user_vectors(histories, users).float(), self.item_vectors().float()
-        with torch.autocast(vectors.device.type, enabled=False):
-            for block in blocks:
-                yield block, vectors[block] @ items.T
+        for block in blocks:
+            with torch.autocast(vectors.device.type, enabled=False):
+                scores = vectors[block] @ items.T
+            yield block, scores
 
     def item_table(self) -> torch.Tensor:
         """(V + 1, d): what step 2 hands to the language model."""

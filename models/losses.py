@@ -26,18 +26,19 @@ def catalogue_cross_entropy(vectors: torch.Tensor, items: torch.Tensor, targets:
         return ChunkedCrossEntropy.apply(vectors, items, targets)
 
 
+def item_chunks(vectors: torch.Tensor, items: torch.Tensor) -> Iterator[slice]:
+    """Rows of `items` (V + 1, d), the padding left out, in chunks whose logits with `vectors` (N, d) fit in memory."""
+    size = max(256, LOGITS_AT_ONCE // len(vectors))
+    return (slice(low, min(low + size, len(items))) for low in range(1, len(items), size))
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Exact cross-entropy, chunk by chunk of the items; the backward pass computes each chunk's logits again."""
 
     @staticmethod
-    def chunks(vectors: torch.Tensor, items: torch.Tensor) -> Iterator[slice]:
-        size = max(256, LOGITS_AT_ONCE // len(vectors))
-        return (slice(low, min(low + size, len(items))) for low in range(1, len(items), size))
-
-    @staticmethod
     def forward(ctx, vectors: torch.Tensor, items: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         total = vectors.new_full((len(vectors),), -torch.inf)  # log of the sum of exp(logit) so far, (N,)
-        for chunk in ChunkedCrossEntropy.chunks(vectors, items):
+        for chunk in item_chunks(vectors, items):
             total = torch.logaddexp(total, (vectors @ items[chunk].T).logsumexp(1))
         ctx.save_for_backward(vectors, items, targets, total)
         return (total - (vectors * items[targets]).sum(1)).mean()
@@ -51,7 +52,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         d_vectors = items[targets].neg_()  # (N, d)
         d_items = torch.empty_like(items) if ctx.needs_input_grad[1] else None  # (V + 1, d)
         with torch.autocast(vectors.device.type, enabled=False):
-            for chunk in ChunkedCrossEntropy.chunks(vectors, items):
+            for chunk in item_chunks(vectors, items):
                 part = items[chunk]
                 share = torch.addmm(total[:, None], vectors, part.T, beta=-1).exp_()  # softmax, (N, chunk)
                 d_vectors.addmm_(share, part)
@@ -61,6 +62,127 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             d_items[0] = 0
             d_items.index_add_(0, targets, scaled, alpha=-1)
         return d_vectors.mul_(scale), d_items, None
+
+
+def distillation_kl(
+    vectors: torch.Tensor,
+    items: torch.Tensor,
+    teacher_vectors: torch.Tensor,
+    teacher_items: torch.Tensor,
+    temperature: float = 1.0,
+    top: int | None = None,
+) -> torch.Tensor:
+    """L_kl: KL(teacher || student) between the distributions over the items (Hinton et al., 2015), mean over N targets.
+
+    Logits are dot products over `temperature`, and the result counts `temperature` squared times, which keeps the
+    gradient's size. vectors (N, d) and items (V + 1, d) of the student, teacher_vectors (N, d') and teacher_items
+    (V + 1, d'), which get no gradient; row 0 of both tables is the padding, which is no class. top: the classes are
+    the teacher's `top` best items of each target, and all other items together as one. In float32 also under autocast;
+    no logits (N, V) stand in memory.
+    """
+    with torch.autocast(vectors.device.type, enabled=False):
+        vectors, items = vectors.float() / temperature, items.float()
+        teacher_vectors, teacher_items = teacher_vectors.float().detach() / temperature, teacher_items.float().detach()
+        if top is not None and top < len(items) - 1:
+            best, teacher = best_and_rest(teacher_vectors, teacher_items, top)  # (N, top), (N, top + 1)
+            student = BestAndRest.apply(vectors, items, best)
+        elif len(vectors) * len(items) <= LOGITS_AT_ONCE:  # one chunk: nothing to save
+            teacher, student = teacher_vectors @ teacher_items[1:].T, vectors @ items[1:].T
+        else:
+            return temperature**2 * ChunkedKL.apply(vectors, items, teacher_vectors, teacher_items)
+        divergence = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+        return temperature**2 * divergence
+
+
+class ChunkedKL(torch.autograd.Function):
+    """Exact KL(teacher || student) over all items, chunk by chunk, as `ChunkedCrossEntropy`."""
+
+    @staticmethod
+    def forward(
+        ctx, vectors: torch.Tensor, items: torch.Tensor, teacher_vectors: torch.Tensor, teacher_items: torch.Tensor
+    ) -> torch.Tensor:
+        total = vectors.new_full((len(vectors),), -torch.inf)  # as there, of the student and of the teacher, (N,)
+        teacher_total = total.clone()
+        excess = torch.zeros_like(total)  # by how much the teacher's logit exceeds the student's, in the mean over p
+        for chunk in item_chunks(vectors, items):
+            student, teacher = vectors @ items[chunk].T, teacher_vectors @ teacher_items[chunk].T
+            total = torch.logaddexp(total, student.logsumexp(1))
+            before, teacher_total = teacher_total, torch.logaddexp(teacher_total, teacher.logsumexp(1))
+            share = (teacher - teacher_total[:, None]).exp_()
+            excess = excess * (before - teacher_total).exp() + share.mul_(teacher.sub_(student)).sum(1)
+        ctx.save_for_backward(vectors, items, teacher_vectors, teacher_items, total, teacher_total)
+        return (excess + total - teacher_total).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        vectors, items, teacher_vectors, teacher_items, total, teacher_total = ctx.saved_tensors
+        d_vectors = torch.zeros_like(vectors)
+        d_items = torch.zeros_like(items) if ctx.needs_input_grad[1] else None
+        scaled = vectors * (gradient / len(vectors))
+        with torch.autocast(vectors.device.type, enabled=False):
+            for chunk in item_chunks(vectors, items):
+                change = torch.addmm(total[:, None], vectors, items[chunk].T, beta=-1).exp_()  # (N, chunk)
+                change -= torch.addmm(teacher_total[:, None], teacher_vectors, teacher_items[chunk].T, beta=-1).exp_()
+                d_vectors.addmm_(change, items[chunk])
+                if d_items is not None:
+                    torch.mm(change.T, scaled, out=d_items[chunk])
+        return d_vectors.mul_(gradient / len(vectors)), d_items, None, None
+
+
+def best_and_rest(vectors: torch.Tensor, items: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `top` items of each vector with the highest logits (N, top), and the logits (N, top + 1) of these classes.
+
+    The last class is all other items together: the log of the sum of their exp(logit).
+    """
+    best = vectors.new_full((len(vectors), top), -torch.inf)  # logits of the best items so far
+    number = torch.zeros_like(best, dtype=torch.long)
+    rest = vectors.new_full((len(vectors),), -torch.inf)
+    for chunk in item_chunks(vectors, items):
+        logits = torch.cat([best, vectors @ items[chunk].T], 1)
+        best, at = logits.topk(top)
+        number = torch.where(at < top, number.gather(1, at.clamp_max(top - 1)), at + (chunk.start - top))
+        rest = torch.logaddexp(rest, logits.scatter_(1, at, -torch.inf).logsumexp(1))
+    return number, torch.cat([best, rest[:, None]], 1)
+
+
+class BestAndRest(torch.autograd.Function):
+    """Logits (N, top + 1) of the items `best` (N, top) and of all others together, chunk by chunk."""
+
+    @staticmethod
+    def inside(best: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and columns of `best` that lie in the chunk."""
+        return ((best >= chunk.start) & (best < chunk.stop)).nonzero(as_tuple=True)
+
+    @staticmethod
+    def forward(ctx, vectors: torch.Tensor, items: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        classes = vectors.new_full((best.shape[0], best.shape[1] + 1), -torch.inf)
+        for chunk in item_chunks(vectors, items):
+            logits = vectors @ items[chunk].T
+            row, column = BestAndRest.inside(best, chunk)
+            at = best[row, column] - chunk.start
+            classes[row, column] = logits[row, at]
+            logits[row, at] = -torch.inf
+            classes[:, -1] = torch.logaddexp(classes[:, -1], logits.logsumexp(1))
+        ctx.save_for_backward(vectors, items, best, classes[:, -1].clone())
+        return classes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        vectors, items, best, rest = ctx.saved_tensors
+        d_vectors = torch.zeros_like(vectors)
+        d_items = torch.zeros_like(items) if ctx.needs_input_grad[1] else None
+        with torch.autocast(vectors.device.type, enabled=False):
+            for chunk in item_chunks(vectors, items):
+                change = torch.addmm(rest[:, None], vectors, items[chunk].T, beta=-1).exp_()  # (N, chunk)
+                change *= gradient[:, -1:]
+                row, column = BestAndRest.inside(best, chunk)
+                change[row, best[row, column] - chunk.start] = gradient[row, column]
+                d_vectors.addmm_(change, items[chunk])
+                if d_items is not None:
+                    torch.mm(change.T, vectors, out=d_items[chunk])
+        return d_vectors, d_items, None
 
 
 def sampled_cross_entropy(

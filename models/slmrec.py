@@ -9,21 +9,29 @@ from torch import nn
 from models.interface import Recommender
 from models.llm.decoder import block_boundaries
 from models.llm.recommender import LLMRec
-from models.losses import catalogue_cross_entropy, cosine_similarity, norm_distance, reduce_blocks
+from models.losses import (
+    catalogue_cross_entropy,
+    cosine_similarity,
+    distillation_kl,
+    norm_distance,
+    reduce_blocks,
+)
 from utils.data import Examples
 
 
 class SLMRec(Recommender):
-    """A student and its loss, L_ce + lambda_cos (1 - D_cos) + lambda_norm D_norm + lambda_ms L_ms.
+    """A student and its loss, L_ce + lambda_cos (1 - D_cos) + lambda_norm D_norm + lambda_ms L_ms + lambda_kl L_kl.
 
     A term with weight 0 is neither computed nor logged, so with all weights 0 this is plain training. `ms_heads` are
     L_ms's adapters (hidden -> d), one for each block but the last; they serve training only. `teacher_states`
-    (targets, K, h), if a term needs them, have one row per target of the training examples, in their order. Without
-    them `teacher`, a model in eval mode with its block boundaries, computes those of each batch.
+    (targets, K, h) and `teacher_vectors` (targets, d'), if a term needs them, have one row per target of the training
+    examples, in their order; `teacher_table` (V + 1, d') belongs to the vectors. Without `teacher_states`, `teacher`,
+    a model in eval mode with its block boundaries, computes the states of each batch.
     """
 
     teacher_states: np.ndarray | None = None
     teacher: tuple[LLMRec, list[int]] | None = None
+    teacher_vectors: np.ndarray | None = None
 
     def __init__(
         self,
@@ -35,33 +43,41 @@ class SLMRec(Recommender):
         lambda_ms: float,
         norm_form: str,
         block_reduction: str,
+        lambda_kl: float = 0.0,
+        temperature: float = 1.0,
+        kl_items: int | None = None,
     ):
         super().__init__(None, None)
         self.student = student
         self.boundaries = block_boundaries(student.num_layers, num_blocks)
         self.lambda_cos, self.lambda_norm, self.lambda_ms = lambda_cos, lambda_norm, lambda_ms
         self.norm_form, self.block_reduction = norm_form, block_reduction
+        self.lambda_kl, self.temperature, self.kl_items = lambda_kl, temperature, kl_items
+        self.register_buffer("teacher_table", None, persistent=False)  # neither trained nor saved
         dim = student.table.shape[1]
         heads = num_blocks - 1 if lambda_ms else 0
         self.ms_heads = nn.ModuleList(nn.Linear(student.hidden_size, dim, bias=False) for _ in range(heads))
 
     @property
-    def needs_teacher(self) -> bool:
+    def needs_states(self) -> bool:
+        """Whether a term reads the teacher's hidden states."""
         return bool(self.lambda_cos or self.lambda_norm)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Weighted loss terms: histories (B, T), targets (B, T), 0 where there is none; N targets.
 
-        teacher_states (N, K, h), if a term needs them, row-major over the targets; int16 are bits of bfloat16.
+        teacher_states (N, K, h) and teacher_vectors (N, d'), if a term needs them, row-major over the targets; int16
+        are bits of bfloat16.
         """
-        needs_blocks = self.needs_teacher or self.lambda_ms
+        needs_blocks = self.needs_states or self.lambda_ms
         target_mask = batch["targets"] != 0
         states = self.student.states(
             batch["histories"], target_mask, self.boundaries if needs_blocks else self.boundaries[-1:]
         )
         items, targets = self.student.item_vectors(), batch["targets"][target_mask]  # (V + 1, d), (N,)
-        terms = {"ce": catalogue_cross_entropy(self.student.head(states[:, -1]), items, targets)}
-        if self.needs_teacher:
+        user_vectors = self.student.head(states[:, -1])  # (N, d)
+        terms = {"ce": catalogue_cross_entropy(user_vectors, items, targets)}
+        if self.needs_states:
             taught = (
                 batch["teacher_states"] if self.teacher is None else self.of_teacher(batch["histories"], target_mask)
             )
@@ -76,6 +92,10 @@ class SLMRec(Recommender):
             vectors = [self.block_vectors(states[:, k], head) for k, head in enumerate(self.ms_heads)]
             losses = torch.stack([catalogue_cross_entropy(v, items, targets) for v in vectors])  # (K - 1,)
             terms["ms"] = self.lambda_ms * reduce_blocks(losses, self.block_reduction)
+        if self.lambda_kl:
+            taught_by = batch["teacher_vectors"], self.teacher_table
+            divergence = distillation_kl(user_vectors, items, *taught_by, self.temperature, self.kl_items)
+            terms["kl"] = self.lambda_kl * divergence
         return terms
 
     def block_vectors(self, states: torch.Tensor, head: nn.Module) -> torch.Tensor:
@@ -90,8 +110,10 @@ class SLMRec(Recommender):
 
     def batch(self, examples: Examples, index: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         batch = super().batch(examples, index, rng)
-        if self.needs_teacher and self.teacher is None:
+        if self.needs_states and self.teacher is None:
             batch["teacher_states"] = torch.from_numpy(self.teacher_states[examples.target_rows(index)])
+        if self.lambda_kl:
+            batch["teacher_vectors"] = torch.from_numpy(self.teacher_vectors[examples.target_rows(index)])
         return batch
 
     def user_vectors(self, histories: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:

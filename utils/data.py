@@ -128,6 +128,16 @@ class Examples:
         low = np.cumsum(self.num_targets)[index] - counts
         return np.arange(counts.sum()) + np.repeat(low - (np.cumsum(counts) - counts), counts)
 
+    def single_targets(self, offsets: np.ndarray, max_length: int) -> "Examples":
+        """One example per target, in order: the user's `max_length` items before it, also those before a window.
+
+        offsets: of the sequences that the examples were cut from.
+        """
+        counts = self.num_targets
+        end = np.arange(counts.sum()) + np.repeat(self.first - (np.cumsum(counts) - counts), counts)
+        users = np.repeat(self.users, counts)
+        return Examples(self.items, users, np.maximum(offsets[users], end - max_length), end, end)
+
     def batch(self, index: np.ndarray) -> dict[str, torch.Tensor]:
         """Cut out the examples `index`, left-padded with 0 to the longest of them.
 

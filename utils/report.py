@@ -29,7 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy")
-ORDER = ("sr", "teacher", "student")
+ORDER = ("sr", "teacher", "student", "fusion")
 
 
 def git_commit() -> str:
@@ -160,8 +160,17 @@ def finished_run(folder: Path, missing: str) -> tuple[dict, dict]:
     return config, metrics
 
 
+def check_parts(config: dict) -> None:
+    """UserError where a fusion was made of runs that have been trained anew since."""
+    for flag, run_id in zip(("run", "fuse"), config.get("run_ids", ()), strict=False):
+        part = ROOT / config[flag] / "config.json"
+        if part.exists() and read_json(part, "").get("run_id") != run_id:
+            again = f"python evaluate.py --run {config['run']} --fuse {config['fuse']}"
+            raise UserError(f"{config[flag]} was trained anew since they were fused; fuse them again: {again}")
+
+
 def finished_runs(folder: Path, fingerprint: str) -> tuple[list[dict], list[str]]:
-    """{"config", "metrics"} of every finished run of a training script below a folder, on one dataset.
+    """{"config", "metrics"} of every finished run and fusion below a folder, on one dataset.
 
     Also a line for each run that is left out: damaged, or of another dataset than that of `fingerprint`. Other things
     are passed over.
@@ -172,6 +181,7 @@ def finished_runs(folder: Path, fingerprint: str) -> tuple[list[dict], list[str]
             config, metrics = finished_run(path.parent, "not finished")
             if config.get("kind") not in ORDER:
                 continue
+            check_parts(config)
             run = {
                 "config": config | {"output_dir": portable_path(path.parent)},
                 "metrics": metrics,
@@ -205,7 +215,8 @@ def table_rows(run: dict) -> Iterator[list[str]]:
     for name, baseline in metrics["baselines"].items():
         yield row(name, baseline["test"], 0, 0, "-", baseline["score_test_seconds"])
     seconds, sizes = metrics["seconds"], metrics["parameters"]
-    figures = (sizes["total"], sizes["trained"], f"{seconds['train_epoch']:.1f}", seconds["score_test"])
+    epoch = "-" if config["kind"] == "fusion" else f"{seconds['train_epoch']:.1f}"
+    figures = (sizes["total"], sizes["trained"], epoch, seconds["score_test"])
     yield row(f"{config['title']} ({Path(config['output_dir']).name})", metrics["test"], *figures)
 
 

@@ -1,82 +1,132 @@
-"""The frozen teacher's states at the block boundaries, computed once for every student that learns from it."""
+"""What a frozen teacher gives its students, computed once for all of them: hidden states and user vectors.
+
+Both depend on nothing that trains. They are kept in the teacher's folder, under a name made from all that they depend
+on, with their SHA-256, and are read memory-mapped: one row per target of the training examples, in their order.
+"""
 
 import hashlib
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from models.interface import Recommender
 from models.llm.recommender import LLMRec
 from models.llm.storage import load_llm_rec
 from utils.data import Examples, sorted_batches
 from utils.files import atomic_file, check_space, read_json, remove_left_over, sha256
 from utils.run import NOT_COMPARED, Run
 
+Parts = Iterator[tuple[np.ndarray, torch.Tensor]]  # rows of an array, and what stands there
+
 
 def teacher_states(folder: Path, fingerprint: str, examples: Examples, boundaries: list[int], run: Run) -> np.ndarray:
     """The frozen teacher's states that answer, after the layers `boundaries`: (targets, K, h), memory-mapped.
 
-    float32, or in a bfloat16 run and on request (--teacher_states bfloat16) the bits of bfloat16 as int16. They depend
-    on nothing that trains, so they are computed once and kept in the teacher's folder, under a name made from all that
-    they depend on, with their SHA-256.
+    float32, or in a bfloat16 run and on request (--teacher_states bfloat16) the bits of bfloat16 as int16.
     fingerprint: of the base weights that the teacher keeps.
     """
-    config = read_json(folder / "config.json", "")
     stored = np.dtype(np.int16 if "bfloat16" in (run.config["dtype"], run.config["teacher_states"]) else np.float32)
-    trained = {name: value for name, value in config.items() if name not in NOT_COMPARED}
+    key = [fingerprint, run.config["teacher_sha256"], run.config["dtype"], stored.name, boundaries]
+    hidden = read_json(folder / "config.json", "")["base_shape"]["hidden_size"]
+
+    def parts() -> Parts:
+        teacher = load_llm_rec(folder).to(run.accelerator.device)
+        with torch.inference_mode(), run.accelerator.autocast(), teacher.for_inference():
+            for index, batch in batches(examples, run, "teacher states"):
+                states = teacher.states(batch["histories"], batch["targets"] != 0, boundaries)
+                states = states.float() if stored == np.float32 else states.bfloat16().view(torch.int16)
+                yield examples.target_rows(index), states
+
+    return kept("teacher states", folder, key, (len(boundaries), hidden), stored, parts, examples, run)
+
+
+def teacher_vectors(
+    teacher: Recommender, folder: Path, key: list, examples: Examples, run: Run, states: np.ndarray | None = None
+) -> np.ndarray:
+    """The frozen teacher's user vectors before every target: (targets, d), float32, memory-mapped.
+
+    A language model reads the windows of the examples, a traditional one as many of the user's items before the target
+    as it reads at inference. key: what tells the weights of the run in `folder` from others. states: the language
+    model's `teacher_states`, whose last block is that of its top layer, if they are there already.
+    """
+    config, device = read_json(folder / "config.json", ""), run.accelerator.device
+    reads_windows = isinstance(teacher, LLMRec)
+    reduced = (run.config if reads_windows else config)["dtype"] == "bfloat16"
+    exact = states is not None and (states.dtype == np.float32 or reduced)
+
+    def parts() -> Parts:
+        teacher.to(device)
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=reduced):
+            if exact:
+                for rows in np.array_split(np.arange(len(states)), 1 + len(states) // 4096):
+                    top = torch.from_numpy(states[rows, -1]).to(device)
+                    yield rows, teacher.head(top.view(torch.bfloat16) if top.dtype == torch.int16 else top).float()
+                return
+            asked = examples if reads_windows else examples.single_targets(run.data.offsets, config["max_seq_length"])
+            with teacher.for_inference():
+                for index, batch in batches(asked, run, "teacher vectors"):
+                    if reads_windows:
+                        top = teacher.states(batch["histories"], batch["targets"] != 0, [teacher.num_layers])[:, 0]
+                        yield asked.target_rows(index), teacher.head(top).float()
+                    else:
+                        yield index, teacher.user_vectors(batch["histories"], batch["users"]).float()
+
+    shape, key = tuple(teacher.item_vectors().shape[1:]), [*key, run.config["dtype"], "user vectors"]
+    return kept("teacher vectors", folder, key, shape, np.dtype(np.float32), parts, examples, run)
+
+
+def batches(examples: Examples, run: Run, title: str) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
+    """All examples once, histories of like lengths together: their indices, and their batch on the run's device."""
+    found = list(sorted_batches(examples.lengths, run.config["eval_batch_size"]))
+    for index in tqdm(found, desc=title, unit="batch"):
+        yield index, {name: value.to(run.accelerator.device) for name, value in examples.batch(index).items()}
+
+
+def kept(
+    title: str,
+    folder: Path,
+    key: list,
+    shape: tuple[int, ...],
+    stored: np.dtype,
+    parts: Callable[[], Parts],
+    examples: Examples,
+    run: Run,
+) -> np.ndarray:
+    """The array (targets, *shape) of type `stored` that `parts` fills; from the folder of the run if it is there."""
+    trained = {name: value for name, value in read_json(folder / "config.json", "").items() if name not in NOT_COMPARED}
     inputs = [np.ascontiguousarray(part) for part in (examples.start, examples.first, examples.end, examples.items)]
-    key = [
-        trained,
-        fingerprint,
-        run.config["teacher_sha256"],
-        run.config["dtype"],
-        stored.name,
-        boundaries,
-        [hashlib.sha256(part).hexdigest() for part in inputs],
-    ]
+    key = [trained, *key, [hashlib.sha256(part).hexdigest() for part in inputs]]
     path = folder / "states" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npy"
     digest = path.with_suffix(".sha256")
-    shape = (int(examples.num_targets.sum()), len(boundaries), config["base_shape"]["hidden_size"])
+    shape = (int(examples.num_targets.sum()), *shape)
     size = stored.itemsize * math.prod(shape)
     if run.accelerator.is_main_process:
         exists = path.exists() and digest.exists()
         whole = exists and digest.read_text(encoding="utf-8").strip() == sha256(path)
         state = "found" if whole else "damaged, computed anew" if exists else "computed once"
-        run.print(f"teacher states: {size / 2**20:.0f} MiB, {path} ({state})")
+        run.print(f"{title}: {size / 2**20:.0f} MiB, {path} ({state})")
         if not whole:
             check_space(folder, size)
-            teacher = load_llm_rec(folder).to(run.accelerator.device)
-            write_teacher_states(path, shape, stored, teacher, examples, boundaries, run)
+            write(path, shape, stored, parts())
             with atomic_file(digest) as part:
                 part.write_text(sha256(path) + "\n", encoding="utf-8")
     run.accelerator.wait_for_everyone()
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def write_teacher_states(
-    path: Path,
-    shape: tuple[int, ...],
-    stored: np.dtype,
-    teacher: LLMRec,
-    examples: Examples,
-    boundaries: list[int],
-    run: Run,
-) -> None:
+def write(path: Path, shape: tuple[int, ...], stored: np.dtype, parts: Parts) -> None:
     remove_left_over(path.parent)
-    batches = list(sorted_batches(examples.lengths, run.config["eval_batch_size"]))
     with atomic_file(path) as part:
-        states = np.lib.format.open_memmap(part, "w+", stored, shape)
+        array = np.lib.format.open_memmap(part, "w+", stored, shape)
         if hasattr(os, "posix_fallocate"):
             with open(part, "r+b") as file:  # take the space now: a full disk is an error here, a crash later
                 os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-        with torch.inference_mode(), run.accelerator.autocast(), teacher.for_inference():
-            for index in tqdm(batches, desc="teacher states", unit="batch"):
-                batch = {name: value.to(run.accelerator.device) for name, value in examples.batch(index).items()}
-                found = teacher.states(batch["histories"], batch["targets"] != 0, boundaries)
-                found = found.float() if stored == np.float32 else found.bfloat16().view(torch.int16)
-                states[examples.target_rows(index)] = found.cpu().numpy()
-        states.flush()
+        for rows, values in parts:
+            array[rows] = values.cpu().numpy()
+        array.flush()

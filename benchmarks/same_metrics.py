@@ -43,8 +43,7 @@ from utils import cli, metrics
 from utils.cli import ROOT
 from utils.files import read_json, write_json
 from utils.metrics import SPLITS
-from utils.report import environment, markdown_table
-from utils.run import flatten
+from utils.report import environment, flatten, markdown_table
 
 STEPS = {
     "train_sr_trad": (train_sr_trad, "sr"),

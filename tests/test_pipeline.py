@@ -100,6 +100,7 @@ def weights(folder: Path) -> dict[str, str]:
 
 def test_run_folders_are_complete(work):
     common = {"config.json", "metrics.json", "log.jsonl", "curve.png", "README.md", "items.jsonl", ".slmrec.lock"}
+    common.add("ranks.safetensors")
     adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md"}
     for name, own in {
         "sasrec": {"model.safetensors"},

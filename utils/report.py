@@ -111,6 +111,14 @@ def plot_curve(folder: Path, select_by: str) -> None:
     plt.close(figure)
 
 
+def flatten(values: dict, prefix: str = "") -> dict[str, float]:
+    """Nested dictionaries to one level, keys joined by '/'."""
+    flat = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """Aligned Markdown: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from filelock import FileLock, Timeout
@@ -32,10 +33,12 @@ from utils.files import (
     save_tensors,
     write_json,
 )
-from utils.metrics import DEFAULT_SELECTION, SPLITS, draw_negatives, evaluate
-from utils.report import card, git_commit, peak_memory, plot_curve, protocol
+from utils.metrics import DEFAULT_SELECTION, SPLITS, draw_negatives, metrics_from_ranks, rank_users
+from utils.report import card, flatten, git_commit, peak_memory, plot_curve, protocol
 
-RUN_FILES = ("metrics.json", "checkpoints", "log.jsonl", "curve.png", "README.md", CATALOGUE_FILE)  # beside config.json
+RANKS_FILE = "ranks.safetensors"  # of every test user, so that two runs can be compared user by user
+# beside config.json
+RUN_FILES = ("metrics.json", "checkpoints", "log.jsonl", "curve.png", "README.md", CATALOGUE_FILE, RANKS_FILE)
 WEIGHTS = ("model.safetensors", "rec_heads.safetensors", "decoder.safetensors", "adapter", "states")
 LOCK = ".slmrec.lock"  # the first file of a run folder, held while a process trains in it
 # what does not change what is trained: these may differ when a run is continued
@@ -182,12 +185,17 @@ class Run:
                 return folder
         return None
 
-    def evaluate(self, model: nn.Module, split: str, progress: bool = False) -> tuple[dict, float]:
+    def evaluate(self, model: nn.Module, split: str) -> tuple[dict, float]:
         """Metrics of `model` on a split, and the seconds it took to score and rank its users."""
+        ranks, seconds = self.rank(model, split)
+        return {kind: metrics_from_ranks(found) for kind, found in ranks.items()}, seconds
+
+    def rank(self, model: nn.Module, split: str, progress: bool = False) -> tuple[dict[str, np.ndarray], float]:
+        """`rank_users` with the protocol of the run."""
         model.to(self.accelerator.device).eval()
         if not hasattr(self, "negatives"):
             self.negatives = {name: draw_negatives(self.data, name) for name in SPLITS}
-        return evaluate(
+        return rank_users(
             model,
             self.data,
             split,
@@ -293,9 +301,11 @@ class Run:
         baselines: recommenders without training that are measured beside this one.
         """
         chosen = next(e for e in state["evaluations"] if e["step"] == state["best_step"])
-        test, seconds = self.evaluate(model, "test", progress=True)
+        ranks, seconds = self.rank(model, "test", progress=True)
         if self.accelerator.is_main_process:
             save(self.folder)
+            of_users = {f"test_{kind}": torch.from_numpy(found.astype(np.int32)) for kind, found in ranks.items()}
+            save_tensors(of_users, self.folder / RANKS_FILE)
             Catalogue.of(self.data).save(self.folder)
         below = {}
         for name, other in (baselines or {}).items():
@@ -305,7 +315,7 @@ class Run:
         if self.accelerator.is_main_process:
             metrics = {
                 "valid": chosen["metrics"],
-                "test": test,
+                "test": {kind: metrics_from_ranks(found) for kind, found in ranks.items()},
                 "best_step": state["best_step"],
                 "steps": state["step"],
                 "planned_steps": state["planned_steps"],
@@ -333,11 +343,3 @@ class Run:
         if self.accelerator.log_with:
             self.accelerator.end_training()
         self.lock.release()
-
-
-def flatten(values: dict, prefix: str = "") -> dict[str, float]:
-    """Nested dictionaries to one level, keys joined by '/'."""
-    flat = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

@@ -3,6 +3,7 @@
 python finetune.py                                    8 layers of SmolLM2-135M on MovieLens-100K
 python finetune.py --base_model Qwen/Qwen3-0.6B --num_layers 8 --dtype bfloat16
 python finetune.py --num_layers 4 --output_dir outputs/ml-100k/teacher-4
+python finetune.py --item_embeddings item_embeddings-sasrec,item_embeddings-titles
 """
 
 import utils.threads  # noqa: F401  before torch is imported

@@ -2,6 +2,7 @@
 
 python train_sr_trad.py                               MovieLens-100K, SASRec, no accelerator needed
 python train_sr_trad.py --dataset my-data --train_targets last
+python train_sr_trad.py --init_items item_embeddings-titles
 python train_sr_trad.py --resume auto                 go on with an interrupted run
 """
 

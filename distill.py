@@ -10,13 +10,15 @@ import utils.threads  # noqa: F401  before torch is imported
 
 # isort: split
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
 from models.interface import Recommender
-from models.llm.decoder import block_boundaries
+from models.llm.decoder import block_boundaries, layer_flags, listed_layers, select_layers
 from models.llm.storage import (
     HEADS_FILE,
+    OPTIONS,
     build_llm_rec,
     check_base,
     count_parameters,
@@ -33,19 +35,20 @@ from utils import assets, cli
 from utils.data import Examples, Sequences, check_same_dataset, training_examples
 from utils.errors import UserError
 from utils.files import load_tensors, sha256
+from utils.metrics import DEFAULT_SELECTION, SelectBy
 from utils.report import closing_table, finished_run
 from utils.run import Run
 from utils.train import fit
 
 INHERITED = ["base_model", "layer_selection", "train_strategy", "lora_r", "lora_alpha", "lora_dropout"]
-INHERITED += ["lora_target_modules", "max_seq_length", "train_targets", "dtype", "item_dim", "table_sha256"]
+INHERITED += [*OPTIONS, "lora_target_modules", "max_seq_length", "train_targets", "dtype", "item_dim", "table_sha256"]
 
 
 def main(
     *,
     dataset: str = "ml-100k",
     teacher: str | None = None,
-    num_layers: int = 4,
+    num_layers: int | None = None,
     num_blocks: int = 4,
     lambda_cos: float = 1.0,
     lambda_norm: float = 0.1,
@@ -57,12 +60,17 @@ def main(
     norm_form: Literal["l2", "squared"] = "l2",
     block_reduction: Literal["sum", "mean"] = "sum",
     mode: Literal["offline"] = "offline",
-    layer_selection: Literal["first", "interval"] | None = None,
+    teacher_states: Literal["stored", "bfloat16", "per_batch"] = "stored",
+    layer_selection: str | None = None,
     train_strategy: Literal["lora", "full", "frozen"] | None = None,
     lora_r: int | None = None,
     lora_alpha: float | None = None,
     lora_dropout: float | None = None,
     lora_target_modules: str | None = None,
+    input_map: Literal["linear", "mlp"] | None = None,
+    item_output: Literal["frozen", "residual", "trained"] | None = None,
+    item_dropout: float | None = None,
+    state_dropout: float | None = None,
     max_seq_length: int | None = None,
     train_targets: str | None = None,
     batch_size: int = 256,
@@ -77,12 +85,15 @@ def main(
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine",
     max_grad_norm: float = 1.0,
     eval_steps: int = 100,
+    select_by: SelectBy = DEFAULT_SELECTION,
+    patience: int | None = None,
     seed: int = 42,
     dtype: Literal["float32", "bfloat16"] | None = None,
     output_dir: str | None = None,
     resume: Literal["auto", "never"] = "never",
     report_to: Literal["none", "tensorboard", "wandb"] = "none",
 ) -> None:
+    num_layers, layer_selection = layer_flags(num_layers, layer_selection, default=4)
     config = dict(locals()) | {"kind": "student"}
     data = Sequences.load(assets.dataset_folder(dataset))
     source, taught = find_teacher(config, data)
@@ -114,6 +125,7 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
         raise UserError(f"--max_seq_length {given}: the teacher reads {taught['max_seq_length']} items")
     if config["lambda_ms"] and blocks == 1:
         raise UserError("--num_blocks 1 leaves no block before the last for L_ms: add --lambda_ms 0, or more blocks")
+    check_student_layers(config["num_layers"], config["layer_selection"], taught)
     for stack in (config["num_layers"], depth):
         block_boundaries(stack, blocks)
     config |= {"teacher": cli.portable_path(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
@@ -163,6 +175,17 @@ def load_kl_teacher(config: dict, run: Run) -> tuple[Recommender, Path, list]:
     return teacher, source, [base, config["kl_teacher_sha256"]]
 
 
+def check_student_layers(num_layers: int, layer_selection: str, taught: dict) -> None:
+    """UserError where the base has no such layers, or an inherited list is the teacher's and not the student's."""
+    layers = listed_layers(layer_selection)
+    if layers and len(layers) != num_layers:
+        raise UserError(
+            f"--num_layers {num_layers}: the teacher keeps layers {layer_selection} of its base; say which ones the "
+            f"student keeps, as in --layer_selection {','.join(map(str, layers[:num_layers]))}"
+        )
+    select_layers(num_layers, taught["base_shape"]["num_hidden_layers"], layer_selection)
+
+
 def train_student(run: Run, config: dict, source: Path, taught: dict, base: str, examples: Examples) -> None:
     """Train and save the student, offline: with the states of the frozen teacher, computed once."""
     fingerprint = load_base(taught, base).fingerprint
@@ -182,16 +205,23 @@ def train_student(run: Run, config: dict, source: Path, taught: dict, base: str,
         temperature=config["temperature"] or 1.0,
         kl_items=config["kl_items"],
     )
-    if config["mode"] == "offline" and student.needs_states:
-        boundaries = block_boundaries(config["teacher_layers"], config["num_blocks"])
-        student.teacher_states = teacher_states(source, fingerprint, examples, boundaries, run)
-    if config["lambda_kl"]:
-        teacher, folder, key = load_kl_teacher(config, run)
-        states = student.teacher_states if folder.resolve() == source.resolve() else None
-        student.teacher_vectors = teacher_vectors(teacher, folder, key, examples, run, states)
-        student.teacher_table = teacher.item_vectors().detach().float()
-        del teacher
-    state = fit(run, student, examples)
+    with ExitStack() as stack:
+        if config["mode"] == "offline" and student.needs_states:
+            boundaries = block_boundaries(config["teacher_layers"], config["num_blocks"])
+            if config["teacher_states"] == "per_batch":
+                teacher = load_llm_rec(source).to(run.accelerator.device)
+                student.teacher = (teacher, boundaries)
+                with run.accelerator.autocast():
+                    stack.enter_context(teacher.for_inference())  # no weight of it changes while the student trains
+            else:
+                student.teacher_states = teacher_states(source, fingerprint, examples, boundaries, run)
+        if config["lambda_kl"]:
+            teacher, folder, key = load_kl_teacher(config, run)
+            states = student.teacher_states if folder.resolve() == source.resolve() else None
+            student.teacher_vectors = teacher_vectors(teacher, folder, key, examples, run, states)
+            student.teacher_table = teacher.item_vectors().detach().float()
+            del teacher
+        state = fit(run, student, examples)
     size = count_parameters(student) | {"total": count_parameters(student.student)["total"]}  # ms_heads only train
     run.finish(student, state, size, lambda folder: save_llm_rec(student.student, folder))
 

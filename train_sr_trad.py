@@ -18,6 +18,7 @@ from models.sr.popularity import Popularity
 from utils import assets, cli
 from utils.data import Sequences, training_examples
 from utils.files import save_tensors
+from utils.metrics import DEFAULT_SELECTION, SelectBy
 from utils.report import closing_table
 from utils.run import Run
 from utils.train import fit
@@ -40,6 +41,8 @@ def main(
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine",
     max_grad_norm: float = 1.0,
     eval_steps: int = 100,
+    select_by: SelectBy = DEFAULT_SELECTION,
+    patience: int | None = None,
     seed: int = 42,
     dtype: Literal["float32", "bfloat16"] = "float32",
     output_dir: str | None = None,

@@ -25,11 +25,13 @@ class SLMRec(Recommender):
     A term with weight 0 is neither computed nor logged, so with all weights 0 this is plain training. `ms_heads` are
     L_ms's adapters (hidden -> d), one for each block but the last; they serve training only. `teacher_states`
     (targets, K, h) and `teacher_vectors` (targets, d'), if a term needs them, have one row per target of the training
-    examples, in their order; `teacher_table` (V + 1, d') belongs to the vectors.
+    examples, in their order; `teacher_table` (V + 1, d') belongs to the vectors. Without stored states `teacher`, a model
+    in eval mode with its block boundaries, computes those of each batch.
     """
 
     teacher_states: np.ndarray | None = None
     teacher_vectors: np.ndarray | None = None
+    teacher: tuple[LLMRec, list[int]] | None = None
 
     def __init__(
         self,
@@ -76,7 +78,9 @@ class SLMRec(Recommender):
         user_vectors = self.student.head(states[:, -1])  # (N, d)
         terms = {"ce": catalogue_cross_entropy(user_vectors, items, targets)}
         if self.needs_states:
-            taught = batch["teacher_states"]
+            taught = (
+                batch["teacher_states"] if self.teacher is None else self.of_teacher(batch["histories"], target_mask)
+            )
             taught = taught.view(torch.bfloat16) if taught.dtype == torch.int16 else taught
         if self.lambda_cos:
             distance = 1 - cosine_similarity(taught, states)  # (K,)
@@ -85,7 +89,7 @@ class SLMRec(Recommender):
             distance = norm_distance(taught, states, self.norm_form)  # (K,)
             terms["norm"] = self.lambda_norm * reduce_blocks(distance, self.block_reduction)
         if self.lambda_ms and len(self.ms_heads):
-            vectors = [head(states[:, k].to(head.weight.dtype)) for k, head in enumerate(self.ms_heads)]
+            vectors = [self.block_vectors(states[:, k], head) for k, head in enumerate(self.ms_heads)]
             losses = torch.stack([catalogue_cross_entropy(v, items, targets) for v in vectors])  # (K - 1,)
             terms["ms"] = self.lambda_ms * reduce_blocks(losses, self.block_reduction)
         if self.lambda_kl:
@@ -94,9 +98,19 @@ class SLMRec(Recommender):
             terms["kl"] = self.lambda_kl * divergence
         return terms
 
+    def block_vectors(self, states: torch.Tensor, head: nn.Module) -> torch.Tensor:
+        """User vectors of one block by its head of L_ms: (N, h) -> (N, d)."""
+        return head(self.student.state_dropout(states.to(head.weight.dtype)))
+
+    @torch.no_grad()
+    def of_teacher(self, histories: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
+        """The teacher's states (N, K, h), where they are not stored."""
+        teacher, boundaries = self.teacher
+        return teacher.states(histories, target_mask, boundaries)
+
     def batch(self, examples: Examples, index: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         batch = super().batch(examples, index, rng)
-        if self.needs_states:
+        if self.needs_states and self.teacher is None:
             batch["teacher_states"] = torch.from_numpy(self.teacher_states[examples.target_rows(index)])
         if self.lambda_kl:
             batch["teacher_vectors"] = torch.from_numpy(self.teacher_vectors[examples.target_rows(index)])

@@ -82,9 +82,9 @@ def tiny_config(family: str, **options):
     return kind(**usual | options)
 
 
-def save_base(folder: Path, model: torch.nn.Module | None, post_processor=None) -> Path:
+def save_base(folder: Path, model: torch.nn.Module | None, post_processor=None, reverse: bool = False) -> Path:
     """`model`, if any, with a tokenizer of one token per byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
     tokenizer = Tokenizer(BPE({letter: index for index, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if post_processor:
@@ -170,6 +170,29 @@ def test_accepted_decoders_equal_the_plain_computation(family, tmp_path):
     check_equal(build(base, train_strategy="frozen"), AutoModel.from_pretrained(base, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("family", EQUAL)
+def test_vectors_read_at_items_equal_one_copy_of_the_history_per_item(family, tmp_path):
+    """Each copy is cut after its item, and runs alone through transformers' own forward pass, without padding."""
+    base = tiny_base(tmp_path, family)
+    model = build(base, train_strategy="frozen", read_out="item").eval()
+    decoder = AutoModel.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    histories = [[7], [3, 4, 5, 6, 7], list(range(11, 19))]
+    P, first, copies = len(PROMPT["PREFIX"]), [8 - len(h) for h in histories], []
+    for history, start in zip(histories, first, strict=True):
+        for length in range(1, len(history) + 1):
+            items = model.input_proj(model.table[history[:length]])[None]
+            inputs = torch.cat([decoder.get_input_embeddings()(model.prefix_ids), items], dim=1)
+            position = torch.cat([torch.arange(P), P + start + torch.arange(length)])[None]
+            # with a mask, as transformers takes a row with a gap in its positions for two samples
+            how = {"attention_mask": torch.ones_like(position), "position_ids": position, "use_cache": False}
+            copies.append(decoder(inputs_embeds=inputs, **how).last_hidden_state[0, -1])
+    expected = torch.stack(copies)
+    found = model.states(pad(histories), pad(histories) != 0, [4])[:, 0]
+    weigh = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    gradients = [torch.autograd.grad((s * weigh).sum(), model.input_proj.weight)[0] for s in (found, expected)]
+    assert relative(found, expected) < 1e-4 and relative(*gradients) < 1e-3
+
+
 @pytest.mark.parametrize("family", REFUSED)
 def test_decoders_of_another_kind_are_refused_in_one_line(family, tmp_path):
     refused(tiny_base(tmp_path, family), "--base_model", "choose another base|no decoder-only", train_strategy="frozen")
@@ -195,19 +218,23 @@ TURNED = {"muse_glimmer_text": {"layer_rope_theta": [1e4, 0.0, 1e4, 1e4]}, "smol
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "exaone4", "afmoe", *TURNED])
-def test_layers_at_an_interval_take_along_what_the_configuration_lists_for_them(family, tmp_path):
-    """Layers 1 and 3 of 4, which may differ in window and rotation, against a model of their weights alone."""
+@pytest.mark.parametrize(("selection", "layers"), [("interval", [0, 2]), ("0,3", [0, 3]), ("1,2,3", [1, 2, 3])])
+def test_selected_layers_take_along_what_the_configuration_lists_for_them(selection, layers, family, tmp_path):
+    """They may differ in window and rotation; against a model of their weights alone."""
+    if family == "afmoe" and layers[0]:
+        pytest.skip("its first layer is dense, so that the model of the others alone is another one")
     base = tiny_base(tmp_path / "base", family, **TURNED.get(family, {}))
     whole = AutoModel.from_pretrained(base, dtype=torch.float32)
     config = AutoConfig.from_pretrained(base).to_dict()
     for name, value in config.items():
         if isinstance(value, list) and len(value) == 4:
-            config[name] = value[::2]
-    alone = AutoModel.from_config(CONFIG_MAPPING[family].from_dict(config | {"num_hidden_layers": 2}))
-    for index, layer in enumerate(alone.layers):
-        layer.load_state_dict(whole.layers[2 * index].state_dict())
+            config[name] = [value[index] for index in layers]
+    alone = AutoModel.from_config(CONFIG_MAPPING[family].from_dict(config | {"num_hidden_layers": len(layers)}))
+    for layer, index in zip(alone.layers, layers, strict=True):
+        layer.load_state_dict(whole.layers[index].state_dict())
     alone.embed_tokens, alone.norm = whole.embed_tokens, whole.norm
-    check_equal(build(base, train_strategy="frozen", num_layers=2, layer_selection="interval"), alone)
+    how = {"num_layers": len(layers), "layer_selection": selection}
+    check_equal(build(base, train_strategy="frozen", **how), alone)
 
 
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
@@ -313,36 +340,40 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_where_the_prompt_needs
     build(tiny_base(tmp_path / "enough", vocab_size=250))  # of 256 tokens, as Gemma 3 1B has one more than rows
 
 
-@pytest.mark.parametrize(
-    ("template", "starts"),
-    [
-        ("$A", []),
-        ("$A B", []),
-        ("A $A", [0]),
-        ("A $A B", [0]),
-        ("A $A A", [0]),
-        ("A A $A B B", [0]),
-        ("A B $A", [0, 1]),
-    ],
-)
-def test_start_tokens_stay_and_nothing_stands_in_mid_prompt(template, starts, tmp_path):
-    special = [("A", 0), ("B", 1)]
-    base = save_base(tmp_path, None, TemplateProcessing(template, special_tokens=special))
+@pytest.mark.parametrize("template", ["$A", "$A B", "A $A", "A $A B", "A $A A", "A A $A B B", "A B $A"])
+def test_the_prompt_is_its_texts_alone_whatever_a_tokenizer_adds(template, tmp_path):
+    base = save_base(tmp_path, None, TemplateProcessing(template, special_tokens=[("A", 0), ("B", 1)]))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     coded = {"\n": "Ċ", " ": "Ġ"}
     ids = {name: [alphabet.index(coded.get(letter, letter)) for letter in text] for name, text in PROMPT.items()}
-    assert decoders.prompt_ids(base) == {"prefix_ids": starts + ids["PREFIX"], "response_ids": ids["RESPONSE"]}
+    assert decoders.prompt_ids(base) == {"prefix_ids": ids["PREFIX"], "response_ids": ids["RESPONSE"]}
 
 
-def test_the_default_prompt_has_54_tokens_with_an_end_token_added_too(tmp_path, monkeypatch):
+# of SmolLM2
+PREFIX_IDS = """
+19798 314 354 5785 338 6601 253 3856 28 20054 351 354 3007 338 2433 2030 2468 30 9517 253 2426 338 13674 32873 260
+3116 30 198 198 3757 20880 42 198 15423 260 2914 417 99 7131 1463 28 3142 1867 1636 5033 288 325 10610 30 198 198 3757
+18100 42 198
+"""
+RESPONSE_IDS = [198, 3757, 14212, 42, 198]
+
+
+@pytest.mark.parametrize("template", ["$A", "<|im_start|> $A <|im_end|>"])
+def test_the_released_prompt_has_these_tokens_of_smollm2(template, tmp_path, monkeypatch):
     monkeypatch.undo()
     tokenizer = AutoTokenizer.from_pretrained(assets.base_model_path("smollm2-135m"))
-    plain = tokenizer(decoders.PREFIX).input_ids
-    ends = TemplateProcessing("$A <|im_end|>", special_tokens=[("<|im_end|>", 2)])
-    tokenizer.backend_tokenizer.post_processor = ends
+    special = [("<|im_start|>", 1), ("<|im_end|>", 2)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(template, special_tokens=special)
     tokenizer.save_pretrained(tmp_path)
-    assert len(AutoTokenizer.from_pretrained(tmp_path)(decoders.PREFIX).input_ids) == 55
-    assert decoders.prompt_ids(tmp_path)["prefix_ids"] == plain and len(plain) == 54
+    found = decoders.prompt_ids(tmp_path)
+    assert found == {"prefix_ids": list(map(int, PREFIX_IDS.split())), "response_ids": RESPONSE_IDS}
+    texts = [tokenizer.decode(ids) for ids in found.values()]
+    assert texts[0].startswith("Below is an instruction that describes a task, paired with an input that provides")
+    assert texts[0].endswith(
+        "### Instruction:\nGiven the user’s purchase history, predict next possible item to be purchased.\n\n"
+        "### Input:\n"
+    )
+    assert texts[1] == "\n### Response:\n"
 
 
 # --- multimodal checkpoints ---
@@ -494,6 +525,8 @@ def test_a_fingerprint_is_one_of_weights_tokens_and_rotation_not_of_files(tmp_pa
     (again / "model.safetensors").unlink()
     assert len(list(again.glob("*.safetensors"))) > 1 and found(again) == plain
     save_base(other, model, TemplateProcessing("A $A", special_tokens=[("A", 0)]))
+    assert found(other) == plain  # a start token is none of the prompt's
+    save_base(other, model, reverse=True)
     assert found(other) != plain
     shutil.copytree(base, turned)
     change_config(turned, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
@@ -538,17 +571,18 @@ def test_a_run_loads_on_its_base_alone(strategy, tmp_path):
         load_llm_rec(tmp_path / "run")
 
 
-def test_a_run_of_an_earlier_version_loads_and_says_that_its_base_is_not_known(tmp_path, capsys):
+def test_a_run_of_a_version_with_another_prompt_is_refused(tmp_path, monkeypatch):
     base = tiny_base(tmp_path / "base")
-    model = saved_run(tmp_path / "run", base).eval()
+    with monkeypatch.context() as earlier:
+        earlier.setattr(decoders, "PREFIX", "Here is a history:\n")
+        saved_run(tmp_path / "run", base)
+    with pytest.raises(UserError, match=r"or the prompt of an earlier version; .*train it anew$"):
+        load_llm_rec(tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    del config["base_fingerprint"]
+    del config["base_fingerprint"]  # which the first versions did not record
     write_json(config, tmp_path / "run" / "config.json")
-    capsys.readouterr()
-    histories = pad([[3, 4], [5, 6, 7]])
-    assert torch.equal(load_llm_rec(tmp_path / "run").user_vectors(histories), model.user_vectors(histories))
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "recorded no fingerprint" in line and str(base) in line
+    with pytest.raises(UserError, match=r"run is of an early version, which had another prompt; train it anew$"):
+        load_llm_rec(tmp_path / "run")
 
 
 # --- where a base is ---

@@ -221,6 +221,31 @@ def test_distill_inherits_what_the_teacher_was_trained_with(tmp_path, monkeypatc
     assert "inherits=INHERITED" in inspect.getsource(distill)
 
 
+TRAINING = {name: section for name, section in SCRIPTS.items() if name != "extract_emb"}
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_each_step_has_its_own_way_to_select_weights_from_recipe_or_command_line(script, tmp_path, monkeypatch):
+    text = f"data: {{select_by: full/NDCG@10, patience: 3}}\n{TRAINING[script]}: {{patience: none}}\n"
+    recipe_file(tmp_path, monkeypatch, text)
+    module = importlib.import_module(script)
+
+    def values(*argv: str) -> tuple:
+        inherits = getattr(module, "INHERITED", [])
+        got = resolve(module.main, TRAINING[script], list(argv), inherits=inherits, models=MODELS)
+        return got["select_by"], got["patience"]
+
+    assert values() == ("sampled/NDCG@10", None)
+    assert values("--dataset", "mine") == ("full/NDCG@10", None)
+    assert values("--dataset", "mine", "--select_by", "sampled/MRR", "--patience", "2") == ("sampled/MRR", 2)
+    for flag_of in ("NDCG@10", "sampled/ndcg@10", "full/NDCG@20", "test/MRR", "valid/sampled/MRR", "full/", "MRR/full"):
+        with pytest.raises(UserError, match=f"--select_by {flag_of}: expected one of sampled/HR@1, .*full/MRR"):
+            values("--select_by", flag_of)
+    for number in ("0", "-1", "1.5", "two", "1e2"):
+        with pytest.raises(UserError, match=f"--patience {number}: expected a"):
+            values("--patience", number)
+
+
 @pytest.mark.parametrize("order", [("data", "sr"), ("sr", "data")])
 def test_the_order_of_sections_does_not_matter(order, tmp_path, monkeypatch):
     lines = {"data": "data: {learning_rate: 0.1, lora_dropout: 0.3}\n", "sr": "sr: {learning_rate: 0.5}\n"}

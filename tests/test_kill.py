@@ -54,8 +54,9 @@ def step(script, section: str, sources: Path, *flags: object) -> None:
     main(**cli.resolve(main, section, [str(word) for word in (*common, *flags)], models=MODELS))
 
 
+EARLY = "--max_steps 6 --patience 1 --learning_rate 1 --warmup_steps 0"  # too high a rate: it stops after 4 steps
 STEPS = {
-    "train_sr_trad": (train_sr_trad, "sr", "--item_dim 8 --num_layers 1"),
+    "train_sr_trad": (train_sr_trad, "sr", f"--item_dim 8 --num_layers 1 {EARLY}"),
     "finetune": (finetune, "teacher", "--base_model {0}/base --item_embeddings {0}/table --num_layers 2 --lora_r 2"),
 }
 
@@ -75,6 +76,7 @@ def start(request, sources, monkeypatch) -> Callable:
     def one(place: Path, seed: int, resume: str) -> None:
         flags = [*own.format(sources).split(), "--seed", seed, "--resume", resume, "--output_dir", place / "run"]
         step(script, section, sources, *flags)
+        assert json.loads((place / "run" / "metrics.json").read_text())["stopped_early"] == (EARLY in own)
 
     return one
 

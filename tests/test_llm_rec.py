@@ -15,7 +15,7 @@ from benchmarks.llm_step import released_output, tokens, without
 from models import losses
 from models.dropout import Dropout
 from models.llm import packing
-from models.llm.decoder import block_boundaries, select_layers
+from models.llm.decoder import block_boundaries, layer_flags, select_layers
 from models.llm.recommender import PLAIN, LLMRec
 from models.llm.storage import count_parameters
 from models.sr import sasrec as sasrec_module
@@ -316,15 +316,71 @@ def test_padding_item_is_seen_by_nobody():
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [((4, 30, "first"), [0, 1, 2, 3]), ((4, 8, "interval"), [0, 2, 4, 6]), ((3, 8, "interval"), [0, 2, 5])],
+    [
+        ((4, 30, "first"), [0, 1, 2, 3]),
+        ((4, 8, "interval"), [0, 2, 4, 6]),
+        ((3, 8, "interval"), [0, 2, 5]),
+        ((4, 30, "0,1,2,5"), [0, 1, 2, 5]),
+        ((1, 30, "29"), [29]),
+    ],
 )
 def test_layer_selection(arguments, expected):
     assert select_layers(*arguments) == expected
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "selection", "resolved"),
+    [
+        (None, "first", (8, "first")),
+        (4, "interval", (4, "interval")),
+        (3, None, (3, None)),
+        (None, None, (8, None)),
+        (None, "0,1,2,5", (4, "0,1,2,5")),
+        (4, " 0, 01 ,2,5", (4, "0,1,2,5")),
+    ],
+)
+def test_a_list_of_layers_says_how_many_they_are(num_layers, selection, resolved):
+    assert layer_flags(num_layers, selection, default=8) == resolved
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "selection", "words"),
+    [
+        (None, "0,1,1", "ascend, each once, as in 0,1"),
+        (None, "2,1,0", "ascend, each once, as in 0,1,2"),
+        (None, "0,3,2", "ascend"),
+        (None, "-1,2", "numbers of layers from 0"),
+        (None, "-1", "numbers of layers from 0"),
+        (None, ",", "numbers of layers from 0"),
+        (None, "0,1,", "numbers of layers from 0"),
+        (None, ",0", "numbers of layers from 0"),
+        (None, " ", "numbers of layers from 0"),
+        (None, "0-3", "numbers of layers from 0"),
+        (None, "0;1", "numbers of layers from 0"),
+        (None, "0 1", "numbers of layers from 0"),
+        (None, "[0,1]", "numbers of layers from 0"),
+        (None, "0,1.0", "numbers of layers from 0"),
+        (None, "0,²", "numbers of layers from 0"),
+        (None, "0,٣", "numbers of layers from 0"),
+        (None, "9" * 5000, "numbers of layers from 0"),
+        (None, "First", "expected first, interval"),
+        (None, "first,1", "expected first, interval"),
+        (3, "0,1", "lists 2; make them agree, as with --num_layers 2"),
+    ],
+)
+def test_lists_of_layers_that_cannot_be_are_refused(num_layers, selection, words):
+    with pytest.raises(UserError, match=words) as error:
+        layer_flags(num_layers, selection, default=8)
+    assert "\n" not in str(error.value)
+
+
 def test_more_layers_than_the_base_and_blocks_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match="the base model has 30 layers"):
         select_layers(31, 30, "first")
+    with pytest.raises(UserError, match=r"--layer_selection 0,30: the base model has 30 layers; choose from 0\.\.29"):
+        select_layers(2, 30, "0,30")
+    with pytest.raises(UserError, match="lists 2; make them agree"):
+        select_layers(3, 30, "0,1")
     with pytest.raises(UserError, match="does not divide"):
         block_boundaries(8, 3)
     assert block_boundaries(8, 4) == [2, 4, 6, 8]

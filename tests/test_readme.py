@@ -20,6 +20,7 @@ from test_kill import TITLES, outcome, sources, step  # noqa: F401
 import extract_emb
 import recommend
 import train_sr_trad
+from models.llm.decoder import select_layers
 from models.sr import MODELS
 from models.sr.sasrec import SASRec
 from utils import cli
@@ -226,7 +227,7 @@ def test_the_map_of_released_flags_names_each_of_them_once():
 def test_the_map_of_released_flags_leads_to_flags_that_exist(row):
     """With the values that it names; `--flag` of `script.py` is one of that script, any other one of all in its row."""
     scripts, released = scripts_and_flags(row)
-    here = re.findall(r"`--(\w+) ?([\w.]*)`(?: of `(\w+)\.py`)?", row[3])
+    here = re.findall(r"`--(\w+) ?([\w.,]*)`(?: of `(\w+)\.py`)?", row[3])
     if row[2] == "same":
         here = [(flag, "", "") for flag in released]
     assert here or row[2] != "renamed" or "`HF_HUB_CACHE`" in row[3]
@@ -239,6 +240,15 @@ def test_the_map_of_released_flags_leads_to_flags_that_exist(row):
     files = re.findall(r"`([a-z_/]+\.py)`", row[3])
     assert files or row[2] != "fixed", "where it is fixed"
     assert all((ROOT / path).is_file() for path in files)
+
+
+def test_the_lists_of_layers_are_those_that_the_released_interval_keeps():
+    """LLaMA's 32 layers without every (n + 1)-th, by the released condition."""
+    shown = dict(re.findall(r"`interval_nums` (\d): `--layer_selection ([\d,]+)`", DIFFERENCES))
+    assert len(shown) == 2
+    for n, layers in shown.items():
+        kept = [index for index in range(32) if (index + 1) % (int(n) + 1) != 0]
+        assert select_layers(len(kept), 32, layers) == kept
 
 
 def test_faults_are_numbered():

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from models.sr.sasrec import SASRec
 from utils.data import training_examples
 from utils.errors import RunError, UserError
 from utils.files import check_space, load_tensors, save_tensors
-from utils.metrics import draw_negatives
+from utils.metrics import SelectBy, draw_negatives
 from utils.report import closing_table, comparison, finished_runs, protocol
 from utils.run import LOCK, Run
 from utils.train import Loop, fit, gradient_shares
@@ -38,6 +39,8 @@ CONFIG = {
     "lr_scheduler": "cosine",
     "max_grad_norm": 1.0,
     "eval_steps": 4,
+    "select_by": "sampled/NDCG@10",
+    "patience": None,
     "seed": 7,
     "dtype": "float32",
     "resume": "never",
@@ -169,12 +172,132 @@ def test_micro_batches_share_the_prompt_prefix(dtype, strategy, tmp_path):
     assert len(one_pass) == 1 and len(passes) == 5 and passes[0] == 11 and sum(passes) == one_pass[0]
 
 
-def test_the_weights_that_did_best_on_validation_are_left_in_the_model(tmp_path):
-    run, model, state = train(tmp_path / "a", learning_rate=0.1)
-    values = {e["step"]: e["metrics"]["sampled"]["NDCG@10"] for e in state["evaluations"]}
-    assert state["best_step"] == max(values, key=values.get) and len(values) == -(-state["step"] // 4)
-    metrics, _ = run.evaluate(model, "valid")
-    assert metrics["sampled"]["NDCG@10"] == max(values.values())
+def test_the_weights_that_did_best_on_validation_are_left_in_the_model(tmp_path, capsys):
+    """By whichever metric is asked for; they do not agree on the step."""
+    best_steps = {}
+    for number, metric in enumerate(get_args(SelectBy)):
+        kind, name = metric.split("/")
+        changes = {} if metric == CONFIG["select_by"] else {"select_by": metric}
+        run, model, state = train(tmp_path / str(number), learning_rate=0.1, num_epochs=6.0, **changes)
+        values = {e["step"]: e["metrics"][kind][name] for e in state["evaluations"]}
+        assert state["best_step"] == max(values, key=values.get) and len(values) == -(-state["step"] // 4)
+        metrics, _ = run.evaluate(model, "valid")
+        assert metrics[kind][name] == max(values.values())
+        assert f"valid {kind} {name} {max(values.values()):.4f} (best)" in capsys.readouterr().out
+        best_steps[metric] = state["best_step"]
+    assert len(best_steps) == 12 and set(best_steps.values()) > {best_steps["sampled/NDCG@10"]}
+    finish(run, model, state)
+    written = json.loads((run.folder / "metrics.json").read_text())
+    assert written["selected_by"] == "valid full MRR" and "(valid full MRR)" in (run.folder / "README.md").read_text()
+
+
+# --- early stopping ---
+
+FICKLE = {"learning_rate": 0.1, "num_epochs": 8.0, "eval_steps": 3}
+
+
+def step_of_stop(evaluations: list[dict], patience: int) -> int:
+    best, since = -1.0, 0
+    for evaluation in evaluations:
+        value = evaluation["metrics"]["sampled"]["NDCG@10"]
+        best, since = (value, 0) if value > best else (best, since + 1)
+        if since == patience:
+            break
+    return evaluation["step"]
+
+
+@pytest.fixture(params=[[], [("pretrain", 1.5)]], ids=["one stage", "pre-training"])
+def patient(request, tmp_path, monkeypatch):
+    """stop(name, ...): train with FICKLE, after these stages."""
+    monkeypatch.setattr(Model, "stages", lambda self: request.param)
+    return lambda name, *model_options, **changes: train(tmp_path / name, *model_options, **FICKLE | changes)
+
+
+def test_patience_stops_where_a_replay_of_the_validation_values_says(patient, capsys):
+    _, _, whole = patient("whole")
+    stops = {patience: step_of_stop(whole["evaluations"], patience) for patience in (1, 2, 3, 99)}
+    assert stops[1] < stops[2] < stops[99] == whole["step"]
+    for patience, stop in stops.items():
+        capsys.readouterr()
+        run, model, state = patient(str(patience), patience=patience)
+        kept = [e for e in whole["evaluations"] if e["step"] <= stop]
+        assert state["step"] == stop and state["evaluations"] == kept
+        said = f"stopped early (--patience {patience}), {whole['step']} steps were planned"
+        assert (said in capsys.readouterr().out) == (stop < whole["step"])
+        rates = [
+            [row["lr"] for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "lr" in row]
+            for folder in (run.folder, run.folder.parent / "whole")
+        ]
+        assert rates[0] == rates[1][:stop]  # the schedule is that of the full length
+        finish(run, model, state)
+        written = json.loads((run.folder / "metrics.json").read_text())
+        assert (written["steps"], written["planned_steps"]) == (stop, whole["step"])
+        assert written["stopped_early"] == ("stopped early" in (run.folder / "README.md").read_text())
+        assert written["stopped_early"] == (stop < whole["step"])
+        before = contents(run.folder)
+        assert Run(run.config | {"resume": "auto"}, run.data, "unused").finished and contents(run.folder) == before
+
+
+def test_every_device_goes_by_the_metrics_of_the_first(tmp_path, monkeypatch):
+    """Or one would stop while another waits for it."""
+    _, _, first = train(tmp_path / "first", **FICKLE, patience=2)
+    told = iter([e["metrics"] for e in first["evaluations"]])
+    monkeypatch.setattr("utils.train.broadcast_object_list", lambda own: [next(told)])
+    _, _, other = train(tmp_path / "other", **FICKLE, patience=2, seed=8)
+    assert other["step"] == first["step"] and other["best_step"] == first["best_step"]
+
+
+def test_a_run_that_stops_early_continues_exactly(patient, tmp_path, monkeypatch):
+    _, whole, expected = patient("whole", patience=2)
+    assert expected["step"] < expected["planned_steps"]
+    select, counted = Loop.select, []
+
+    def last_evaluation_killed(loop):
+        counted.append(loop)
+        if len(counted) == len(expected["evaluations"]):
+            raise Interrupted
+        select(loop)
+
+    for at in range(2, expected["step"] + 1, 5):
+        with pytest.raises(Interrupted):
+            patient(f"cut-{at}", {"raise_at": at}, patience=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "select", last_evaluation_killed)
+        with pytest.raises(Interrupted):
+            patient("cut-evaluation", patience=2)
+    patient("cut-finish", patience=2)  # killed before its results are written
+    cuts = sorted(tmp_path.glob("cut-*"))
+    assert len(cuts) > 4
+    for folder in cuts:
+        _, resumed, state = patient(folder.name, patience=2, resume="auto")
+        assert same(whole, resumed) and state["step"] == expected["step"]
+        assert state["evaluations"] == expected["evaluations"] and state["best_step"] == expected["best_step"]
+
+
+# --- weight decay ---
+
+
+@pytest.mark.parametrize("head_learning_rate", [None, 3e-3])
+def test_norms_and_biases_have_no_weight_decay(head_learning_rate, tmp_path):
+    """One step of AdamW by hand, in float64."""
+    flags = {"weight_decay": 0.1, "warmup_steps": 0, "head_learning_rate": head_learning_rate}
+    run = Run(CONFIG | flags | {"output_dir": str(tmp_path / "a")}, make_sequences(), "unused")
+    model, rng = tiny_llm_rec(train_strategy="full"), np.random.default_rng(0)
+    loop = Loop(run, model, training_examples(make_sequences(), "last", 8))
+    loop.set_stage(0)
+    seen = set()
+    for name, parameter in loop.trained.items():
+        parameter.grad = torch.from_numpy(rng.normal(size=parameter.shape)).float()
+        decay = 0.0 if "norm" in name or name.endswith(".bias") else 0.1
+        is_head = name.startswith(("input_proj.", "score."))
+        rate = head_learning_rate if is_head and head_learning_rate else CONFIG["learning_rate"]
+        seen.add((decay, rate))
+        weight, gradient = parameter.detach().numpy().astype(float), parameter.grad.numpy().astype(float)
+        parameter.expected = weight * (1 - rate * decay) - rate * gradient / (np.abs(gradient) + 1e-8)
+    loop.optimizer.step()
+    assert len(seen) == (4 if head_learning_rate else 2)
+    for name, parameter in loop.trained.items():
+        np.testing.assert_allclose(parameter.detach().numpy(), parameter.expected, atol=1e-6, err_msg=name)
 
 
 def test_schedule_is_warm_up_and_cosine(tmp_path):
@@ -484,3 +607,24 @@ def test_a_run_made_before_a_flag_existed_is_continued(tmp_path):
         Run(CONFIG | changes | {"a_new_flag": 0.1}, data, "unused")
     with pytest.raises(UserError, match=r"dropout|num_epochs"):
         Run(CONFIG | changes | {"num_epochs": 2.0}, data, "unused")
+    written = tmp_path / "a" / "config.json"
+    config = json.loads(written.read_text())
+    del config["select_by"], config["patience"]
+    written.write_text(json.dumps(config))
+    assert Run(CONFIG | changes, data, "unused").finished
+    with pytest.raises(UserError, match="select_by=sampled/NDCG@10, not full/MRR"):
+        Run(CONFIG | changes | {"select_by": "full/MRR"}, data, "unused")
+    with pytest.raises(UserError, match="patience=None, not 3"):
+        Run(CONFIG | changes | {"patience": 3}, data, "unused")
+
+
+@pytest.mark.parametrize("recorded", [None, "a" * 64])
+def test_a_run_on_another_base_is_not_continued(recorded, tmp_path):
+    """Nor one that recorded none: its prompt was another one."""
+    with pytest.raises(Interrupted):
+        train(tmp_path / "a", {"raise_at": 9})
+    written = tmp_path / "a" / "config.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | {"base_fingerprint": recorded}))
+    run = Run(CONFIG | {"output_dir": str(tmp_path / "a"), "resume": "auto"}, make_sequences(users=80), "unused")
+    with pytest.raises(UserError, match=f"base_fingerprint={recorded}, not b.*prompt"):
+        run.record(base_fingerprint="b" * 64)

@@ -170,6 +170,7 @@ def portable_path(path: Path) -> str:
 
 def inherit(config: dict, source: dict, names: list[str], where: str) -> None:
     """Fill flags left at None from a predecessor's configuration, and say which were inherited and overridden."""
+    names = [name for name in names if name in source]  # an older version may not have had them all
     inherited = [name for name in names if config.get(name) is None]
     overridden = [name for name in names if name not in inherited and config[name] != source[name]]
     config.update({name: source[name] for name in inherited})

@@ -5,6 +5,7 @@ A recommender is what `models/interface.py` says; this module uses its `score_bl
 
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ from utils.errors import RunError
 NUM_NEGATIVES = 999
 CANDIDATE_SEED = 20240527  # candidates have a seed of their own: a run's --seed never changes who is ranked
 SPLITS = ("valid", "test")
+METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
+# the metric on validation that chooses the weights: candidates and name, of `evaluate`
+SelectBy = Literal[*(f"{kind}/{name}" for kind in ("sampled", "full") for name in METRICS)]
+DEFAULT_SELECTION = "sampled/NDCG@10"
 SCORES_AT_ONCE = 2**20  # entries of a block of scores: users x items never stands in memory
 
 
@@ -87,6 +92,22 @@ def metrics_from_ranks(ranks: np.ndarray) -> dict[str, float]:
     result = {f"HR@{k}": float((ranks < k).mean()) for k in (1, 5, 10)}
     result |= {f"NDCG@{k}": float(np.where(ranks < k, gain, 0.0).mean()) for k in (5, 10)}
     return result | {"MRR": float((1.0 / (ranks + 1.0)).mean())}
+
+
+def paired_bootstrap(
+    ranks: np.ndarray, others: np.ndarray, clusters: int = 1, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean difference of NDCG@10 between two models, and the limits of its 95 % interval over users.
+
+    ranks, others (users * clusters,): of the same users, seed after seed where there are several. Users are drawn with
+    replacement, each with all its seeds.
+    """
+    gains = [np.where(r < 10, 1.0 / np.log2(r + 2.0), 0.0).reshape(clusters, -1).mean(0) for r in (ranks, others)]
+    difference = gains[0] - gains[1]  # (users,)
+    rng, users = np.random.default_rng(seed), len(difference)
+    means = [difference[rng.integers(0, users, users)].mean() for _ in range(draws)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)
 
 
 @torch.inference_mode()

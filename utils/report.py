@@ -85,8 +85,8 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def plot_curve(folder: Path) -> None:
-    """Loss terms and the validation metric over the steps, from log.jsonl to curve.png."""
+def plot_curve(folder: Path, select_by: str) -> None:
+    """Loss terms and validation metrics over the steps, from log.jsonl to curve.png."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "valid" in row]
@@ -99,9 +99,10 @@ def plot_curve(folder: Path) -> None:
         smooth = np.convolve([row[name] for row in steps], np.ones(window) / window, "valid")
         left.plot([row["step"] for row in steps[window - 1 :]], smooth, label=name)
     left.set(xlabel="step", ylabel=f"loss, mean of {window} steps")
-    for name in ("HR@10", "NDCG@10"):
-        values = [row["valid"]["sampled"][name] for row in evaluations]
-        right.plot([row["step"] for row in evaluations], values, marker="o", label=f"sampled {name}")
+    for metric in dict.fromkeys(("sampled/HR@10", "sampled/NDCG@10", select_by)):
+        kind, name = metric.split("/")
+        values = [row["valid"][kind][name] for row in evaluations]
+        right.plot([row["step"] for row in evaluations], values, marker="o", label=f"{kind} {name}")
     right.set(xlabel="step", ylabel="validation")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -130,11 +131,12 @@ def card(config: dict, metrics: dict) -> str:
     rows = [metric_row(f"{s}, {k}", metrics[s][k]) for s in ("valid", "test") for k in ("sampled", "full")]
     flags = markdown_table(["flag", "value"], [[name, str(value)] for name, value in config.items()])
     run = metrics["environment"]
+    stopped = f", stopped early ({metrics['planned_steps']} were planned)" if metrics["stopped_early"] else ""
     return f"""# {config["title"]} on {metrics["protocol"]["users"]:,} users of {config["dataset"]}
 
 {markdown_table(header, rows)}
 
-Weights of step {metrics["best_step"]} of {metrics["steps"]}, chosen on validation ({metrics["selected_by"]}).
+Weights of step {metrics["best_step"]} of {metrics["steps"]}{stopped}, chosen on validation ({metrics["selected_by"]}).
 Sampled: {metrics["protocol"]["sampled"]}. Full: {metrics["protocol"]["full"]}.
 Parameters: {metrics["parameters"]["total"]:,} at inference, {metrics["parameters"]["trained"]:,} trained.
 

@@ -32,15 +32,15 @@ from utils.files import (
     save_tensors,
     write_json,
 )
-from utils.metrics import SPLITS, draw_negatives, evaluate
+from utils.metrics import DEFAULT_SELECTION, SPLITS, draw_negatives, evaluate
 from utils.report import card, git_commit, peak_memory, plot_curve, protocol
 
-SELECTION_METRIC = ("sampled", "NDCG@10")
 RUN_FILES = ("metrics.json", "checkpoints", "log.jsonl", "curve.png", "README.md", CATALOGUE_FILE)  # beside config.json
 WEIGHTS = ("model.safetensors", "rec_heads.safetensors", "decoder.safetensors", "adapter", "states")
 LOCK = ".slmrec.lock"  # the first file of a run folder, held while a process trains in it
 # what does not change what is trained: these may differ when a run is continued
 NOT_COMPARED = ("resume", "report_to", "output_dir", "micro_batch_size", "eval_batch_size", "run_id", "num_users")
+BEFORE = {"select_by": DEFAULT_SELECTION}  # what a run did whose version did not have the flag yet
 
 
 class Run:
@@ -93,7 +93,7 @@ class Run:
             if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / LOCK).exists():
                 raise UserError(f"--output_dir {self.folder} holds something that is no run; choose another folder")
             return False
-        old = read_json(earlier, "")
+        old = BEFORE | read_json(earlier, "")
         if old.get("kind") != self.config["kind"]:
             raise UserError(
                 f"--output_dir {self.folder} holds something that is no run of this step; choose another folder"
@@ -135,10 +135,11 @@ class Run:
         earlier = self.folder / "config.json"
         old = read_json(earlier, "") if self.config["resume"] == "auto" and earlier.exists() else {}
         for name, value in found.items():
-            if old.get(name, value) != value:
+            if old and old.get(name) != value:
                 raise UserError(
-                    f"{self.folder} holds a run with {name}={old[name]}, not {value}: bring that back to continue it, "
-                    "or pass --resume never to replace it, or another --output_dir"
+                    f"{self.folder} holds a run with {name}={old.get(name)}, not {value}: bring that back to continue "
+                    "it (of a base: weights, tokenizer and prompt), or pass --resume never to replace it, or another "
+                    "--output_dir"
                 )
         self.config |= found
 
@@ -307,7 +308,9 @@ class Run:
                 "test": test,
                 "best_step": state["best_step"],
                 "steps": state["step"],
-                "selected_by": "valid " + " ".join(SELECTION_METRIC),
+                "planned_steps": state["planned_steps"],
+                "stopped_early": state["step"] < state["planned_steps"],
+                "selected_by": "valid " + self.config["select_by"].replace("/", " "),
                 "seconds": {
                     "train": state["train_seconds"],
                     "train_epoch": state["train_seconds"] / epochs,
@@ -321,7 +324,7 @@ class Run:
                 "starts": state["starts"],
                 "run_id": self.config["run_id"],
             }
-            plot_curve(self.folder)
+            plot_curve(self.folder, self.config["select_by"])
             (self.folder / "README.md").write_text(card(self.config, metrics), encoding="utf-8")
             write_json(metrics, self.folder / "metrics.json")
         self.accelerator.wait_for_everyone()

@@ -11,6 +11,7 @@ from contextlib import ExitStack, nullcontext
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -18,7 +19,7 @@ from transformers import get_scheduler
 from utils.data import Examples, shuffled_batches
 from utils.errors import RunError, UserError
 from utils.report import environment
-from utils.run import SELECTION_METRIC, Run
+from utils.run import Run
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -26,7 +27,7 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 def fit(run: Run, model: nn.Module, examples: Examples) -> dict:
     """Train `model` on `examples` and leave the weights that did best on validation in it.
 
-    Returns the state of the loop: step, best_step, evaluations, train_seconds, starts, steps_per_epoch.
+    Returns the state of the loop: step, best_step, evaluations, train_seconds, starts, steps_per_epoch, planned_steps.
     """
     if not len(examples):
         raise UserError(f"dataset {run.data.name} gives no training example: every user has too few interactions")
@@ -46,8 +47,7 @@ class Loop:
         self.config, self.accelerator = run.config, run.accelerator
         model.to(self.accelerator.device)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        rates = {"lr": self.config["learning_rate"], "weight_decay": self.config["weight_decay"]}
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, self.trained, self.config), **rates)
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, self.trained, self.config))
         self.per_epoch = math.ceil(len(examples) / self.config["batch_size"])
         steps = math.ceil(self.config["num_epochs"] * self.per_epoch)
         steps = self.config["max_steps"] if self.config["max_steps"] > 0 else steps
@@ -75,7 +75,7 @@ class Loop:
                     self.select()
                 elif step > started and step % self.per_epoch == 0:
                     run.save_checkpoint(state, self.trained, self.optimizer)
-                if step == self.total:
+                if step == self.total or self.out_of_patience():
                     break
                 row = self.one_step(step)
                 bar.update()
@@ -83,7 +83,7 @@ class Loop:
                 bar.set_postfix(loss=f"{row['loss']:.4f}", samples_per_s=f"{rate:.1f}", refresh=False)
                 run.log(row)
         run.load_best(self.trained)
-        return state | {"steps_per_epoch": self.per_epoch}
+        return state | {"steps_per_epoch": self.per_epoch, "planned_steps": self.total}
 
     def one_step(self, step: int) -> dict:
         """One optimiser step, counted from 0; returns its row of the log."""
@@ -98,7 +98,7 @@ class Loop:
         seconds = time.perf_counter() - begun
         self.state["step"] += 1
         self.state["train_seconds"] += seconds
-        rates = dict(zip(("lr", "head_lr"), (group["lr"] for group in self.optimizer.param_groups), strict=False))
+        rates = {group["rate"]: group["lr"] for group in self.optimizer.param_groups}
         return {"step": step + 1, **terms, "grad_norm": norm, **rates, "samples_per_second": len(index) / seconds}
 
     def set_stage(self, step: int) -> None:
@@ -171,7 +171,8 @@ class Loop:
         """Evaluate on validation and keep the weights if they are the best so far."""
         run, state = self.run, self.state
         metrics, _ = run.evaluate(self.model, "valid")
-        kind, name = SELECTION_METRIC
+        (metrics,) = broadcast_object_list([metrics])  # devices may round differently: all stop by the first's
+        kind, name = self.config["select_by"].split("/")
         best = max((e["metrics"][kind][name] for e in state["evaluations"]), default=-math.inf)
         state["evaluations"].append({"step": state["step"], "metrics": metrics})
         state["evaluated"] = state["step"]
@@ -180,16 +181,33 @@ class Loop:
             state["best_step"] = state["step"]
             run.save_best(self.trained)
         run.log({"step": state["step"], "valid": metrics})
-        run.print(f"step {state['step']}: valid {kind} {name} {value:.4f}{' (best)' if value > best else ''}")
+        note = " (best)" if value > best else ""
+        if self.out_of_patience() and state["step"] < self.total:
+            note = f"; stopped early (--patience {self.config['patience']}), {self.total} steps were planned"
+        run.print(f"step {state['step']}: valid {kind} {name} {value:.4f}{note}")
         self.accelerator.wait_for_everyone()
+
+    def out_of_patience(self) -> bool:
+        """Whether --patience evaluations came after the best one."""
+        since = sum(evaluation["step"] > self.state["best_step"] for evaluation in self.state["evaluations"])
+        return self.config["patience"] is not None and since >= self.config["patience"]
 
 
 def parameter_groups(model: nn.Module, trained: dict[str, nn.Parameter], config: dict) -> list[dict]:
-    """What trains, for the optimizer; with --head_learning_rate `model.head_parameters()` apart, at that rate."""
+    """What trains, for the optimizer. Norms and biases have no weight decay.
+
+    With --head_learning_rate `model.head_parameters()` train at that rate; `rate` is what a group's is called in the
+    log.
+    """
     own = config.get("head_learning_rate")
     heads = {id(parameter) for parameter in model.head_parameters()} if own else set()
-    rest = {"params": [p for p in trained.values() if id(p) not in heads]}
-    return [rest, {"params": [p for p in trained.values() if id(p) in heads], "lr": own}] if heads else [rest]
+    groups: dict[tuple, dict] = {}
+    for parameter in trained.values():
+        rate, lr = ("head_lr", own) if id(parameter) in heads else ("lr", config["learning_rate"])
+        decay = config["weight_decay"] if parameter.ndim > 1 else 0.0
+        group = groups.setdefault((rate, decay), {"params": [], "lr": lr, "weight_decay": decay, "rate": rate})
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 def gradient_shares(terms: dict[str, torch.Tensor], trained: dict[str, nn.Parameter]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +19,52 @@ from utils.errors import UserError
 PREFIX = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\nGiven the user's purchase history, predict next possible item to be purchased.\n\n### Input:\n"
+    "### Instruction:\nGiven the user\u2019s purchase history, predict next possible item to be purchased.\n\n"
+    "### Input:\n"
 )
 RESPONSE = "\n### Response:\n"
 
 
+def listed_layers(layer_selection: str) -> list[int] | None:
+    """The layers that a `--layer_selection` lists, counted from 0; None where it is `first` or `interval`."""
+    if layer_selection in ("first", "interval"):
+        return None
+    numbers = [number.strip() for number in layer_selection.split(",")]
+    if not all(re.fullmatch("[0-9]{1,9}", number) for number in numbers):
+        raise UserError(
+            f"--layer_selection {layer_selection}: expected first, interval, or numbers of layers from 0, as in 0,1,2,5"
+        )
+    layers = [int(number) for number in numbers]
+    if layers != sorted(set(layers)):
+        ascending = ",".join(map(str, sorted(set(layers))))
+        raise UserError(f"--layer_selection {layer_selection}: layers ascend, each once, as in {ascending}")
+    return layers
+
+
+def layer_flags(num_layers: int | None, layer_selection: str | None, default: int) -> tuple[int, str | None]:
+    """`--num_layers` and `--layer_selection` resolved: a list of layers says how many they are."""
+    layers = listed_layers(layer_selection) if layer_selection else None
+    if layers is None:
+        return default if num_layers is None else num_layers, layer_selection
+    if num_layers not in (None, len(layers)):
+        raise UserError(
+            f"--num_layers {num_layers}: --layer_selection {layer_selection} lists {len(layers)}; make them agree, as "
+            f"with --num_layers {len(layers)}"
+        )
+    return len(layers), ",".join(map(str, layers))
+
+
 def select_layers(num_layers: int, base_layers: int, layer_selection: str) -> list[int]:
-    """Which of the base's layers are kept, in order: the first ones, or `num_layers` at an even interval."""
+    """Which of the base's layers are kept: the first ones, `num_layers` at an even interval, or those listed."""
+    layers = listed_layers(layer_selection)
+    if layers is not None:
+        layer_flags(num_layers, layer_selection, default=num_layers)  # refuses a list of another length
+        if layers[-1] >= base_layers:
+            raise UserError(
+                f"--layer_selection {layer_selection}: the base model has {base_layers} layers; choose from "
+                f"0..{base_layers - 1}"
+            )
+        return layers
     if not 1 <= num_layers <= base_layers:
         raise UserError(f"--num_layers {num_layers}: the base model has {base_layers} layers; choose 1..{base_layers}")
     if layer_selection == "first":
@@ -156,24 +196,16 @@ def keep_layers(decoder: nn.Module, layers: list[int]) -> nn.Module:
 
 
 def prompt_ids(base_model: str | Path) -> dict[str, list[int]]:
-    """Token ids of the prompt: the prefix after the tokenizer's start tokens if it has any, the response without.
-
-    What a tokenizer adds at the end of a text is left out: the text goes on.
-    """
+    """Token ids of the prompt, as released: the texts alone, without what a tokenizer adds at their start or end."""
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(**source(base_model))
-            marked = tokenizer(PREFIX).input_ids
             prefix, response = (tokenizer(text, add_special_tokens=False).input_ids for text in (PREFIX, RESPONSE))
     except Exception as error:  # tokenizers raise what they like
         raise UserError(f"--base_model {base_model}: its tokenizer cannot be read ({first_line(error)})") from error
     if not prefix or not response:
         raise UserError(f"--base_model {base_model}: its tokenizer makes no tokens of the prompt")
-    begin = next((at for at in range(len(marked)) if marked[at : at + len(prefix)] == prefix), None)
-    if begin is None:
-        raise UserError(f"--base_model {base_model}: its tokenizer splits the prompt otherwise with a start token")
-    starts = [token for token in dict.fromkeys(marked[:begin]) if token != prefix[0]]  # none twice
-    return {"prefix_ids": starts + prefix, "response_ids": response}
+    return {"prefix_ids": prefix, "response_ids": response}
 
 
 def fingerprint(decoder: nn.Module, prompt: dict[str, list[int]]) -> str:

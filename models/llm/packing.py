@@ -14,6 +14,9 @@ hang behind the history as a branch for each target:
     rows      a b c r s r s           width 7
               d e r s . . .           a row of its own: 7 + 4 > 7
 
+With R = 0 there are no branches: the answer to what follows an item is read at the item itself (--read_out item), and
+one pass over a history answers for every position in it.
+
 Beside the prefix, which all see, an item sees its user's items up to itself; a token of a branch sees the items up to
 the one that the branch follows, and its branch up to itself. So branch 0 of user 0 sees a b and itself, at the
 positions right after b: what a copy of the history cut after b computes.
@@ -30,7 +33,8 @@ class Packed:
     """A batch as one row of tokens, behind the prefix; N targets, in the order of the target mask.
 
     source (tokens,): the vector of each token: items in the order of the histories, then the R response tokens.
-    position (tokens,): its position id. last (N,): the last token of each branch, whose state answers.
+    position (tokens,): its position id. last (N,): the token whose state answers: the last of each branch, or without
+    branches the item that the target follows.
     slot (tokens,): its place in the flat (rows, width). mask (rows, 1, width, P + width): additive, keys are the
     prefix, then the row.
     """
@@ -55,15 +59,17 @@ def pack(
 ) -> Packed:
     """Lay out histories (B, T), left-padded, with a branch of R response tokens after each target of the mask (B, T).
 
-    P: tokens of the prefix. Items get the positions that they have in the released layout, where every sample is
-    left-padded to `max_length` items. keep_padding: padding goes along, seen by nobody, as without packing.
+    With R = 0 there are no branches. P: tokens of the prefix. Items get the positions that they have in the released
+    layout, where every sample is left-padded to `max_length` items. keep_padding: padding goes along, seen by nobody,
+    as without packing.
     """
     (B, T), device = histories.shape, histories.device
     row, column = target_mask.nonzero(as_tuple=True)  # (N,)
     branch = (target_mask.cumsum(1) - 1)[row, column]  # which of its history's, (N,)
-    n = int(branch.max()) + 1
+    n = int(branch.max()) + 1 if R else 0
     follows = torch.full((B, n), -1, device=device)  # the item that a branch follows, -1 where there is no branch
-    follows[row, branch] = column
+    if R:
+        follows[row, branch] = column
 
     # the batch as a grid (B, L): T items, left-padded, then n branches of R tokens
     L, real = T + n * R, histories != 0
@@ -76,7 +82,7 @@ def pack(
     position = torch.cat([of_items, of_branches.flatten(1)], dim=1)
     is_token = torch.cat([real, (follows >= 0).repeat_interleave(R, dim=1)], dim=1)
     cells = (torch.ones_like(is_token) if keep_padding else is_token).flatten().nonzero()[:, 0]  # (tokens,)
-    last = torch.searchsorted(cells, row * L + T + branch * R + R - 1)
+    last = torch.searchsorted(cells, row * L + (T + branch * R + R - 1 if R else column))
     slot, mask = lay_out(cells, is_token, follows, T, R, P, dtype, share_rows)
     return Packed(source.flatten()[cells], position.flatten()[cells], last, slot, mask)
 
@@ -101,7 +107,7 @@ def lay_out(
     before = lengths.cumsum(0) - lengths  # tokens of earlier samples
     slot = torch.arange(len(cells), device=device) + (torch.tensor(starts, device=device) - before)[sample]
 
-    branch = ((column - T) // R).clamp_min(-1)  # -1: an item
+    branch = ((column - T) // max(R, 1)).clamp_min(-1)  # -1: an item
     until = torch.cat([torch.arange(T, device=device).expand(B, -1), follows.repeat_interleave(R, dim=1)], dim=1)
     owner = torch.where(is_token.flatten()[cells], sample, -1)  # padding belongs to nobody
     tokens = torch.stack([owner, branch, until.flatten()[cells]])  # (3, tokens)

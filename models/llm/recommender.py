@@ -2,7 +2,8 @@
 
 Input, as embeddings: prompt prefix tokens | one vector per history item (frozen item table -> `input_proj`) | response
 tokens. The last position of the last layer through `score` is the user vector; item scores are its dot products with
-the frozen item table (section 3.2 of E4SRec, which the paper's teacher follows).
+the frozen item table (section 3.2 of E4SRec, which the paper's teacher follows). With `read_out` "item" no response
+tokens run, and the user vector after an item is read at the item itself.
 
 `plain_states` computes this as transformers would, a copy of the history for each target. `states` computes the same
 for less: the prefix is the same for everybody and attention is causal, so it runs once for the whole batch, with
@@ -49,12 +50,41 @@ class Fast:
 PLAIN = Fast(*[False] * 7)
 
 
+def normalized(table: torch.Tensor) -> torch.Tensor:
+    """Rows of (V + 1, d) minus their mean, at length 1; rows of 0 (the padding, items without a vector) stay 0."""
+    known = (table != 0).any(1, keepdim=True)
+    return F.normalize(table - (table * known).sum(0) / known.sum(), dim=1) * known
+
+
+class ItemOutput(nn.Module):
+    """The table (V + 1, d) that scores items, from the frozen one; it starts as the frozen one.
+
+    kind: "frozen"; "residual" adds a trained matrix of rank `rank`; "trained" trains every number, as E4SRec does.
+    """
+
+    def __init__(self, kind: str, rows: int, dim: int, rank: int) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind == "residual":
+            self.left, self.right = nn.Parameter(torch.randn(rows, rank)), nn.Parameter(torch.zeros(rank, dim))
+        elif kind == "trained":
+            self.change = nn.Parameter(torch.zeros(rows, dim))
+
+    def forward(self, table: torch.Tensor) -> torch.Tensor:
+        if self.kind == "frozen":
+            return table
+        return table + (self.left @ self.right if self.kind == "residual" else self.change)
+
+
 class LLMRec(Recommender):
     """A decoder with a frozen item table, two trained maps and, by `train_strategy`, what else trains.
 
     decoder: as `load_decoder` returns it. item_table: (V + 1, d), row 0 the padding.
     train_strategy: "lora" trains adapters on `lora["target_modules"]`; "full" all decoder layers and the final norm;
     "frozen" neither. `input_proj` and `score` always train; token embeddings and item table never.
+    read_out: "response" or "item", see above. item_dropout, state_dropout: of the item vectors that are read, and of
+    the states that `score` maps. input_map: `input_proj` is "linear" or an "mlp" of two layers. item_output, with
+    `item_rank`: see `ItemOutput`.
     """
 
     fast = Fast()
@@ -69,16 +99,27 @@ class LLMRec(Recommender):
         max_length: int,
         train_strategy: str = "lora",
         lora: dict | None = None,
+        read_out: str = "response",
+        item_dropout: float = 0.0,
+        state_dropout: float = 0.0,
+        input_map: str = "linear",
+        item_output: str = "frozen",
+        item_rank: int = 16,
     ):
         super().__init__(None, None)
         hidden, dim = decoder.config.hidden_size, item_table.shape[1]
         self.max_length, self.train_strategy = max_length, train_strategy
         self.num_layers, self.hidden_size = len(decoder.layers), hidden
+        response_ids = response_ids if read_out == "response" else []
         self.input_proj = nn.Linear(dim, hidden)
+        if input_map == "mlp":
+            self.input_proj = nn.Sequential(self.input_proj, nn.GELU(), nn.Linear(hidden, hidden))
         self.score = nn.Linear(hidden, dim, bias=False)
+        self.item_output = ItemOutput(item_output, *item_table.shape, item_rank)
+        self.item_dropout, self.state_dropout = nn.Dropout(item_dropout), nn.Dropout(state_dropout)
         self.register_buffer("table", item_table.float())
         self.register_buffer("prefix_ids", torch.tensor([prefix_ids]), persistent=False)
-        self.register_buffer("response_ids", torch.tensor([response_ids]), persistent=False)
+        self.register_buffer("response_ids", torch.tensor([response_ids], dtype=torch.long), persistent=False)
         decoder.requires_grad_(train_strategy == "full")
         decoder.get_input_embeddings().requires_grad_(False)
         check_length(decoder.config, max_length, len(prefix_ids) + len(response_ids))
@@ -95,9 +136,12 @@ class LLMRec(Recommender):
 
         With SmolLM2-135M and SASRec's table of MovieLens-100K what tells items apart starts several times too small.
         """
-        words = embed(self.prefix_ids).float().std()
-        nn.init.normal_(self.input_proj.weight).mul_(words / self.table[1:].norm(dim=1).mean())
-        nn.init.zeros_(self.input_proj.bias)
+        words, scale = embed(self.prefix_ids).float().std(), 1 / self.table[1:].norm(dim=1).mean()
+        for layer in [self.input_proj] if isinstance(self.input_proj, nn.Linear) else self.input_proj[::2]:
+            nn.init.normal_(layer.weight).mul_(scale)
+            nn.init.zeros_(layer.bias)
+            scale = (0.425 * layer.out_features) ** -0.5  # E[gelu(x)^2] = 0.425 for x from N(0, 1)
+        layer.weight.mul_(words)
 
     @property
     def base(self) -> nn.Module:
@@ -167,7 +211,7 @@ class LLMRec(Recommender):
         P, R = prefix.shape[1], response.shape[1]
         rows = {"keep_padding": not fast.packing, "share_rows": fast.share_rows and fast.prefix_once}
         batch = pack(histories, target_mask, P, R, self.max_length, prefix.dtype, **rows)
-        items = self.input_proj(self.table[histories[histories != 0]]).to(response.dtype)  # (items, h)
+        items = self.read_items(histories[histories != 0]).to(response.dtype)  # (items, h)
         packed, position = torch.cat([items, response[0]])[batch.source][None], batch.position  # (1, tokens, h)
         before = self.kept_prefix if fast.prefix_once else self.prefix_keys_values(len(histories))
         read = batch.last
@@ -201,7 +245,7 @@ class LLMRec(Recommender):
         embed = self.base.get_input_embeddings()
         prefix, response = (embed(ids).expand(len(row), -1, -1) for ids in (self.prefix_ids, self.response_ids))
         P, R = prefix.shape[1], response.shape[1]
-        items = self.input_proj(self.table[copies]).to(prefix.dtype)  # (N, length, h)
+        items = self.read_items(copies).to(prefix.dtype)  # (N, length, h)
         seen = (copies != 0) & (torch.arange(length, device=device) <= newest[:, None])
         of_response = P + 1 + newest[:, None] + torch.arange(R, device=device)  # (N, R)
         self.top.positions = None
@@ -212,13 +256,16 @@ class LLMRec(Recommender):
             use_cache=False,
             output_hidden_states=True,
         )
-        return torch.stack([output.hidden_states[end][:, -1] for end in boundaries], dim=1)  # (N, K, h)
+        at = torch.full_like(newest, -1) if R else P + newest
+        return torch.stack(
+            [output.hidden_states[end][torch.arange(len(row), device=device), at] for end in boundaries], dim=1
+        )
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Loss terms of a batch: histories (B, T), targets (B, T), 0 where there is none."""
         target_mask = batch["targets"] != 0
         vectors = self.head(self.states(batch["histories"], target_mask, [self.num_layers])[:, 0])
-        return {"ce": catalogue_cross_entropy(vectors, self.table, batch["targets"][target_mask])}
+        return {"ce": catalogue_cross_entropy(vectors, self.item_vectors(), batch["targets"][target_mask])}
 
     def user_vectors(self, histories: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
         newest = torch.zeros_like(histories, dtype=torch.bool)
@@ -227,14 +274,18 @@ class LLMRec(Recommender):
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """User vectors from top-layer states: (B, h) -> (B, d)."""
-        return self.score(states.to(self.score.weight.dtype))
+        return self.score(self.state_dropout(states.to(self.score.weight.dtype)))
+
+    def read_items(self, items: torch.Tensor) -> torch.Tensor:
+        """What the decoder reads for item ids: (...) -> (..., h)."""
+        return self.input_proj(self.item_dropout(self.table[items]))
 
     def item_vectors(self) -> torch.Tensor:
-        return self.table  # (V + 1, d)
+        return self.item_output(self.table)  # (V + 1, d)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The two maps around the decoder. States are long, so one step of Adam on `score` moves all scores far.
 
         A high rate of either lets training grow rounding (docs/log.md).
         """
-        return [*self.input_proj.parameters(), self.score.weight]
+        return [*self.input_proj.parameters(), self.score.weight, *self.item_output.parameters()]

@@ -26,6 +26,8 @@ from utils.cli import ROOT
 from utils.errors import UserError
 from utils.files import load_tensors, read_json, save_tensors
 
+# flags of LLMRec; a run of a version that had none of them has the defaults
+OPTIONS = ["read_out", "item_dropout", "state_dropout", "input_map", "item_output"]
 HEADS_FILE, ADAPTER_FOLDER, DECODER_FILE = "rec_heads.safetensors", "adapter", "decoder.safetensors"
 
 
@@ -65,11 +67,12 @@ def check_base(config: dict, found: str, base_model: str, folder: Path) -> None:
     """UserError unless the fingerprint of `base_model`, `found`, is the one that the run in `folder` recorded."""
     recorded = config.get("base_fingerprint")
     if recorded is None:
-        print(f"{folder} is of a version that recorded no fingerprint of its base: {base_model} is taken for it")
-    elif recorded != found:
+        raise UserError(f"{folder} is of an early version, which had another prompt; train it anew")
+    if recorded != found:
         raise UserError(
             f"{folder} was trained on a base with fingerprint {recorded[:16]}, {base_model} has {found[:16]}: other "
-            "weights or another tokenizer; bring back the base that it was trained on, or train it anew"
+            "weights, another tokenizer, or the prompt of an earlier version; bring back the base or the version that "
+            "it was trained with, or train it anew"
         )
 
 
@@ -143,6 +146,8 @@ def build_llm_rec(config: dict, base: Base, item_table: torch.Tensor) -> LLMRec:
             "lora_dropout": config["lora_dropout"],
             "target_modules": lora_targets(base.decoder.layers, config["lora_target_modules"]) if adapted else [],
         },
+        item_rank=config["lora_r"],
+        **{name: config[name] for name in OPTIONS if config.get(name) is not None},
     )
 
 
@@ -166,6 +171,7 @@ def recorded_base(config: dict, base_model: str | Path | None = None) -> str:
 def save_llm_rec(model: LLMRec, folder: Path) -> None:
     """Write what the base model does not have: heads with the item table, and the adapter or trained decoder."""
     heads = {f"input_proj.{name}": value for name, value in model.input_proj.state_dict().items()}
+    heads |= {f"item_output.{name}": value for name, value in model.item_output.state_dict().items()}
     heads |= {"score.weight": model.score.weight, "item_table": model.table}
     save_tensors(heads, folder / HEADS_FILE)
     if model.train_strategy == "lora":

@@ -26,14 +26,14 @@ Parts = Iterator[tuple[np.ndarray, torch.Tensor]]  # rows of an array, and what 
 
 
 def teacher_states(folder: Path, fingerprint: str, examples: Examples, boundaries: list[int], run: Run) -> np.ndarray:
-    """The frozen teacher's response states after the layers `boundaries`: (targets, K, h), memory-mapped.
+    """The frozen teacher's states that answer, after the layers `boundaries`: (targets, K, h), memory-mapped.
 
-    float32, or in a bfloat16 run the bits of bfloat16 as int16. fingerprint: of the base weights that the teacher
-    keeps.
+    float32, or in a bfloat16 run and on request (--teacher_states bfloat16) the bits of bfloat16 as int16.
+    fingerprint: of the base weights that the teacher keeps.
     """
-    key = [fingerprint, run.config["teacher_sha256"], run.config["dtype"], boundaries]
     hidden = read_json(folder / "config.json", "")["base_shape"]["hidden_size"]
-    stored = np.dtype(np.int16 if run.config["dtype"] == "bfloat16" else np.float32)
+    stored = np.dtype(np.int16 if "bfloat16" in (run.config["dtype"], run.config["teacher_states"]) else np.float32)
+    key = [fingerprint, run.config["teacher_sha256"], run.config["dtype"], stored.name, boundaries]
 
     def parts() -> Parts:
         teacher = load_llm_rec(folder).to(run.accelerator.device)

@@ -1,0 +1,163 @@
+"""From the paper's way to the best that was found, one switch at a time, over seeds: the ladder of docs/results.md.
+
+    python benchmarks/ladder.py --dataset beauty --seeds 1 2 3
+    python benchmarks/ladder.py --dataset beauty --seeds 42 --rows "item read-out" "student"
+
+Each row is a run of one of the four scripts with the dataset's recipe and a few flags, in outputs/<dataset>/ladder/;
+runs that are finished are taken as they are, and one that was interrupted goes on. The record holds the metrics of
+every run, and for pairs of rows the difference over the users of test with its interval.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.same_metrics import over_seeds
+from utils.cli import ROOT
+from utils.files import load_tensors, read_json, write_json
+from utils.metrics import SPLITS, paired_bootstrap
+from utils.report import markdown_table
+
+PAPER = {"read_out": "response", "train_targets": "last", "item_dropout": 0, "state_dropout": 0}
+NO_TEACHER = {"lambda_cos": 0, "lambda_norm": 0, "lambda_kl": 0}
+# one switch at a time, measured against "teacher"; how the recipe's own values were chosen: docs/log.md
+SWITCHES = {
+    "without dropout": {"item_dropout": 0, "state_dropout": 0},
+    "normalize_items": {"normalize_items": "true"},
+    "input_map mlp": {"input_map": "mlp"},
+    "item_output residual": {"item_output": "residual"},
+    "item_output trained": {"item_output": "trained"},
+    "weight_decay .1": {"weight_decay": 0.1},
+    "LoRA on all linear maps": {"lora_target_modules": "all-linear"},
+    "LoRA on down_proj alone": {"lora_target_modules": "down_proj"},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run: its script, the row whose run it reads, and flags beside the recipe's."""
+
+    script: str
+    reads: str = ""
+    flags: dict[str, object] = field(default_factory=dict)
+
+
+ROWS = {
+    "SASRec": Row("train_sr_trad"),
+    "item table": Row("extract_emb", "SASRec"),
+    "teacher, the paper's way": Row("finetune", "item table", PAPER),
+    "student, the paper's way": Row("distill", "teacher, the paper's way"),
+    "teacher": Row("finetune", "item table"),
+    **{f"teacher, {name}": Row("finetune", "item table", flags) for name, flags in SWITCHES.items()},
+    "student": Row("distill", "teacher"),
+    "student without any teacher": Row("distill", "teacher", NO_TEACHER),
+}
+PREDECESSOR = {"extract_emb": "--sr_dir", "finetune": "--item_embeddings", "distill": "--teacher"}
+PAIRS = [
+    ("teacher", "SASRec"),
+    ("student", "SASRec"),
+    ("student", "teacher"),
+    ("student", "student without any teacher"),
+]
+
+
+def folder_of(dataset: str, row: str, seed: int) -> Path:
+    return Path("outputs") / dataset / "ladder" / f"{re.sub('[^a-z0-9]+', '-', row.lower()).strip('-')}-seed{seed}"
+
+
+def run_row(dataset: str, name: str, seed: int) -> Path:
+    """Run a row, and before it the rows that it reads; returns its folder."""
+    row, folder = ROWS[name], folder_of(dataset, name, seed)
+    command = [f"{row.script}.py", "--dataset", dataset, "--output_dir", folder]
+    if row.script != "extract_emb":
+        command += ["--seed", seed, "--resume", "auto"]
+    if row.reads:
+        command += [PREDECESSOR[row.script], run_row(dataset, row.reads, seed)]
+    command += [word for flag, value in row.flags.items() for word in (f"--{flag}", value)]
+    done = "metrics.json" if row.script != "extract_emb" else "config.json"
+    if not (ROOT / folder / done).exists():
+        subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
+    return folder
+
+
+def differences(dataset: str, seeds: list[int]) -> list[dict]:
+    """Of each pair of rows the mean difference of NDCG@10 over all users of all seeds that both have, with interval."""
+    found = []
+    for pair in PAIRS:
+        gains = []
+        for seed in seeds:
+            files = [ROOT / folder_of(dataset, name, seed) / "ranks.safetensors" for name in pair]
+            if all(path.exists() for path in files):
+                ours, theirs = (load_tensors(path) for path in files)
+                gains.append({kind: (ours[f"test_{kind}"], theirs[f"test_{kind}"]) for kind in ("sampled", "full")})
+        for kind in ("sampled", "full") if gains else ():
+            a, b = (torch.cat([gain[kind][side] for gain in gains]).numpy() for side in (0, 1))
+            mean, low, high = paired_bootstrap(a, b, clusters=len(gains))
+            found.append({"pair": pair, "ranking": kind, "seeds": len(gains), "mean": mean, "low": low, "high": high})
+    return found
+
+
+def table(record: dict) -> str:
+    """NDCG@10 of each row, mean and standard deviation over its seeds."""
+    rows: dict[str, list[dict]] = {}
+    for run in record["runs"]:
+        rows.setdefault(run["row"], []).append(run)
+    header = ["NDCG@10", "seeds", "valid, full", "test, full", "test, sampled", "full HR@10", "s/epoch"]
+    cells = []
+    for name, runs in rows.items():
+        figures = [
+            [run[split][kind]["NDCG@10"] for run in runs] for split, kind in (("valid", "full"), ("test", "full"))
+        ]
+        figures += [[run["test"]["sampled"]["NDCG@10"] for run in runs], [run["test"]["full"]["HR@10"] for run in runs]]
+        seconds = np.mean([run["seconds"]["train_epoch"] for run in runs])
+        cells.append([name, str(len(runs)), *(over_seeds(values, "") for values in figures), f"{seconds:.0f}"])
+    return markdown_table(header, cells)
+
+
+def difference_table(record: dict) -> str:
+    """Differences between pairs of rows, with intervals of 95 % over users."""
+    cells = [
+        [
+            " - ".join(d["pair"]),
+            d["ranking"],
+            str(d["seeds"]),
+            f"{d['mean']:+.4f}",
+            f"{d['low']:+.4f} .. {d['high']:+.4f}",
+        ]
+        for d in record["differences"]
+    ]
+    return markdown_table(["test NDCG@10", "ranking", "seeds", "difference", "95 % interval"], cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="beauty")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    args = parser.parse_args()
+    out = ROOT / "results" / "benchmarks" / f"ladder-{args.dataset}.json"
+    for seed in args.seeds:
+        for name in args.rows:
+            run_row(args.dataset, name, seed)
+    runs = []
+    folders = ROOT / "outputs" / args.dataset / "ladder"
+    for name in ROWS:
+        for path in sorted(folders.glob(f"{folder_of(args.dataset, name, 0).name[:-1]}*/metrics.json")):
+            run = read_json(path, "")
+            kept = {part: run[part] for part in ("environment", "seconds", "parameters", *SPLITS)}
+            runs.append({"row": name, "seed": int(path.parent.name.rpartition("seed")[2]), **kept})
+    seeds = sorted({run["seed"] for run in runs})
+    record = {"runs": runs, "differences": differences(args.dataset, seeds)}
+    write_json(record, out)
+    print(table(record), difference_table(record), out, sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

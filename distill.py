@@ -97,14 +97,12 @@ def main(
     config = dict(locals()) | {"kind": "student"}
     data = Sequences.load(assets.dataset_folder(dataset))
     source, taught = find_teacher(config, data)
-    find_kl_teacher(config, source, data)
-    base = recorded_base(taught)
-    config["base_model"] = assets.record_base_model(taught["base_model"], base)
+    config["base_model"] = assets.record_base_model(taught["base_model"], recorded_base(taught))
     examples = training_examples(data, config["train_targets"], config["max_seq_length"])
 
     run = Run(config, data, default_dir=f"student-{num_layers}from{taught['num_layers']}")
     if not run.finished:
-        train_student(run, config, source, taught, base, examples)
+        train_student(run, config, source, taught, examples)
     run.print(closing_table(run.folder.parent, data.fingerprint))
 
 
@@ -130,6 +128,7 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
         block_boundaries(stack, blocks)
     config |= {"teacher": cli.portable_path(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
     config |= {"title": f"SLMRec-{config['num_layers']}<-{depth}", "teacher_sha256": weights_sha256(source)}
+    find_kl_teacher(config, source, data)
     return source, taught
 
 
@@ -186,8 +185,9 @@ def check_student_layers(num_layers: int, layer_selection: str, taught: dict) ->
     select_layers(num_layers, taught["base_shape"]["num_hidden_layers"], layer_selection)
 
 
-def train_student(run: Run, config: dict, source: Path, taught: dict, base: str, examples: Examples) -> None:
+def train_student(run: Run, config: dict, source: Path, taught: dict, examples: Examples) -> None:
     """Train and save the student, offline: with the states of the frozen teacher, computed once."""
+    base = recorded_base(taught)
     fingerprint = load_base(taught, base).fingerprint
     check_base(taught, fingerprint, base, source)
     kept = load_base(config, base)

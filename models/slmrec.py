@@ -25,8 +25,8 @@ class SLMRec(Recommender):
     A term with weight 0 is neither computed nor logged, so with all weights 0 this is plain training. `ms_heads` are
     L_ms's adapters (hidden -> d), one for each block but the last; they serve training only. `teacher_states`
     (targets, K, h) and `teacher_vectors` (targets, d'), if a term needs them, have one row per target of the training
-    examples, in their order; `teacher_table` (V + 1, d') belongs to the vectors. Without stored states `teacher`, a model
-    in eval mode with its block boundaries, computes those of each batch.
+    examples, in their order; `teacher_table` (V + 1, d') belongs to the vectors. Without stored states `teacher`, a
+    model in eval mode with its block boundaries, computes those of each batch.
     """
 
     teacher_states: np.ndarray | None = None

@@ -10,8 +10,7 @@ import utils.threads  # noqa: F401  before torch is imported
 
 # isort: split
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -98,14 +97,12 @@ def main(
     config = dict(locals()) | {"kind": "student"}
     data = Sequences.load(assets.dataset_folder(dataset))
     source, taught = find_teacher(config, data)
-    find_kl_teacher(config, source, data)
-    base = recorded_base(taught)
-    config["base_model"] = assets.record_base_model(taught["base_model"], base)
+    config["base_model"] = assets.record_base_model(taught["base_model"], recorded_base(taught))
     examples = training_examples(data, config["train_targets"], config["max_seq_length"])
 
     run = Run(config, data, default_dir=f"student-{num_layers}from{taught['num_layers']}")
     if not run.finished:
-        train_student(run, config, source, taught, base, examples)
+        train_student(run, config, source, taught, examples)
     run.print(closing_table(run.folder.parent, data.fingerprint))
 
 
@@ -131,18 +128,8 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
         block_boundaries(stack, blocks)
     config |= {"teacher": cli.portable_path(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
     config |= {"title": f"SLMRec-{config['num_layers']}<-{depth}", "teacher_sha256": weights_sha256(source)}
+    find_kl_teacher(config, source, data)
     return source, taught
-
-
-def check_student_layers(num_layers: int, layer_selection: str, taught: dict) -> None:
-    """UserError where the base has no such layers, or an inherited list is the teacher's and not the student's."""
-    layers = listed_layers(layer_selection)
-    if layers and len(layers) != num_layers:
-        raise UserError(
-            f"--num_layers {num_layers}: the teacher keeps layers {layer_selection} of its base; say which ones the "
-            f"student keeps, as in --layer_selection {','.join(map(str, layers[:num_layers]))}"
-        )
-    select_layers(num_layers, taught["base_shape"]["num_hidden_layers"], layer_selection)
 
 
 def weights_sha256(folder: Path) -> dict[str, str]:
@@ -187,24 +174,20 @@ def load_kl_teacher(config: dict, run: Run) -> tuple[Recommender, Path, list]:
     return teacher, source, [base, config["kl_teacher_sha256"]]
 
 
-@contextmanager
-def give_states(student: SLMRec, folder: Path, fingerprint: str, examples: Examples, run: Run) -> Iterator[None]:
-    """Let the student have the teacher's hidden states: stored, or computed for each batch inside."""
-    boundaries = block_boundaries(run.config["teacher_layers"], run.config["num_blocks"])
-    if run.config["teacher_states"] != "per_batch":
-        student.teacher_states = teacher_states(folder, fingerprint, examples, boundaries, run)
-        yield
-        return
-    teacher = load_llm_rec(folder).to(run.accelerator.device)
-    student.teacher = (teacher, boundaries)
-    with ExitStack() as stack:
-        with run.accelerator.autocast():
-            stack.enter_context(teacher.for_inference())  # no weight of it changes while the student trains
-        yield
+def check_student_layers(num_layers: int, layer_selection: str, taught: dict) -> None:
+    """UserError where the base has no such layers, or an inherited list is the teacher's and not the student's."""
+    layers = listed_layers(layer_selection)
+    if layers and len(layers) != num_layers:
+        raise UserError(
+            f"--num_layers {num_layers}: the teacher keeps layers {layer_selection} of its base; say which ones the "
+            f"student keeps, as in --layer_selection {','.join(map(str, layers[:num_layers]))}"
+        )
+    select_layers(num_layers, taught["base_shape"]["num_hidden_layers"], layer_selection)
 
 
-def train_student(run: Run, config: dict, source: Path, taught: dict, base: str, examples: Examples) -> None:
+def train_student(run: Run, config: dict, source: Path, taught: dict, examples: Examples) -> None:
     """Train and save the student, offline: with the states of the frozen teacher, computed once."""
+    base = recorded_base(taught)
     fingerprint = load_base(taught, base).fingerprint
     check_base(taught, fingerprint, base, source)
     kept = load_base(config, base)
@@ -224,7 +207,14 @@ def train_student(run: Run, config: dict, source: Path, taught: dict, base: str,
     )
     with ExitStack() as stack:
         if config["mode"] == "offline" and student.needs_states:
-            stack.enter_context(give_states(student, source, fingerprint, examples, run))
+            boundaries = block_boundaries(config["teacher_layers"], config["num_blocks"])
+            if config["teacher_states"] == "per_batch":
+                teacher = load_llm_rec(source).to(run.accelerator.device)
+                student.teacher = (teacher, boundaries)
+                with run.accelerator.autocast():
+                    stack.enter_context(teacher.for_inference())  # no weight of it changes while the student trains
+            else:
+                student.teacher_states = teacher_states(source, fingerprint, examples, boundaries, run)
         if config["lambda_kl"]:
             teacher, folder, key = load_kl_teacher(config, run)
             states = student.teacher_states if folder.resolve() == source.resolve() else None

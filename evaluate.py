@@ -35,6 +35,7 @@ from utils.report import (
     peak_memory,
     protocol,
 )
+from utils.run import RANKS_FILE, save_ranks
 
 WEIGHTS = [k / 10 for k in range(11)]  # of the second run
 CRITERIA = [f"valid {kind} {name}" for kind in ("sampled", "full") for name in metrics_from_ranks(np.zeros(1))]
@@ -87,7 +88,7 @@ def fuse_runs(run: str, fuse: str, dataset: str | None, batch_size: int, output_
     data = Sequences.load(assets.dataset_folder(dataset or configs[0]["dataset"]))
     check_same_dataset(data, configs[0]["dataset_fingerprint"], folders[0])
     target = Path(output_dir or folders[0].parent / f"{folders[0].name}-with-{folders[1].name}")
-    check_replaceable(target, ["config.json", "metrics.json", CATALOGUE_FILE], "--output_dir")
+    check_replaceable(target, ["config.json", "metrics.json", CATALOGUE_FILE, RANKS_FILE], "--output_dir")
     if (target / "config.json").exists() and read_json(target / "config.json", "").get("kind") != "fusion":
         raise UserError(f"--output_dir {target} holds something else (config.json); choose another place")
 
@@ -95,7 +96,7 @@ def fuse_runs(run: str, fuse: str, dataset: str | None, batch_size: int, output_
     lengths = [config["max_seq_length"] for config in configs]
     fusion = Fusion([part.model for part in parts], lengths, [part.autocast for part in parts], weight=0.0)
     fusion.to(parts[0].device)
-    figures = choose_weight(fusion, data, metrics[0]["selected_by"], batch_size, parts[0].device)
+    figures, ranks = choose_weight(fusion, data, metrics[0]["selected_by"], batch_size, parts[0].device)
     config = {
         "kind": "fusion",
         "title": " + ".join(config["title"] for config in configs),
@@ -112,6 +113,7 @@ def fuse_runs(run: str, fuse: str, dataset: str | None, batch_size: int, output_
     with atomic_folder(target) as part:
         write_json(config, part / "config.json")
         parts[0].catalogue.save(part)
+        save_ranks(ranks, part)
         write_json(figures | {"parameters": sizes, "run_id": config["run_id"]}, part / "metrics.json")
     print(f"{target}: weight {fusion.weight} of {fuse}, chosen by {figures['selected_by']}:")
     print(", ".join(f"{row['weight']}: {row['valid']:.4f}" for row in figures["weights"]))
@@ -128,8 +130,10 @@ def single_run(flag: str, folder: Path) -> tuple[dict, dict]:
     return config, metrics
 
 
-def choose_weight(fusion: Fusion, data: Sequences, selected_by: str, batch_size: int, device: torch.device) -> dict:
-    """Give `fusion` the weight that is best on validation; returns what metrics.json says of it.
+def choose_weight(
+    fusion: Fusion, data: Sequences, selected_by: str, batch_size: int, device: torch.device
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Give `fusion` the weight that is best on validation; returns what metrics.json says of it, and the test ranks.
 
     selected_by: the metric, as metrics.json names it ("valid sampled NDCG@10"). Of equal weights the lowest is taken.
     """
@@ -142,7 +146,7 @@ def choose_weight(fusion: Fusion, data: Sequences, selected_by: str, batch_size:
     fusion.weight = WEIGHTS[best]
     negatives = draw_negatives(data, "test")
     [ranks], seconds = rank_with_weights(fusion, [fusion.weight], data, "test", negatives, **options)
-    return {
+    figures = {
         "valid": valid[best],
         "test": {kind: metrics_from_ranks(values) for kind, values in ranks.items()},
         "weight": fusion.weight,
@@ -154,6 +158,7 @@ def choose_weight(fusion: Fusion, data: Sequences, selected_by: str, batch_size:
         "baselines": {},
         "environment": environment(Accelerator(cpu=not torch.accelerator.is_available())),
     }
+    return figures, ranks
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from models.fusion import Fusion, fuse, rank_with_weights
 from models.interface import Recommender
 from utils import cli, metrics
 from utils.data import Sequences, split_examples
+from utils.files import load_tensors
 from utils.metrics import draw_negatives, metrics_from_ranks, rank_users
 from utils.report import closing_table
 
@@ -210,6 +211,8 @@ def test_the_weight_is_chosen_on_validation_and_measured_on_test(place, sources,
     negatives = draw_negatives(data, "test")
     [expected], _ = rank_with_weights(fusion, [found["weight"]], data, "test", negatives, batch_size=512, device="cpu")
     assert found["test"] == {kind: metrics_from_ranks(values) for kind, values in expected.items()}
+    kept = load_tensors(place / "llm-with-sasrec/ranks.safetensors")
+    assert all((kept[f"test_{kind}"].numpy() == values).all() for kind, values in expected.items()) and len(kept) == 2
     for key in ("total", "trained"):
         assert found["parameters"][key] == sum(end["parameters"][key] for end in ends)
     assert found["environment"]["git_commit"] and found["seconds"]["score_test"] > 0

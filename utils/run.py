@@ -304,8 +304,7 @@ class Run:
         ranks, seconds = self.rank(model, "test", progress=True)
         if self.accelerator.is_main_process:
             save(self.folder)
-            of_users = {f"test_{kind}": torch.from_numpy(found.astype(np.int32)) for kind, found in ranks.items()}
-            save_tensors(of_users, self.folder / RANKS_FILE)
+            save_ranks(ranks, self.folder)
             Catalogue.of(self.data).save(self.folder)
         below = {}
         for name, other in (baselines or {}).items():
@@ -343,3 +342,9 @@ class Run:
         if self.accelerator.log_with:
             self.accelerator.end_training()
         self.lock.release()
+
+
+def save_ranks(ranks: dict[str, np.ndarray], folder: Path) -> None:
+    """The ranks (users,) of the test users, as `rank_users` returns them."""
+    of_users = {f"test_{kind}": torch.from_numpy(found.astype(np.int32)) for kind, found in ranks.items()}
+    save_tensors(of_users, folder / RANKS_FILE)

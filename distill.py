@@ -18,7 +18,6 @@ from models.interface import Recommender
 from models.llm.decoder import block_boundaries, layer_flags, listed_layers, select_layers
 from models.llm.storage import (
     HEADS_FILE,
-    OPTIONS,
     build_llm_rec,
     check_base,
     count_parameters,
@@ -37,11 +36,12 @@ from utils.errors import UserError
 from utils.files import load_tensors, sha256
 from utils.metrics import DEFAULT_SELECTION, SelectBy
 from utils.report import closing_table, finished_run
-from utils.run import Run
+from utils.run import RANKS_FILE, Run
 from utils.train import fit
 
 INHERITED = ["base_model", "layer_selection", "train_strategy", "lora_r", "lora_alpha", "lora_dropout"]
-INHERITED += [*OPTIONS, "lora_target_modules", "max_seq_length", "train_targets", "dtype", "item_dim", "table_sha256"]
+INHERITED += ["read_out", "input_map", "item_output", "item_dropout", "state_dropout"]
+INHERITED += ["lora_target_modules", "max_seq_length", "train_targets", "dtype", "item_dim", "table_sha256"]
 
 
 def main(
@@ -133,7 +133,11 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
 
 
 def weights_sha256(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*.safetensors"))}
+    return {
+        str(path.relative_to(folder)): sha256(path)
+        for path in sorted(folder.rglob("*.safetensors"))
+        if path.name != RANKS_FILE
+    }
 
 
 def find_kl_teacher(config: dict, teacher: Path, data: Sequences) -> None:

@@ -385,6 +385,7 @@ def test_a_finished_run_is_left_alone_and_another_configuration_is_refused(tmp_p
         "curve.png",
         "README.md",
         "items.jsonl",
+        "ranks.safetensors",
         LOCK,
     }
     assert held == set(before)

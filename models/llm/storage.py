@@ -26,8 +26,6 @@ from utils.cli import ROOT
 from utils.errors import UserError
 from utils.files import load_tensors, read_json, save_tensors
 
-# flags of LLMRec; a run of a version that had none of them has the defaults
-OPTIONS = ["read_out", "item_dropout", "state_dropout", "input_map", "item_output"]
 HEADS_FILE, ADAPTER_FOLDER, DECODER_FILE = "rec_heads.safetensors", "adapter", "decoder.safetensors"
 
 
@@ -147,7 +145,12 @@ def build_llm_rec(config: dict, base: Base, item_table: torch.Tensor) -> LLMRec:
             "target_modules": lora_targets(base.decoder.layers, config["lora_target_modules"]) if adapted else [],
         },
         item_rank=config["lora_r"],
-        **{name: config[name] for name in OPTIONS if config.get(name) is not None},
+        # an earlier version had none of these
+        read_out=config.get("read_out") or "response",
+        item_dropout=config.get("item_dropout") or 0.0,
+        state_dropout=config.get("state_dropout") or 0.0,
+        input_map=config.get("input_map") or "linear",
+        item_output=config.get("item_output") or "frozen",
     )
 
 

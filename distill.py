@@ -16,8 +16,10 @@ from typing import Literal
 
 from models.interface import Recommender
 from models.llm.decoder import block_boundaries, layer_flags, listed_layers, select_layers
+from models.llm.recommender import LLMRec
 from models.llm.storage import (
     HEADS_FILE,
+    Base,
     build_llm_rec,
     check_base,
     count_parameters,
@@ -34,14 +36,15 @@ from utils import assets, cli
 from utils.data import Examples, Sequences, check_same_dataset, training_examples
 from utils.errors import UserError
 from utils.files import load_tensors, sha256
-from utils.metrics import DEFAULT_SELECTION, SelectBy
+from utils.metrics import DEFAULT_SELECTION, RANKS_FILE, SelectBy
 from utils.report import closing_table, finished_run
-from utils.run import RANKS_FILE, Run
+from utils.run import Run
 from utils.train import fit
 
 INHERITED = ["base_model", "layer_selection", "train_strategy", "lora_r", "lora_alpha", "lora_dropout"]
-INHERITED += ["read_out", "input_map", "item_output", "item_dropout", "state_dropout"]
 INHERITED += ["lora_target_modules", "max_seq_length", "train_targets", "dtype", "item_dim", "table_sha256"]
+INHERITED += ["item_embeddings", "table_dims", "table_scales", "normalize_items", "read_out", "input_map"]
+INHERITED += ["item_output", "item_dropout", "state_dropout"]
 
 
 def main(
@@ -124,6 +127,9 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     if config["lambda_ms"] and blocks == 1:
         raise UserError("--num_blocks 1 leaves no block before the last for L_ms: add --lambda_ms 0, or more blocks")
     check_student_layers(config["num_layers"], config["layer_selection"], taught)
+    if config["teacher_states"] != "stored" and not (config["lambda_cos"] or config["lambda_norm"]):
+        what = f"--teacher_states {config['teacher_states']}"
+        raise UserError(f"{what} has no effect without a term that reads them: leave it out, or add --lambda_cos")
     for stack in (config["num_layers"], depth):
         block_boundaries(stack, blocks)
     config |= {"teacher": cli.portable_path(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
@@ -189,16 +195,26 @@ def check_student_layers(num_layers: int, layer_selection: str, taught: dict) ->
     select_layers(num_layers, taught["base_shape"]["num_hidden_layers"], layer_selection)
 
 
+def start_of_student(config: dict, base: Base, source: Path) -> LLMRec:
+    """The untrained student, with the item tables of the teacher in `source`, for the input and for the output."""
+    heads = load_tensors(source / HEADS_FILE)
+    student = build_llm_rec(config, base, heads["item_table"])
+    output = {name: value for name, value in heads.items() if name.startswith("item_output.")}
+    own = {name: value.shape for name, value in student.state_dict().items() if name.startswith("item_output.")}
+    if own == {name: value.shape for name, value in output.items()}:
+        student.load_state_dict(output, strict=False)
+    return student
+
+
 def train_student(run: Run, config: dict, source: Path, taught: dict, examples: Examples) -> None:
-    """Train and save the student, offline: with the states of the frozen teacher, computed once."""
+    """Train and save the student, offline: its teacher is frozen."""
     base = recorded_base(taught)
     fingerprint = load_base(taught, base).fingerprint
     check_base(taught, fingerprint, base, source)
     kept = load_base(config, base)
     run.record(base_fingerprint=kept.fingerprint)
-    item_table = load_tensors(source / HEADS_FILE)["item_table"]
     student = SLMRec(
-        build_llm_rec(config, kept, item_table),
+        start_of_student(config, kept, source),
         num_blocks=config["num_blocks"],
         lambda_cos=config["lambda_cos"],
         lambda_norm=config["lambda_norm"],

@@ -12,7 +12,7 @@ import utils.threads  # noqa: F401  before torch is imported
 
 import uuid
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -25,7 +25,16 @@ from utils.catalogue import CATALOGUE_FILE
 from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
 from utils.files import atomic_folder, check_replaceable, read_json, write_json
-from utils.metrics import CANDIDATE_SEED, NUM_NEGATIVES, draw_negatives, evaluate, metrics_from_ranks
+from utils.metrics import (
+    CANDIDATE_SEED,
+    NUM_NEGATIVES,
+    RANKS_FILE,
+    SelectBy,
+    draw_negatives,
+    evaluate,
+    metrics_from_ranks,
+    save_ranks,
+)
 from utils.report import (
     closing_table,
     environment,
@@ -35,10 +44,9 @@ from utils.report import (
     peak_memory,
     protocol,
 )
-from utils.run import RANKS_FILE, save_ranks
 
 WEIGHTS = [k / 10 for k in range(11)]  # of the second run
-CRITERIA = [f"valid {kind} {name}" for kind in ("sampled", "full") for name in metrics_from_ranks(np.zeros(1))]
+CRITERIA = [f"valid {metric.replace('/', ' ')}" for metric in get_args(SelectBy)]
 
 
 def main(

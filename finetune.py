@@ -13,7 +13,6 @@ import utils.threads  # noqa: F401  before torch is imported
 from typing import Literal
 
 from models.llm.decoder import base_config, base_shape, layer_flags, select_layers
-from models.llm.recommender import normalized
 from models.llm.storage import build_llm_rec, count_parameters, load_base, save_llm_rec
 from models.sr import MODELS
 from utils import assets, cli
@@ -68,10 +67,9 @@ def main(
     num_layers, layer_selection = layer_flags(num_layers, layer_selection, default=8)
     config = dict(locals()) | {"kind": "teacher", "title": f"Teacher-{num_layers}"}
     data = Sequences.load(assets.dataset_folder(dataset))
-    item_table, tables = read_tables("--item_embeddings", item_embeddings, data)
+    item_table, tables = read_tables("--item_embeddings", item_embeddings, data, normalize_items)
     config["item_embeddings"] = tables.pop("item_embeddings")
     cli.inherit(config, tables, list(tables), config["item_embeddings"])
-    item_table = normalized(item_table) if normalize_items else item_table
     base = find_base(config)
     examples = training_examples(data, train_targets, max_seq_length)
 

@@ -1,11 +1,11 @@
 """From the paper's way to the best that was found, one switch at a time, over seeds: the ladder of docs/results.md.
 
     python benchmarks/ladder.py --dataset beauty --seeds 1 2 3
-    python benchmarks/ladder.py --dataset beauty --seeds 42 --rows "item read-out" "student"
+    python benchmarks/ladder.py --dataset beauty --seeds 42 --rows SASRec teacher student
 
-Each row is a run of one of the four scripts with the dataset's recipe and a few flags, in outputs/<dataset>/ladder/;
-runs that are finished are taken as they are, and one that was interrupted goes on. The record holds the metrics of
-every run, and for pairs of rows the difference over the users of test with its interval.
+Each row is a run of a script with the dataset's recipe and a few flags, in outputs/<dataset>/ladder/; a run that is
+finished is left alone, one that was interrupted goes on, and one of other flags is refused. The record holds flags,
+commit and metrics of every run, and for pairs of rows the difference over the users of test with its interval.
 """
 
 import argparse
@@ -25,11 +25,18 @@ from utils.files import load_tensors, read_json, write_json
 from utils.metrics import SPLITS, paired_bootstrap
 from utils.report import markdown_table
 
-PAPER = {"read_out": "response", "train_targets": "last", "item_dropout": 0, "state_dropout": 0}
-NO_TEACHER = {"lambda_cos": 0, "lambda_norm": 0, "lambda_kl": 0}
-# one switch at a time, measured against "teacher"; how the recipe's own values were chosen: docs/log.md
+STILL = {"item_dropout": 0, "state_dropout": 0}
+PAPER = STILL | {"read_out": "response", "train_targets": "last"}
+# the terms of the student's loss, one after the other; L_ms needs no teacher
+NONE = {"lambda_cos": 0, "lambda_norm": 0, "lambda_ms": 0, "lambda_kl": 0}
+TERMS = {
+    "without any teacher": NONE,
+    "L_ms alone": NONE | {"lambda_ms": 0.1},
+    "hidden states and L_ms": {"lambda_cos": 1, "lambda_norm": 0.01, "lambda_ms": 0.1, "lambda_kl": 0},
+    "logits alone": NONE | {"lambda_kl": 1},
+}
+# one switch beside the recipe's "teacher"; how the recipe's own values were chosen: docs/log.md
 SWITCHES = {
-    "without dropout": {"item_dropout": 0, "state_dropout": 0},
     "normalize_items": {"normalize_items": "true"},
     "input_map mlp": {"input_map": "mlp"},
     "item_output residual": {"item_output": "residual"},
@@ -42,30 +49,34 @@ SWITCHES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A run: its script, the row whose run it reads, and flags beside the recipe's."""
+    """A run: its script, the rows whose runs it reads, and flags beside the recipe's."""
 
     script: str
-    reads: str = ""
+    reads: tuple[str, ...] = ()
     flags: dict[str, object] = field(default_factory=dict)
 
 
 ROWS = {
     "SASRec": Row("train_sr_trad"),
-    "item table": Row("extract_emb", "SASRec"),
-    "teacher, the paper's way": Row("finetune", "item table", PAPER),
-    "student, the paper's way": Row("distill", "teacher, the paper's way"),
-    "teacher": Row("finetune", "item table"),
-    **{f"teacher, {name}": Row("finetune", "item table", flags) for name, flags in SWITCHES.items()},
-    "student": Row("distill", "teacher"),
-    "student without any teacher": Row("distill", "teacher", NO_TEACHER),
+    "item table": Row("extract_emb", ("SASRec",)),
+    "teacher, the paper's way": Row("finetune", ("item table",), PAPER),
+    "student, the paper's way": Row("distill", ("teacher, the paper's way",)),
+    "teacher, read at items": Row("finetune", ("item table",), PAPER | {"read_out": "item"}),
+    "teacher, at every position": Row("finetune", ("item table",), STILL),
+    "teacher": Row("finetune", ("item table",)),
+    **{f"teacher, {name}": Row("finetune", ("item table",), flags) for name, flags in SWITCHES.items()},
+    "student": Row("distill", ("teacher",)),
+    **{f"student, {name}": Row("distill", ("teacher",), flags) for name, flags in TERMS.items()},
+    "student + SASRec": Row("evaluate", ("student", "SASRec")),
+    "table of titles": Row("extract_emb", (), {"text": "titles"}),
+    "teacher with titles": Row("finetune", ("item table", "table of titles")),
+    "student with titles": Row("distill", ("teacher with titles",)),
+    "student with titles + SASRec": Row("evaluate", ("student with titles", "SASRec")),
 }
-PREDECESSOR = {"extract_emb": "--sr_dir", "finetune": "--item_embeddings", "distill": "--teacher"}
-PAIRS = [
-    ("teacher", "SASRec"),
-    ("student", "SASRec"),
-    ("student", "teacher"),
-    ("student", "student without any teacher"),
-]
+READS = {"extract_emb": ["--sr_dir"], "finetune": ["--item_embeddings"], "distill": ["--teacher"]}
+READS["evaluate"] = ["--run", "--fuse"]
+PAIRS = [("teacher", "SASRec"), ("student", "SASRec"), ("student", "teacher")]
+PAIRS += [("student", "student, without any teacher"), ("student with titles + SASRec", "SASRec")]
 
 
 def folder_of(dataset: str, row: str, seed: int) -> Path:
@@ -76,15 +87,24 @@ def run_row(dataset: str, name: str, seed: int) -> Path:
     """Run a row, and before it the rows that it reads; returns its folder."""
     row, folder = ROWS[name], folder_of(dataset, name, seed)
     command = [f"{row.script}.py", "--dataset", dataset, "--output_dir", folder]
-    if row.script != "extract_emb":
+    if row.script not in ("extract_emb", "evaluate"):
         command += ["--seed", seed, "--resume", "auto"]
-    if row.reads:
-        command += [PREDECESSOR[row.script], run_row(dataset, row.reads, seed)]
+    read = [str(run_row(dataset, other, seed)) for other in row.reads]
+    if row.script == "finetune":  # several tables side by side
+        read = [",".join(read)]
+    command += [word for pair in zip(READS.get(row.script, []), read, strict=False) for word in pair]
     command += [word for flag, value in row.flags.items() for word in (f"--{flag}", value)]
-    done = "metrics.json" if row.script != "extract_emb" else "config.json"
-    if not (ROOT / folder / done).exists():
+    if row.script != "evaluate" or not is_of(folder, read):  # the others know themselves what is finished
         subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
     return folder
+
+
+def is_of(folder: Path, parts: list[str]) -> bool:
+    """Whether a fusion is there, of these runs as they are now."""
+    if not (ROOT / folder / "metrics.json").exists():
+        return False
+    ids = [read_json(ROOT / part / "config.json", "")["run_id"] for part in parts]
+    return read_json(ROOT / folder / "config.json", "")["run_ids"] == ids
 
 
 def differences(dataset: str, seeds: list[int]) -> list[dict]:
@@ -116,8 +136,9 @@ def table(record: dict) -> str:
             [run[split][kind]["NDCG@10"] for run in runs] for split, kind in (("valid", "full"), ("test", "full"))
         ]
         figures += [[run["test"]["sampled"]["NDCG@10"] for run in runs], [run["test"]["full"]["HR@10"] for run in runs]]
-        seconds = np.mean([run["seconds"]["train_epoch"] for run in runs])
-        cells.append([name, str(len(runs)), *(over_seeds(values, "") for values in figures), f"{seconds:.0f}"])
+        seconds = [run["seconds"]["train_epoch"] for run in runs if "train_epoch" in run["seconds"]]
+        seconds = f"{np.mean(seconds):.0f}" if seconds else "-"
+        cells.append([name, str(len(runs)), *(over_seeds(values, "") for values in figures), seconds])
     return markdown_table(header, cells)
 
 
@@ -152,7 +173,8 @@ def main() -> None:
         for path in sorted(folders.glob(f"{folder_of(args.dataset, name, 0).name[:-1]}*/metrics.json")):
             run = read_json(path, "")
             kept = {part: run[part] for part in ("environment", "seconds", "parameters", *SPLITS)}
-            runs.append({"row": name, "seed": int(path.parent.name.rpartition("seed")[2]), **kept})
+            config = read_json(path.parent / "config.json", "")
+            runs.append({"row": name, "seed": int(path.parent.name.rpartition("seed")[2]), "config": config, **kept})
     seeds = sorted({run["seed"] for run in runs})
     record = {"runs": runs, "differences": differences(args.dataset, seeds)}
     write_json(record, out)

@@ -79,11 +79,25 @@ def run_pipeline(
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
+        dropouts = ["--lora_dropout", "0.05" if dropout else "0"]
+        dropouts += [] if dropout else ["--item_dropout", "0", "--state_dropout", "0"]
         wiring = {
             "train_sr_trad": [] if dropout else ["--dropout", "0"],
             "extract_emb": ["--sr_dir", place / "train_sr_trad"],
-            "finetune": ["--item_embeddings", place / "extract_emb", "--lora_dropout", "0.05" if dropout else "0"],
-            "distill": ["--teacher", teacher or place / "finetune", "--lora_dropout", "0.05" if dropout else "0"],
+            "finetune": [
+                "--item_embeddings",
+                place / "extract_emb",
+                "--lora_dropout",
+                "0.05" if dropout else "0",
+                *still,
+            ],
+            "distill": [
+                "--teacher",
+                teacher or place / "finetune",
+                "--lora_dropout",
+                "0.05" if dropout else "0",
+                *still,
+            ],
         }
         for step in steps:
             more = wiring[step] + ([] if step == "extract_emb" else ["--seed", seed])

@@ -73,7 +73,9 @@ class Recommender(nn.Module):
     ) -> torch.Tensor:
         """(B, V + 1), or (B, len(items)) for these items. A generative model, which has no vectors, overrides it."""
         vectors = self.item_vectors() if items is None else self.item_vectors()[items]
-        return self.user_vectors(histories, users).float() @ vectors.float().T
+        of_users = self.user_vectors(histories, users).float()
+        with torch.autocast(of_users.device.type, enabled=False):
+            return of_users @ vectors.float().T
 
     def score_blocks(
         self, histories: torch.Tensor, users: torch.Tensor, size: int

@@ -104,7 +104,8 @@ def flags(**changes) -> dict:
     """What a run records that matters here."""
     config = {"train_strategy": "lora", "dtype": "float32", "num_layers": 4, "layer_selection": "first"}
     config |= {"max_seq_length": 8, "lora_r": 2, "lora_alpha": 4.0, "lora_dropout": 0.0}
-    return config | {"lora_target_modules": "q_proj"} | changes
+    config |= {"read_out": "response", "input_map": "linear", "item_output": "frozen", "item_dropout": 0.0}
+    return config | {"state_dropout": 0.0, "lora_target_modules": "q_proj"} | changes
 
 
 def build(base: Path | str, **changes) -> LLMRec:

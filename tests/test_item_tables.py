@@ -27,9 +27,10 @@ from models.llm.storage import load_llm_rec
 from models.sr import MODELS
 from utils import assets, cli
 from utils.catalogue import Catalogue
+from utils.data import Sequences
 from utils.errors import UserError
 from utils.import_table import import_table
-from utils.item_tables import whiten
+from utils.item_tables import read_tables, whiten
 
 SECTIONS = {"train_sr_trad": "sr", "extract_emb": "extract", "finetune": "teacher", "distill": "student"}
 WORDS = {word: n for n, word in enumerate(["<unk>", "<s>", "</s>", "Film", *map(str, range(1, 41))])}
@@ -404,6 +405,22 @@ def tables(place) -> dict[str, torch.Tensor]:
 
 
 BOTH = "item_embeddings-a, outputs/kill/item_embeddings-b"  # a name and a path
+
+
+def test_each_of_several_tables_is_normalized_by_itself(tables):
+    """A row of zeros in one of them stays: nothing is known of that item there."""
+    data = Sequences.load(Path("data"))
+    names = ",".join(f"item_embeddings-{name}" for name in "ab")
+    found, config = read_tables("--item_embeddings", names, data, normalize=True)
+    low = 0
+    for name in "ab":
+        rows = tables[name].double().numpy()
+        known = np.linalg.norm(rows, axis=1) > 0
+        centred = rows - rows[known].mean(0)
+        want = centred / np.linalg.norm(centred, axis=1, keepdims=True) * known[:, None]
+        np.testing.assert_allclose(found[:, low : low + rows.shape[1]].numpy(), want, atol=1e-5)
+        low += rows.shape[1]
+    assert config["table_scales"] == pytest.approx([1, 1])
 
 
 def test_several_tables_stand_side_by_side_at_one_scale(tables, place, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from models.sr.popularity import Popularity
 from utils import metrics
 from utils.data import training_examples
 from utils.errors import RunError
-from utils.metrics import draw_negatives, evaluate, metrics_from_ranks, rank_users
+from utils.metrics import draw_negatives, evaluate, metrics_from_ranks, paired_bootstrap, rank_users
 
 
 class Table(Recommender):
@@ -210,3 +210,19 @@ def test_sasrec_never_looks_ahead(sequences):
     a, b = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 2, 3, 9]])
     assert torch.allclose(model.states(a)[:, :3], model.states(b)[:, :3], atol=1e-6)
     assert not torch.allclose(model.states(a)[:, 3], model.states(b)[:, 3], atol=1e-3)
+
+
+def test_the_paired_bootstrap_draws_users_with_all_their_seeds():
+    """Two seeds whose differences cancel in each user leave nothing to be uncertain of; a constant one neither."""
+    rng = np.random.default_rng(0)
+    ranks, others = rng.integers(0, 30, 400), rng.integers(0, 30, 400)
+    gain = [0.0 if rank >= 10 else 1 / math.log2(rank + 2) for rank in ranks]
+    less = [0.0 if rank >= 10 else 1 / math.log2(rank + 2) for rank in others]
+    mean, low, high = paired_bootstrap(ranks, others)
+    assert mean == pytest.approx(sum(a - b for a, b in zip(gain, less, strict=True)) / 400)
+    drawn = [np.mean([gain[u] - less[u] for u in rng.integers(0, 400, 400)]) for _ in range(1000)]
+    assert [low, high] == pytest.approx(list(np.quantile(drawn, [0.025, 0.975])), abs=0.006)
+    assert low < mean < high and high - low > 0.05
+    twice = np.concatenate([ranks, others]), np.concatenate([others, ranks])
+    assert paired_bootstrap(*twice, clusters=2) == pytest.approx((0, 0, 0))
+    assert paired_bootstrap(np.zeros(50), np.full(50, 99)) == pytest.approx((1, 1, 1))

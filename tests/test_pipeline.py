@@ -30,7 +30,7 @@ from models.sr import MODELS
 from utils import assets, cli
 from utils.data import Sequences
 from utils.errors import UserError
-from utils.metrics import SPLITS, draw_negatives, evaluate
+from utils.metrics import SPLITS, draw_negatives, evaluate, metrics_from_ranks
 from utils.run import Run
 
 pytestmark = pytest.mark.pipeline
@@ -119,6 +119,12 @@ def test_run_folders_are_complete(work):
     assert {p.suffix for p in work.rglob("*")}.isdisjoint({".pt", ".pth", ".bin", ".pkl"})
 
 
+@pytest.mark.parametrize("name", ["sasrec", "teacher", "student"])
+def test_the_ranks_of_the_users_are_kept(name, work):
+    ranks = {kind: load_file(work / name / "ranks.safetensors")[f"test_{kind}"].numpy() for kind in ("sampled", "full")}
+    assert {kind: metrics_from_ranks(found) for kind, found in ranks.items()} == metrics(work / name)["test"]
+
+
 def test_each_step_inherits_from_its_predecessor_and_says_so(work):
     teacher, student = (json.loads((work / n / "config.json").read_text()) for n in ("teacher", "student"))
     for name in ("base_model", "lora_r", "max_seq_length", "train_targets", "dataset_fingerprint", "table_sha256"):
@@ -194,7 +200,15 @@ def test_a_saved_model_loads_from_its_folder_with_identical_scores(name, work):
 
 
 READ_OUT = ["--read_out", "item", "--train_targets", "all", "--input_map", "mlp", "--normalize_items", "true"]
-INHERITED = ["read_out", "input_map", "item_output", "item_dropout", "state_dropout", "train_targets"]
+INHERITED = [
+    "normalize_items",
+    "read_out",
+    "input_map",
+    "item_output",
+    "item_dropout",
+    "state_dropout",
+    "train_targets",
+]
 READ_OUT += ["--item_dropout", 0.1, "--state_dropout", 0.1]
 
 

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from conftest import LORA, make_sequences, tiny_llm_rec
 
-from models.llm.recommender import PLAIN, ItemOutput, LLMRec, normalized
+from models.llm.recommender import PLAIN, ItemOutput, LLMRec
 from models.slmrec import SLMRec
 from utils.data import split_examples, training_examples
+from utils.item_tables import normalized
 
 P = 11  # tokens of the tiny model's prefix
 
@@ -162,9 +163,9 @@ def test_a_trained_output_starts_as_the_frozen_table_and_leaves_it(kind):
 
 
 def test_the_residual_is_the_product_of_its_factors():
-    output = ItemOutput("residual", 9, 4, 3)
-    torch.nn.init.normal_(output.right)
     table = torch.randn(9, 4)
+    output = ItemOutput("residual", table, 3)
+    torch.nn.init.normal_(output.right)
     want = [
         [table[i, j] + sum(output.left[i, k] * output.right[k, j] for k in range(3)) for j in range(4)]
         for i in range(9)

@@ -161,7 +161,8 @@ def check_space(folder: Path, size: int) -> None:
     if free < size:
         raise UserError(
             f"{size / 2**20:,.0f} MiB are to be written to {folder}, whose disk has {free / 2**20:,.0f} MiB left: "
-            "make room, or move the folder to a larger disk"
+            "make room, or move the folder to a larger disk (a teacher's hidden states need half of it with "
+            "--teacher_states bfloat16, and none with per_batch)"
         )
 
 

@@ -50,8 +50,11 @@ FLAGS: dict[str, tuple[str, str]] = {
         "which layers of the base are kept: first, interval (at an even one), or their numbers, as in 0,1,2,5",
         "",
     ),
-    "train_strategy": ("train LoRA adapters, all decoder layers, or neither (the two linear maps always train)", ""),
-    "lora_r": ("rank of the adapters", ">= 1"),
+    "train_strategy": (
+        "train LoRA adapters, all decoder layers, or neither (the maps around it always train)",
+        "",
+    ),
+    "lora_r": ("rank of the adapters, and of item_output residual", ">= 1"),
     "lora_alpha": ("scale of the adapters", "> 0"),
     "lora_dropout": ("dropout before the adapters", "0..1"),
     "lora_target_modules": ("comma-separated modules that get adapters", ""),
@@ -70,7 +73,10 @@ FLAGS: dict[str, tuple[str, str]] = {
     "num_epochs": ("passes over the training examples", "> 0"),
     "max_steps": ("optimiser steps, instead of num_epochs; -1: by num_epochs", "-1 or >= 1"),
     "learning_rate": ("peak learning rate of AdamW", "> 0"),
-    "head_learning_rate": ("the same for the maps from items and to user vectors (default: learning_rate)", "> 0"),
+    "head_learning_rate": (
+        "the same for what is around the decoder (default: learning_rate)",
+        "> 0",
+    ),
     "weight_decay": ("weight decay of AdamW; norms and biases have none", ">= 0"),
     "warmup_steps": ("steps of linear warm-up", ">= 0"),
     "lr_scheduler": ("what follows the warm-up", ""),
@@ -107,8 +113,11 @@ FLAGS: dict[str, tuple[str, str]] = {
     "candidates": ("file with the only items to rank, one per line (default: all)", ""),
     "output": ("write to this .jsonl or .csv file (default: print)", ""),
     "record": ("also write a record of each run to results/runs/", ""),
-    "mode": ("offline: a frozen teacher, whose states are computed once", ""),
+    "mode": ("offline: a frozen teacher", ""),
 }
+# what a run did whose version did not have the flag yet
+BEFORE = {"select_by": "sampled/NDCG@10", "read_out": "response", "input_map": "linear", "item_output": "frozen"}
+BEFORE |= {"teacher_states": "stored"}
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,12 @@ def whiten(table: torch.Tensor, dim: int) -> tuple[torch.Tensor, float]:
     return white, (values[:dim].sum() / values.clamp(min=0).sum()).item()
 
 
+def normalized(table: torch.Tensor) -> torch.Tensor:
+    """Rows of (V + 1, d) minus their mean, at length 1; rows of 0 (the padding, items without a vector) stay 0."""
+    known = (table != 0).any(1, keepdim=True)
+    return F.normalize(table - (table * known).sum(0) / known.sum(), dim=1) * known
+
+
 def find_table(name: str, data: Sequences) -> Path:
     """Where a table is that is given as a path, or as the name of a folder in outputs/<dataset>/."""
     places = Path(name), cli.ROOT / "outputs" / data.name / name
@@ -97,12 +103,12 @@ def read_table(flag: str, folder: Path, data: Sequences) -> tuple[torch.Tensor, 
     return table.float(), config
 
 
-def read_tables(flag: str, names: str | None, data: Sequences) -> tuple[torch.Tensor, dict]:
+def read_tables(flag: str, names: str | None, data: Sequences, normalize: bool = False) -> tuple[torch.Tensor, dict]:
     """One table or several side by side, (V + 1, sum of their widths), and what configurations hold of them.
 
-    names: comma-separated, None for that of SASRec. A dot product with several is the sum of those with each. So that
-    none of them outweighs another by its scale alone, all get the mean norm of the first one's rows, those of zeros
-    left out.
+    names: comma-separated, None for that of SASRec. normalize: each as `normalized` makes it. A dot product with
+    several is the sum of those with each. So that none of them outweighs another by its scale alone, all get the mean
+    norm of the first one's rows, those of zeros left out.
     """
     names = names or str(cli.ROOT / "outputs" / data.name / "item_embeddings-sasrec")
     whole = (find_table(names, data) / "config.json").is_file()  # a path may hold a comma
@@ -111,6 +117,7 @@ def read_tables(flag: str, names: str | None, data: Sequences) -> tuple[torch.Te
         raise UserError(f"{flag} {names}: a name is missing beside a comma")
     folders = [find_table(part, data) for part in parts]
     tables, configs = zip(*(read_table(flag, folder, data) for folder in folders), strict=True)
+    tables = tuple(map(normalized, tables)) if normalize else tables
     hashes = [config["table_sha256"] for config in configs]
     twice = next((at for at, digest in enumerate(hashes) if digest in hashes[:at]), None)
     if twice is not None:

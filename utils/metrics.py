@@ -5,6 +5,7 @@ A recommender is what `models/interface.py` says; this module uses its `score_bl
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from utils.data import Examples, Sequences, sorted_batches, split_examples
 from utils.errors import RunError
+from utils.files import save_tensors
 
 NUM_NEGATIVES = 999
 CANDIDATE_SEED = 20240527  # candidates have a seed of their own: a run's --seed never changes who is ranked
@@ -21,6 +23,7 @@ METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 # the metric on validation that chooses the weights: candidates and name, of `evaluate`
 SelectBy = Literal[*(f"{kind}/{name}" for kind in ("sampled", "full") for name in METRICS)]
 DEFAULT_SELECTION = "sampled/NDCG@10"
+RANKS_FILE = "ranks.safetensors"  # of every test user, so that two runs can be compared user by user
 SCORES_AT_ONCE = 2**20  # entries of a block of scores: users x items never stands in memory
 
 
@@ -92,6 +95,12 @@ def metrics_from_ranks(ranks: np.ndarray) -> dict[str, float]:
     result = {f"HR@{k}": float((ranks < k).mean()) for k in (1, 5, 10)}
     result |= {f"NDCG@{k}": float(np.where(ranks < k, gain, 0.0).mean()) for k in (5, 10)}
     return result | {"MRR": float((1.0 / (ranks + 1.0)).mean())}
+
+
+def save_ranks(ranks: dict[str, np.ndarray], folder: Path) -> None:
+    """The ranks (users,) of the test users, as `rank_users` returns them."""
+    of_users = {f"test_{kind}": torch.from_numpy(found.astype(np.int32)) for kind, found in ranks.items()}
+    save_tensors(of_users, folder / RANKS_FILE)
 
 
 def paired_bootstrap(

@@ -33,17 +33,23 @@ from utils.files import (
     save_tensors,
     write_json,
 )
-from utils.metrics import DEFAULT_SELECTION, SPLITS, draw_negatives, metrics_from_ranks, rank_users
+from utils.flags import BEFORE
+from utils.metrics import (
+    RANKS_FILE,
+    SPLITS,
+    draw_negatives,
+    metrics_from_ranks,
+    rank_users,
+    save_ranks,
+)
 from utils.report import card, flatten, git_commit, peak_memory, plot_curve, protocol
 
-RANKS_FILE = "ranks.safetensors"  # of every test user, so that two runs can be compared user by user
 # beside config.json
 RUN_FILES = ("metrics.json", "checkpoints", "log.jsonl", "curve.png", "README.md", CATALOGUE_FILE, RANKS_FILE)
 WEIGHTS = ("model.safetensors", "rec_heads.safetensors", "decoder.safetensors", "adapter", "states")
 LOCK = ".slmrec.lock"  # the first file of a run folder, held while a process trains in it
 # what does not change what is trained: these may differ when a run is continued
 NOT_COMPARED = ("resume", "report_to", "output_dir", "micro_batch_size", "eval_batch_size", "run_id", "num_users")
-BEFORE = {"select_by": DEFAULT_SELECTION}  # what a run did whose version did not have the flag yet
 
 
 class Run:
@@ -342,9 +348,3 @@ class Run:
         if self.accelerator.log_with:
             self.accelerator.end_training()
         self.lock.release()
-
-
-def save_ranks(ranks: dict[str, np.ndarray], folder: Path) -> None:
-    """The ranks (users,) of the test users, as `rank_users` returns them."""
-    of_users = {f"test_{kind}": torch.from_numpy(found.astype(np.int32)) for kind, found in ranks.items()}
-    save_tensors(of_users, folder / RANKS_FILE)

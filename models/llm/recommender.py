@@ -2,8 +2,8 @@
 
 Input, as embeddings: prompt prefix tokens | one vector per history item (frozen item table -> `input_proj`) | response
 tokens. The last position of the last layer through `score` is the user vector; item scores are its dot products with
-the frozen item table (section 3.2 of E4SRec, which the paper's teacher follows). With `read_out` "item" no response
-tokens run, and the user vector after an item is read at the item itself.
+the item table, which is frozen but for `item_output` (section 3.2 of E4SRec, which the paper's teacher follows). With
+`read_out` "item" no response tokens run, and the user vector after an item is read at the item itself.
 
 `plain_states` computes this as transformers would, a copy of the history for each target. `states` computes the same
 for less: the prefix is the same for everybody and attention is causal, so it runs once for the whole batch, with
@@ -50,30 +50,26 @@ class Fast:
 PLAIN = Fast(*[False] * 7)
 
 
-def normalized(table: torch.Tensor) -> torch.Tensor:
-    """Rows of (V + 1, d) minus their mean, at length 1; rows of 0 (the padding, items without a vector) stay 0."""
-    known = (table != 0).any(1, keepdim=True)
-    return F.normalize(table - (table * known).sum(0) / known.sum(), dim=1) * known
-
-
 class ItemOutput(nn.Module):
     """The table (V + 1, d) that scores items, from the frozen one; it starts as the frozen one.
 
     kind: "frozen"; "residual" adds a trained matrix of rank `rank`; "trained" trains every number, as E4SRec does.
     """
 
-    def __init__(self, kind: str, rows: int, dim: int, rank: int) -> None:
+    def __init__(self, kind: str, table: torch.Tensor, rank: int) -> None:
         super().__init__()
         self.kind = kind
-        if kind == "residual":
-            self.left, self.right = nn.Parameter(torch.randn(rows, rank)), nn.Parameter(torch.zeros(rank, dim))
+        if kind == "residual":  # one step of Adam moves a number by its rate times the scale of the table's numbers
+            left = torch.randn(len(table), rank) * table[1:].square().mean().sqrt() / rank**0.5
+            self.left, self.right = nn.Parameter(left), nn.Parameter(torch.zeros(rank, table.shape[1]))
         elif kind == "trained":
-            self.change = nn.Parameter(torch.zeros(rows, dim))
+            self.change = nn.Parameter(torch.zeros_like(table))
 
     def forward(self, table: torch.Tensor) -> torch.Tensor:
         if self.kind == "frozen":
             return table
-        return table + (self.left @ self.right if self.kind == "residual" else self.change)
+        with torch.autocast(table.device.type, enabled=False):  # scores are float32 also in a bfloat16 run
+            return table + (self.left @ self.right if self.kind == "residual" else self.change)
 
 
 class LLMRec(Recommender):
@@ -115,7 +111,7 @@ class LLMRec(Recommender):
         if input_map == "mlp":
             self.input_proj = nn.Sequential(self.input_proj, nn.GELU(), nn.Linear(hidden, hidden))
         self.score = nn.Linear(hidden, dim, bias=False)
-        self.item_output = ItemOutput(item_output, *item_table.shape, item_rank)
+        self.item_output = ItemOutput(item_output, item_table.float(), item_rank)
         self.item_dropout, self.state_dropout = nn.Dropout(item_dropout), nn.Dropout(state_dropout)
         self.register_buffer("table", item_table.float())
         self.register_buffer("prefix_ids", torch.tensor([prefix_ids]), persistent=False)
@@ -136,7 +132,8 @@ class LLMRec(Recommender):
 
         With SmolLM2-135M and SASRec's table of MovieLens-100K what tells items apart starts several times too small.
         """
-        words, scale = embed(self.prefix_ids).float().std(), 1 / self.table[1:].norm(dim=1).mean()
+        norms = self.table[1:].norm(dim=1)
+        words, scale = embed(self.prefix_ids).float().std(), 1 / norms[norms > 0].mean()
         for layer in [self.input_proj] if isinstance(self.input_proj, nn.Linear) else self.input_proj[::2]:
             nn.init.normal_(layer.weight).mul_(scale)
             nn.init.zeros_(layer.bias)
@@ -284,7 +281,7 @@ class LLMRec(Recommender):
         return self.item_output(self.table)  # (V + 1, d)
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """The two maps around the decoder. States are long, so one step of Adam on `score` moves all scores far.
+        """What is around the decoder. States are long, so one step of Adam on `score` moves all scores far.
 
         A high rate of either lets training grow rounding (docs/log.md).
         """

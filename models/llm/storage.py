@@ -57,7 +57,7 @@ def load_base(config: dict, base_model: str | Path) -> Base:
             "rows; give it the tokenizer that belongs to it"
         )
     found = fingerprint(decoder, prompt)
-    check_packing(decoder, prompt, config["max_seq_length"], base_model)
+    check_packing(decoder, prompt, config["max_seq_length"], base_model, config["read_out"])
     return Base(decoder, prompt, found)
 
 
@@ -84,7 +84,9 @@ def kind(layer: nn.Module) -> str:
 
 
 @torch.no_grad()
-def check_packing(decoder: nn.Module, prompt: dict[str, list[int]], max_length: int, base_model: str | Path) -> None:
+def check_packing(
+    decoder: nn.Module, prompt: dict[str, list[int]], max_length: int, base_model: str | Path, read_out: str
+) -> None:
     """UserError unless `LLMRec.states` are those of transformers' own forward pass, `plain_states`.
 
     Tried in float32 on copies of the first two layers of each kind, with two short histories: it costs little, and
@@ -110,6 +112,7 @@ def check_packing(decoder: nn.Module, prompt: dict[str, list[int]], max_length: 
                 response_ids=list(range(P, P + R)),
                 max_length=max_length,
                 train_strategy="frozen",
+                read_out=read_out,
             ).eval()
             newest = torch.zeros_like(histories, dtype=torch.bool)
             newest[:, -1] = True
@@ -145,12 +148,11 @@ def build_llm_rec(config: dict, base: Base, item_table: torch.Tensor) -> LLMRec:
             "target_modules": lora_targets(base.decoder.layers, config["lora_target_modules"]) if adapted else [],
         },
         item_rank=config["lora_r"],
-        # an earlier version had none of these
-        read_out=config.get("read_out") or "response",
-        item_dropout=config.get("item_dropout") or 0.0,
-        state_dropout=config.get("state_dropout") or 0.0,
-        input_map=config.get("input_map") or "linear",
-        item_output=config.get("item_output") or "frozen",
+        read_out=config["read_out"],
+        item_dropout=config["item_dropout"],
+        state_dropout=config["state_dropout"],
+        input_map=config["input_map"],
+        item_output=config["item_output"],
     )
 
 

@@ -84,20 +84,8 @@ def run_pipeline(
         wiring = {
             "train_sr_trad": [] if dropout else ["--dropout", "0"],
             "extract_emb": ["--sr_dir", place / "train_sr_trad"],
-            "finetune": [
-                "--item_embeddings",
-                place / "extract_emb",
-                "--lora_dropout",
-                "0.05" if dropout else "0",
-                *still,
-            ],
-            "distill": [
-                "--teacher",
-                teacher or place / "finetune",
-                "--lora_dropout",
-                "0.05" if dropout else "0",
-                *still,
-            ],
+            "finetune": ["--item_embeddings", place / "extract_emb", *dropouts],
+            "distill": ["--teacher", teacher or place / "finetune", *dropouts],
         }
         for step in steps:
             more = wiring[step] + ([] if step == "extract_emb" else ["--seed", seed])

@@ -326,6 +326,7 @@ BAD = {
     "two tensors": ("t.safetensors", {"a": torch.ones(4, 2), "b": torch.ones(4, 2)}, LETTERS, None, "2 tensors (a, b)"),
     "no tensor": ("t.safetensors", {"item_ids": torch.arange(4)}, LETTERS, None, "0 tensors (none)"),
     "no safetensors": ("t.safetensors", b"safe", LETTERS, None, "is damaged"),
+    "one number": ("t.safetensors", {"a": torch.tensor(1.0), "item_ids": torch.arange(1)}, LETTERS, None, "one row"),
     "truth": ("t.safetensors", {"a": torch.ones(4, 2, dtype=torch.bool)}, LETTERS, None, "no real numbers"),
     "too few ids": ("t.safetensors", {"a": torch.ones(4, 2), "item_ids": torch.arange(3)}, NUMBERS, None, "not one id"),
     "ids of another dataset": (

@@ -76,8 +76,10 @@ def read_safetensors(path: Path, catalogue: Catalogue) -> tuple[np.ndarray, list
         names = ", ".join(tensors) or "none"
         raise UserError(f"--import_table {path} has {len(tensors)} tensors ({names}), not the table and item_ids alone")
     (rows,) = tensors.values()
-    if rows.dtype == torch.bool or rows.is_complex() or rows.ndim != 2:
-        raise UserError(f"--import_table {path}: its tensor is {rows.dtype} {tuple(rows.shape)}, no rows of numbers")
+    if rows.dtype == torch.bool or rows.is_complex():
+        raise UserError(f"--import_table {path}: its tensor is {rows.dtype}, no real numbers")
+    if rows.ndim != 2:
+        raise UserError(f"--import_table {path}: its shape is {tuple(rows.shape)}, not one row of numbers per item")
     if ids is None or torch.equal(ids.long(), torch.arange(len(rows))):  # as step 2 numbers them
         return rows.float().numpy(), None
     if ids.is_floating_point() or ids.shape != rows.shape[:1]:

@@ -133,7 +133,7 @@ class LLMRec(Recommender):
         With SmolLM2-135M and SASRec's table of MovieLens-100K what tells items apart starts several times too small.
         """
         norms = self.table[1:].norm(dim=1)
-        words, scale = embed(self.prefix_ids).float().std(), 1 / norms[norms > 0].mean()
+        words, scale = embed(self.prefix_ids).float().std(), (norms > 0).sum() / norms.sum()
         for layer in [self.input_proj] if isinstance(self.input_proj, nn.Linear) else self.input_proj[::2]:
             nn.init.normal_(layer.weight).mul_(scale)
             nn.init.zeros_(layer.bias)

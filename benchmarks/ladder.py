@@ -17,13 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.same_metrics import over_seeds
 from utils.cli import ROOT
 from utils.files import load_tensors, read_json, write_json
 from utils.metrics import SPLITS, paired_bootstrap
-from utils.report import markdown_table
+from utils.report import environment, markdown_table
 
 STILL = {"item_dropout": 0, "state_dropout": 0}
 PAPER = STILL | {"read_out": "response", "train_targets": "last"}
@@ -176,7 +177,8 @@ def main() -> None:
             config = read_json(path.parent / "config.json", "")
             runs.append({"row": name, "seed": int(path.parent.name.rpartition("seed")[2]), "config": config, **kept})
     seeds = sorted({run["seed"] for run in runs})
-    record = {"runs": runs, "differences": differences(args.dataset, seeds)}
+    measured = environment(Accelerator(cpu=not torch.accelerator.is_available()))
+    record = {"runs": runs, "differences": differences(args.dataset, seeds), "environment": measured}
     write_json(record, out)
     print(table(record), difference_table(record), out, sep="\n\n")
 

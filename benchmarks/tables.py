@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import busy, cost, llm_step, order, same_metrics, seeds
+from benchmarks import busy, cost, ladder, llm_step, order, same_metrics, seeds
 from utils import cli
 from utils.cli import ROOT
 from utils.errors import UserError
@@ -108,11 +108,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "busy": lambda: busy.table(record("busy")),
     "beside the paper": lambda: beside_paper(runs("ml-100k"), published()),
     "runs of ml-100k": lambda: comparison(runs("ml-100k")),
-    "runs of beauty": lambda: comparison(runs("beauty")),
+    "ladder of beauty": lambda: ladder.table(record("ladder-beauty")),
+    "differences on beauty": lambda: ladder.difference_table(record("ladder-beauty")),
     "runs of clothing2014": lambda: comparison(runs("clothing2014")),
     "seeds": lambda: seeds.table(record("seeds")),
     "order": lambda: order.table(record("order")),
     "llm_step": lambda: llm_step.speed_table(record("llm_step")),
+    "read-outs": lambda: llm_step.read_out_table(record("llm_step")),
     "hours of the paper": lambda: llm_step.paper_table(record("llm_step")),
     "cost": lambda: cost.measures_table(record("cost")),
     "single ratios": lambda: single_ratios(record("cost")),

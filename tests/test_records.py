@@ -87,7 +87,8 @@ def test_the_time_saved_was_not_taken_from_the_quality():
 
 def test_sasrec_on_beauty_is_near_what_is_published():
     """Published: sampled softmax .0531, BCE .0354; full ranking, history masked."""
-    assert RUNS["beauty-sasrec"]["metrics"]["test"]["full"]["NDCG@10"] >= 0.044
+    found = [run["test"]["full"]["NDCG@10"] for run in record("ladder-beauty")["runs"] if run["row"] == "SASRec"]
+    assert statistics.mean(found) >= 0.95 * 0.0531
 
 
 def test_the_recommenders_do_what_the_pages_say():

@@ -13,6 +13,7 @@ from benchmarks import tables
 pytestmark = pytest.mark.records
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in tables.FILES}
 RUNS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results/runs").glob("*.json")}
+STEPS = ("train_sr_trad", "finetune", "distill")
 BENCHMARKS = ROOT / "results" / "benchmarks"
 
 
@@ -61,7 +62,7 @@ def test_the_fast_computations_move_no_metric():
 def test_with_dropout_the_metrics_differ_by_noise_alone():
     """Three seeds with everything on and off: Student's paired t test, 5 %, two-sided, for each NDCG@10."""
     runs = record("same_metrics_dropout")["runs"]
-    for step, kind in product(("train_sr_trad", "finetune", "distill"), ("sampled", "full")):
+    for step, kind in product(STEPS, ("sampled", "full")):
         for split in ("test", "valid"):
             found = {r["seed"]: r["differences"][f"{split}/{kind}/NDCG@10"] for r in runs if r["step"] == step}
             assert list(found) == [1, 2, 3]
@@ -69,20 +70,21 @@ def test_with_dropout_the_metrics_differ_by_noise_alone():
             assert abs(statistics.mean(found.values())) <= 4.303 * error, (step, split, kind)
 
 
-def test_the_time_saved_was_not_taken_from_the_quality():
-    """Mean NDCG@10 over the seeds beside the slower first version: higher on test, and in sum with validation."""
+def test_reading_at_items_is_better_over_three_seeds():
+    """Mean NDCG@10 beside the recipe before: higher on test and on validation; and what the README says of the means."""
     runs = record("seeds")["runs"]
     before, now = dict.fromkeys(run["commit"] for run in runs)
-    for step, kind in product(("train_sr_trad", "finetune", "distill"), ("sampled", "full")):
-        gains = []
-        for split in ("test", "valid"):
-            old, new = (
-                {r["seed"]: r[split][kind]["NDCG@10"] for r in runs if (r["commit"], r["step"]) == (commit, step)}
-                for commit in (before, now)
-            )
-            assert list(old) == list(new) == [1, 2, 42]
-            gains.append(statistics.mean(new.values()) - statistics.mean(old.values()))
-        assert gains[0] >= 0 and sum(gains) >= 0, (step, kind)
+    means = {}
+    for step, split, kind in product(STEPS, ("test", "valid"), ("sampled", "full")):
+        for commit in (before, now):
+            found = {r["seed"]: r[split][kind]["NDCG@10"] for r in runs if (r["commit"], r["step"]) == (commit, step)}
+            assert list(found) == [1, 2, 42]
+            means[commit, step, split, kind] = statistics.mean(found.values())
+        gain = means[now, step, split, kind] - means[before, step, split, kind]
+        assert gain >= (-1e-6 if step == "train_sr_trad" else 0), (step, split, kind)
+    for kind in ("sampled", "full"):
+        for step in STEPS:
+            assert f"{means[now, step, 'test', kind]:.4f}".removeprefix("0") in PAGES["README.md"], (step, kind)
 
 
 def test_sasrec_on_beauty_is_near_what_is_published():
@@ -92,12 +94,12 @@ def test_sasrec_on_beauty_is_near_what_is_published():
 
 
 def test_the_recommenders_do_what_the_pages_say():
-    """Student and teacher within noise and behind SASRec, all above popularity; half the layers in half the time."""
+    """Student, teacher and SASRec within noise, all above popularity; half the layers in half the time."""
     runs = {run["config"]["kind"]: run for name, run in RUNS.items() if name.startswith("ml-100k-")}
     found = {kind: run["metrics"]["test"]["sampled"]["NDCG@10"] for kind, run in runs.items()}
     popularity = runs["sr"]["metrics"]["baselines"]["Popularity"]["test"]["sampled"]["NDCG@10"]
     assert abs(found["student"] - found["teacher"]) <= 0.008  # the standard error over the test users
-    assert found["sr"] > max(found["student"], found["teacher"]) and min(found.values()) >= 0.110 > 1.5 * popularity
+    assert max(found.values()) - min(found.values()) <= 0.008 and min(found.values()) >= 0.120 > 2 * popularity
     seconds = {kind: run["metrics"]["seconds"]["score_test"] for kind, run in runs.items()}
     assert 0.4 <= seconds["student"] / seconds["teacher"] <= 0.65
     assert 2 * runs["student"]["config"]["num_layers"] == runs["teacher"]["config"]["num_layers"] == 8

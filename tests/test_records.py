@@ -71,7 +71,7 @@ def test_with_dropout_the_metrics_differ_by_noise_alone():
 
 
 def test_reading_at_items_is_better_over_three_seeds():
-    """Mean NDCG@10 beside the recipe before: higher on test and on validation; and what the README says of the means."""
+    """Mean NDCG@10 beside the recipe before: higher on test and validation; and what the README says of the means."""
     runs = record("seeds")["runs"]
     before, now = dict.fromkeys(run["commit"] for run in runs)
     means = {}

@@ -25,7 +25,8 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, LlamaConfig, Qwen3NextConfig
 
-from models.llm.storage import load_llm_rec
+import distill
+from models.llm.storage import load_base, load_llm_rec
 from models.sr import MODELS
 from utils import assets, cli
 from utils.data import Sequences
@@ -241,6 +242,8 @@ def test_a_model_that_is_read_at_items_resumes_loads_and_teaches(item_output, wo
     assert got == metrics(tmp_path / "whole")
 
     taught = json.loads((tmp_path / "whole/config.json").read_text())
+    student = distill.start_of_student(taught | {"num_layers": 1}, load_base(taught, tiny_base), tmp_path / "whole")
+    assert torch.equal(student.item_vectors(), model.item_vectors())
     for kind in ("stored", "bfloat16", "per_batch"):
         student = on_tiny("distill", work, ["--teacher_states", kind], tmp_path / kind)
         student[student.index("--teacher") + 1] = tmp_path / "whole"

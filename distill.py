@@ -177,7 +177,7 @@ def load_kl_teacher(config: dict, run: Run) -> tuple[Recommender, Path, list]:
         teacher, base = load_recommender(source, taught, run.data.training_part()), None
     else:
         teacher = load_llm_rec(source)
-        base = taught.get("base_fingerprint") or load_base(taught, recorded_base(taught)).fingerprint
+        base = taught["base_fingerprint"]  # without one it is not loaded
     if type(teacher).scores is not Recommender.scores:
         title = taught["title"]
         raise UserError(f"--kl_teacher {source}: {title} scores items by no dot product, which the logit term needs")

@@ -115,7 +115,7 @@ def joined(lists: Sequence[list[str]]) -> list[str]:
 
 
 def from_sequences(rows: Sequence[Row], where: Callable[[int], str], whole: bool, **rest) -> Interactions:
-    """One row a user; `whole` asks for items that are whole numbers, `where` names the place of a row."""
+    """One row per user; `whole` asks for items that are whole numbers, `where` names the place of a row."""
     seen: dict[str, int] = {}
     for row, (user, items, moments) in enumerate(rows):
         if not user.strip():

@@ -123,7 +123,7 @@ class Examples:
         return self.end - self.first + 1
 
     def target_rows(self, index: np.ndarray) -> np.ndarray:
-        """Rows of the examples `index` in an array with one row a target of all examples, in order."""
+        """Rows of the examples `index` in an array with one row per target of all examples, in order."""
         counts = self.num_targets[index]
         low = np.cumsum(self.num_targets)[index] - counts
         return np.arange(counts.sum()) + np.repeat(low - (np.cumsum(counts) - counts), counts)
@@ -167,8 +167,8 @@ def parse_train_targets(train_targets: str) -> int:
 def training_examples(data: Sequences, train_targets: str, max_length: int) -> Examples:
     """The training part of every user: all but the last two items (leave-one-out).
 
-    `last` asks for one target a user, with the `max_length` items before it as history: the released protocol. With
-    more targets a user's training part is cut into windows of at most `max_length` items, the newest first, and each
+    `last` asks for one target per user, with the `max_length` items before it as history: the released protocol. With
+    more targets, a user's training part is cut into windows of at most `max_length` items, the newest first, and each
     target is asked in exactly one of them, so one that comes early in its window has a shorter history. A user whose
     training part is a single item has no history and gives no example.
     """
@@ -184,7 +184,7 @@ def training_examples(data: Sequences, train_targets: str, max_length: int) -> E
 
 
 def split_examples(data: Sequences, split: str, max_length: int) -> Examples:
-    """One example a kept user: `valid` asks for the item before the last, `test` for the last."""
+    """One example per kept user: `valid` asks for the item before the last, `test` for the last."""
     end = data.offsets[data.users + 1] - {"valid": 2, "test": 1}[split]
     return Examples(data.items, data.users, np.maximum(data.offsets[data.users], end - max_length), end, end)
 

@@ -28,7 +28,7 @@ SCORES_AT_ONCE = 2**20  # entries of a block of scores: users x items never stan
 
 
 def draw_negatives(data: Sequences, split: str, num: int = NUM_NEGATIVES, seed: int = CANDIDATE_SEED) -> np.ndarray:
-    """Draw `num` negatives a kept user, uniform without replacement over the items outside the user's sequence.
+    """Draw `num` negatives per kept user, uniform without replacement over the items outside the user's sequence.
 
     Returns (users, num) int32. Depends on the data, the split and the seed alone, so every model is ranked on the
     same candidates. A user with fewer unseen items gets all of them, and 0 in the places left over.

@@ -73,11 +73,18 @@ ROWS = {
     "teacher with titles": Row("finetune", ("item table", "table of titles")),
     "student with titles": Row("distill", ("teacher with titles",)),
     "student with titles + SASRec": Row("evaluate", ("student with titles", "SASRec")),
+    "SASRec from titles": Row("train_sr_trad", ("table of titles",)),
+    "item table from titles": Row("extract_emb", ("SASRec from titles",)),
+    "teacher from titles": Row("finetune", ("item table from titles",)),
+    "student from titles": Row("distill", ("teacher from titles",)),
+    "student + SASRec, from titles": Row("evaluate", ("student from titles", "SASRec from titles")),
 }
-READS = {"extract_emb": ["--sr_dir"], "finetune": ["--item_embeddings"], "distill": ["--teacher"]}
-READS["evaluate"] = ["--run", "--fuse"]
+READS = {"train_sr_trad": ["--init_items"], "extract_emb": ["--sr_dir"], "finetune": ["--item_embeddings"]}
+READS |= {"distill": ["--teacher"], "evaluate": ["--run", "--fuse"]}
 PAIRS = [("teacher", "SASRec"), ("student", "SASRec"), ("student", "teacher")]
 PAIRS += [("student", "student, without any teacher"), ("student with titles + SASRec", "SASRec")]
+PAIRS += [(f"{name} from titles", "SASRec from titles") for name in ("teacher", "student")]
+PAIRS += [("student from titles", "teacher from titles"), ("student + SASRec, from titles", "SASRec from titles")]
 
 
 def folder_of(dataset: str, row: str, seed: int) -> Path:

@@ -224,10 +224,11 @@ class Workload:
     def batches(self, index: list[np.ndarray]) -> list[dict[str, torch.Tensor]]:
         return [{k: v.to(self.device) for k, v in self.examples.batch(part).items()} for part in index]
 
-    def rank(self, model: LLMRec) -> None:
-        """Candidates are drawn in here too, though a run draws them once for all its evaluations."""
+    def rank(self, model: LLMRec, negatives: np.ndarray | None = None) -> None:
+        """Candidates, where none are given, are drawn in here too, though a run draws them once for all its passes."""
         how = {"max_length": MAX_ITEMS, "batch_size": self.infer_batch_size, "device": self.device}
-        rank_users(model.eval(), self.ranked, "test", draw_negatives(self.ranked, "test"), **how)
+        negatives = draw_negatives(self.ranked, "test") if negatives is None else negatives
+        rank_users(model.eval(), self.ranked, "test", negatives, **how)
 
     def released_rank(self, model: LLMRec) -> None:
         with torch.inference_mode():
@@ -390,7 +391,8 @@ class Benchmark:
         targets = int(examples.num_targets[np.concatenate(index)].sum())
         steps = {kind: (training_step(model, ours_loss, batches), targets) for kind, model in models.items()}
         one = training_step(released, released_loss, work.batches(work.index()[:1]))
-        ranks = {kind: (lambda model=model: work.rank(model), len(work.tests)) for kind, model in models.items()}
+        drawn = draw_negatives(work.ranked, "test")
+        ranks = {kind: (lambda model=model: work.rank(model, drawn), len(work.tests)) for kind, model in models.items()}
         slow = (lambda: work.released_rank(released), work.infer_batch_size)
         for kind, run in (
             ("training, targets", {"released": (one, work.batch_size)} | steps),
@@ -501,7 +503,7 @@ def main() -> None:
         benchmark.equal_depth(Workload(args.dataset, batch_size, **more))
     for depth in args.student_layers:
         benchmark.student(Workload(args.dataset, args.student_batch_size, **more), depth)
-    benchmark.read_outs(Workload(args.dataset, args.student_batch_size, **more))
+    benchmark.read_outs(Workload(args.dataset, max(args.batch_sizes), **more))
     summary = benchmark.summary()
     record = {"summary": summary, "rows": benchmark.rows, "read_outs": benchmark.read_out_rows}
     settings = {name: str(value) for name, value in vars(args).items() if name != "out"}

@@ -68,6 +68,8 @@ ROWS = {
     **{f"teacher, {name}": Row("finetune", ("item table",), flags) for name, flags in SWITCHES.items()},
     "student": Row("distill", ("teacher",)),
     **{f"student, {name}": Row("distill", ("teacher",), flags) for name, flags in TERMS.items()},
+    "student, logits of SASRec": Row("distill", ("teacher", "SASRec")),
+    "8 layers, logits of SASRec": Row("distill", ("teacher", "SASRec"), {"num_layers": 8}),
     "student + SASRec": Row("evaluate", ("student", "SASRec")),
     "table of titles": Row("extract_emb", (), {"text": "titles"}),
     "teacher with titles": Row("finetune", ("item table", "table of titles")),
@@ -80,9 +82,10 @@ ROWS = {
     "student + SASRec, from titles": Row("evaluate", ("student from titles", "SASRec from titles")),
 }
 READS = {"train_sr_trad": ["--init_items"], "extract_emb": ["--sr_dir"], "finetune": ["--item_embeddings"]}
-READS |= {"distill": ["--teacher"], "evaluate": ["--run", "--fuse"]}
+READS |= {"distill": ["--teacher", "--kl_teacher"], "evaluate": ["--run", "--fuse"]}
 PAIRS = [("teacher", "SASRec"), ("student", "SASRec"), ("student", "teacher")]
 PAIRS += [("student", "student, without any teacher"), ("student with titles + SASRec", "SASRec")]
+PAIRS += [(f"{name}, logits of SASRec", "SASRec") for name in ("8 layers", "student")]
 PAIRS += [(f"{name} from titles", "SASRec from titles") for name in ("teacher", "student")]
 PAIRS += [("student from titles", "teacher from titles"), ("student + SASRec, from titles", "SASRec from titles")]
 

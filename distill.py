@@ -14,8 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-from models.interface import Recommender
 from models.llm.decoder import block_boundaries, layer_flags, listed_layers, select_layers
+from models.llm.kl_teacher import find_kl_teacher, give_logits, weights_sha256
 from models.llm.recommender import LLMRec
 from models.llm.storage import (
     HEADS_FILE,
@@ -28,15 +28,14 @@ from models.llm.storage import (
     recorded_base,
     save_llm_rec,
 )
-from models.llm.teacher_states import teacher_states, teacher_vectors
+from models.llm.teacher_states import teacher_states
 from models.slmrec import SLMRec
 from models.sr import MODELS
-from models.sr.storage import load_recommender
 from utils import assets, cli
 from utils.data import Examples, Sequences, check_same_dataset, training_examples
 from utils.errors import UserError
-from utils.files import load_tensors, sha256
-from utils.metrics import DEFAULT_SELECTION, RANKS_FILE, SelectBy
+from utils.files import load_tensors
+from utils.metrics import DEFAULT_SELECTION, SelectBy
 from utils.report import closing_table, finished_run
 from utils.run import Run
 from utils.train import fit
@@ -138,52 +137,6 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     return source, taught
 
 
-def weights_sha256(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): sha256(path)
-        for path in sorted(folder.rglob("*.safetensors"))
-        if path.name != RANKS_FILE
-    }
-
-
-def find_kl_teacher(config: dict, teacher: Path, data: Sequences) -> None:
-    """Check the flags of the logit term, and put into `config` from which run its logits come."""
-    given = {name: config[name] for name in ("kl_teacher", "kl_items", "temperature") if config[name] is not None}
-    if config["lambda_kl"] is None and given:  # with --lambda_kl 0 it was switched off
-        name, value = next(iter(given.items()))
-        raise UserError(f"--{name} {value} has no effect without the logit term: add --lambda_kl, its weight")
-    config["lambda_kl"] = config["lambda_kl"] or 0.0
-    if not config["lambda_kl"]:
-        return
-    source = Path(config["kl_teacher"] or teacher)
-    taught, _ = finished_run(source, f"--kl_teacher {source} holds no finished run; give the folder of one")
-    if taught.get("kind") not in ("sr", "teacher", "student"):
-        raise UserError(f"--kl_teacher {source} is no run of train_sr_trad.py, finetune.py or distill.py")
-    check_same_dataset(data, taught.get("dataset_fingerprint"), source)
-    length, reads = config["max_seq_length"], taught["max_seq_length"]
-    if taught["kind"] != "sr" and length > reads:
-        raise UserError(f"--max_seq_length {length}: --kl_teacher {source} reads {reads} items, a student no more")
-    config |= {"kl_teacher": cli.portable_path(source), "kl_teacher_sha256": weights_sha256(source)}
-    config["temperature"] = config["temperature"] or 1.0
-
-
-def load_kl_teacher(config: dict, run: Run) -> tuple[Recommender, Path, list]:
-    """The recommender whose logits are learned, its folder, and what tells its weights from others."""
-    source = cli.ROOT / config["kl_teacher"]
-    if source.resolve() == run.folder.resolve():
-        raise UserError(f"--kl_teacher {source} is where this run is written; choose another --output_dir")
-    taught, _ = finished_run(source, f"--kl_teacher {source} holds no finished run any more")
-    if taught["kind"] == "sr":
-        teacher, base = load_recommender(source, taught, run.data.training_part()), None
-    else:
-        teacher = load_llm_rec(source)
-        base = taught["base_fingerprint"]  # without one it is not loaded
-    if type(teacher).scores is not Recommender.scores:
-        title = taught["title"]
-        raise UserError(f"--kl_teacher {source}: {title} scores items by no dot product, which the logit term needs")
-    return teacher, source, [base, config["kl_teacher_sha256"]]
-
-
 def check_student_layers(num_layers: int, layer_selection: str, taught: dict) -> None:
     """UserError where the base has no such layers, or an inherited list is the teacher's and not the student's."""
     layers = listed_layers(layer_selection)
@@ -235,12 +188,8 @@ def train_student(run: Run, config: dict, source: Path, taught: dict, examples: 
                     stack.enter_context(teacher.for_inference())  # no weight of it changes while the student trains
             else:
                 student.teacher_states = teacher_states(source, fingerprint, examples, boundaries, run)
-        if config["lambda_kl"]:
-            teacher, folder, key = load_kl_teacher(config, run)
-            states = student.teacher_states if folder.resolve() == source.resolve() else None
-            student.teacher_vectors = teacher_vectors(teacher, folder, key, examples, run, states)
-            student.teacher_table = teacher.item_vectors().detach().float()
-            del teacher
+        stored = student.teacher_states
+        give_logits(student, config, examples, run, None if stored is None else (source, stored))
         state = fit(run, student, examples)
     size = count_parameters(student) | {"total": count_parameters(student.student)["total"]}  # ms_heads only train
     run.finish(student, state, size, lambda folder: save_llm_rec(student.student, folder))

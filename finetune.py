@@ -4,6 +4,7 @@ python finetune.py                                    8 layers of SmolLM2-135M o
 python finetune.py --base_model Qwen/Qwen3-0.6B --num_layers 8 --dtype bfloat16
 python finetune.py --num_layers 4 --output_dir outputs/ml-100k/teacher-4
 python finetune.py --item_embeddings item_embeddings-sasrec,item_embeddings-titles
+python finetune.py --lambda_kl 1                      learns the logits of the SASRec whose table it reads too
 """
 
 import utils.threads  # noqa: F401  before torch is imported
@@ -12,11 +13,17 @@ import utils.threads  # noqa: F401  before torch is imported
 
 from typing import Literal
 
+import torch
+
+from models.interface import Recommender
 from models.llm.decoder import base_config, base_shape, layer_flags, select_layers
+from models.llm.kl_teacher import find_kl_teacher, give_logits
+from models.llm.recommender import LLMRec
 from models.llm.storage import build_llm_rec, count_parameters, load_base, save_llm_rec
+from models.slmrec import SLMRec
 from models.sr import MODELS
 from utils import assets, cli
-from utils.data import Sequences, training_examples
+from utils.data import Examples, Sequences, training_examples
 from utils.item_tables import read_tables
 from utils.metrics import DEFAULT_SELECTION, SelectBy
 from utils.report import closing_table
@@ -42,6 +49,10 @@ def main(
     item_output: Literal["frozen", "residual", "trained"] = "frozen",
     item_dropout: float = 0.0,
     state_dropout: float = 0.0,
+    lambda_kl: float | None = None,
+    kl_teacher: str | None = None,
+    kl_items: int | None = None,
+    temperature: float | None = None,
     max_seq_length: int = 30,
     train_targets: str = "last",
     batch_size: int = 256,
@@ -67,9 +78,7 @@ def main(
     num_layers, layer_selection = layer_flags(num_layers, layer_selection, default=8)
     config = dict(locals()) | {"kind": "teacher", "title": f"Teacher-{num_layers}"}
     data = Sequences.load(assets.dataset_folder(dataset))
-    item_table, tables = read_tables("--item_embeddings", item_embeddings, data, normalize_items)
-    config["item_embeddings"] = tables.pop("item_embeddings")
-    cli.inherit(config, tables, list(tables), config["item_embeddings"])
+    item_table = find_table(config, data)
     base = find_base(config)
     examples = training_examples(data, train_targets, max_seq_length)
 
@@ -78,9 +87,18 @@ def main(
         kept = load_base(config, base)
         run.record(base_fingerprint=kept.fingerprint)
         teacher = build_llm_rec(config, kept, item_table)
-        state = fit(run, teacher, examples)
+        state = fit(run, with_logits(teacher, config, examples, run), examples)
         run.finish(teacher, state, count_parameters(teacher), lambda folder: save_llm_rec(teacher, folder))
     run.print(closing_table(run.folder.parent, data.fingerprint))
+
+
+def find_table(config: dict, data: Sequences) -> torch.Tensor:
+    """The item table (V + 1, d); what is recorded of it, and whose logits are learned beside it, goes into `config`."""
+    table, found = read_tables("--item_embeddings", config["item_embeddings"], data, config["normalize_items"])
+    config["item_embeddings"], maker = found.pop("item_embeddings"), found.pop("sr_dir", None)
+    cli.inherit(config, found, list(found), config["item_embeddings"])
+    find_kl_teacher(config, maker and cli.ROOT / maker, data)
+    return table
 
 
 def find_base(config: dict) -> str:
@@ -90,6 +108,18 @@ def find_base(config: dict) -> str:
     select_layers(config["num_layers"], shape.num_hidden_layers, config["layer_selection"])
     config |= {"base_model": assets.record_base_model(config["base_model"], base), "base_shape": base_shape(shape)}
     return base
+
+
+def with_logits(teacher: LLMRec, config: dict, examples: Examples, run: Run) -> Recommender:
+    """The teacher as it is trained: with the logit term of a student, where that is asked for."""
+    if not config["lambda_kl"]:
+        return teacher
+    no_states = {"num_blocks": 1, "norm_form": "l2", "block_reduction": "sum"}
+    weights = {"lambda_cos": 0.0, "lambda_norm": 0.0, "lambda_ms": 0.0, "lambda_kl": config["lambda_kl"]}
+    how = {"temperature": config["temperature"], "kl_items": config["kl_items"]}
+    model = SLMRec(teacher, **no_states, **weights, **how)
+    give_logits(model, config, examples, run)
+    return model
 
 
 if __name__ == "__main__":

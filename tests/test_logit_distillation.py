@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from test_kill import sources, step  # noqa: F401
 from test_losses import NONE, batch, make
 
 import distill
+import extract_emb
 import finetune
 import train_sr_trad
 from benchmarks.llm_step import peak_extra_bytes
 from models import losses
+from models.llm import kl_teacher
 from models.llm.storage import load_llm_rec
 from models.losses import distillation_kl
 from models.slmrec import SLMRec
@@ -180,9 +183,9 @@ def student(runs, sources, name: str, *flags) -> list[dict]:  # noqa: F811
 
 
 def watch_vectors(monkeypatch) -> list:
-    """What `teacher_vectors` returns in a run of distill.py."""
-    found, real = [], distill.teacher_vectors
-    monkeypatch.setattr(distill, "teacher_vectors", lambda *a: found.append(real(*a)) or found[-1])
+    """What `teacher_vectors` returns in a run."""
+    found, real = [], kl_teacher.teacher_vectors
+    monkeypatch.setattr(kl_teacher, "teacher_vectors", lambda *a: found.append(real(*a)) or found[-1])
     return found
 
 
@@ -297,3 +300,56 @@ def test_a_model_without_user_vectors_teaches_no_logits(runs, sources, capsys, m
     monkeypatch.setattr(SASRec, "scores", lambda self, histories, users=None, items=None: None, raising=False)
     words = refused(runs, sources, capsys, ["--lambda_kl", 1, "--kl_teacher", runs / "sasrec"])
     assert "SASRec scores items by no dot product" in words
+
+
+@pytest.fixture(scope="module")
+def table_of_sasrec(runs, sources):  # noqa: F811
+    flags = ["--dataset", sources / "data", "--sr_dir", runs / "sasrec", "--output_dir", runs / "table"]
+    cli.run(extract_emb.main, "extract", [str(word) for word in flags], models=MODELS)
+    return runs / "table"
+
+
+def teacher_with_logits(runs, sources, *flags) -> list[str]:  # noqa: F811
+    common = ["--dataset", sources / "data", "--base_model", sources / "base", "--num_layers", 2, "--lora_r", 2]
+    common += ["--train_targets", "all", "--max_seq_length", 5, "--max_steps", 2, "--batch_size", 8]
+    cli.run(finetune.main, "teacher", [str(word) for word in (*common, *flags)], models=MODELS)
+
+
+def test_a_teacher_learns_the_logits_of_the_model_whose_table_it_reads(runs, sources, table_of_sasrec, monkeypatch):  # noqa: F811
+    found, place = watch_vectors(monkeypatch), runs / "taught"
+    flags = ["--item_embeddings", table_of_sasrec, "--lambda_kl", 2, "--output_dir", place]
+    teacher_with_logits(runs, sources, *flags)
+    data = Sequences.load(sources / "data")
+    config = json.loads((runs / "sasrec/config.json").read_text())
+    sasrec = load_recommender(runs / "sasrec", config, data.training_part())
+    expected = plain_vectors(sasrec, data, training_examples(data, "all", 5), 9)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-5)
+    rows = [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
+    assert all(row["kl"] > 0 and row["loss"] == pytest.approx(row["ce"] + row["kl"]) for row in rows if "loss" in row)
+    config = json.loads((place / "config.json").read_text())
+    assert Path(config["kl_teacher"]).name == "sasrec" and config["kind"] == "teacher" and config["temperature"] == 1
+    assert load_llm_rec(place).num_layers == 2  # it is saved as any teacher is, and teaches
+    usual = ["--teacher", place, "--num_layers", 1, "--num_blocks", 1, *ALONE, "--lambda_kl", 1]
+    step(distill, "student", sources, *usual, "--output_dir", runs / "of-taught")
+    assert Path(json.loads((runs / "of-taught/config.json").read_text())["kl_teacher"]).name == "taught"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--item_embeddings {1} --lambda_kl 1", "--lambda_kl 1.0: no single run made the item table"),
+        ("--item_embeddings {0}/table --temperature 2", "--temperature 2.0 has no effect"),
+        ("--item_embeddings {0}/table --lambda_kl 1 --kl_teacher {0}/none", "holds no finished run"),
+        ("--item_embeddings {0}/table --lambda_kl 1 --kl_teacher {0}/short", "--kl_teacher {0}/short reads 3 items"),
+    ],
+)
+def test_a_teachers_flags_are_refused_too(flags, words, runs, sources, table_of_sasrec, capsys):  # noqa: F811
+    before = contents(runs)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        teacher_with_logits(
+            runs, sources, *flags.format(runs, sources / "table").split(), "--output_dir", runs / "refused"
+        )
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and contents(runs) == before, lines
+    assert words.format(runs) in lines[0]

@@ -96,7 +96,11 @@ FLAGS: dict[str, tuple[str, str]] = {
     "lambda_norm": ("weight of D_norm (lambda_2)", ">= 0"),
     "lambda_ms": ("weight of the multi-supervision term L_ms (lambda_3)", ">= 0"),
     "lambda_kl": ("weight of the logit term L_kl (default: 0; the paper has none)", ">= 0"),
-    "kl_teacher": ("run folder whose logits L_kl learns, of a traditional model too (default: the teacher)", ""),
+    "kl_teacher": (
+        "run folder whose logits L_kl learns (default: of a student the teacher, of a teacher the model whose table it "
+        "reads)",
+        "",
+    ),
     "kl_items": ("classes of L_kl: this many best items of the teacher, and all others as one (default: all)", ">= 1"),
     "temperature": ("by which L_kl divides the logits (default: 1)", "> 0"),
     "norm_form": ("D_norm as the released code has it (l2) or as the paper prints it (squared)", ""),

@@ -108,7 +108,7 @@ def read_tables(flag: str, names: str | None, data: Sequences, normalize: bool =
 
     names: comma-separated, None for that of SASRec. normalize: each as `normalized` makes it. A dot product with
     several is the sum of those with each. So that none of them outweighs another by its scale alone, all get the mean
-    norm of the first one's rows, those of zeros left out.
+    norm of the first one's rows, those of zeros left out. "sr_dir" is the run of which they are, if it is but one.
     """
     names = names or str(cli.ROOT / "outputs" / data.name / "item_embeddings-sasrec")
     whole = (find_table(names, data) / "config.json").is_file()  # a path may hold a comma
@@ -124,6 +124,9 @@ def read_tables(flag: str, names: str | None, data: Sequences, normalize: bool =
         raise UserError(f"{flag}: {folders[twice]} is the same table as {folders[hashes.index(hashes[twice])]}")
     found = {"item_embeddings": ",".join(map(cli.portable_path, folders)), "table_sha256": ",".join(hashes)}
     found["item_dim"] = sum(table.shape[1] for table in tables)
+    makers = {config["sr_dir"] for config in configs if config.get("sr_dir")}
+    if len(makers) == 1:
+        found["sr_dir"] = makers.pop()
     if len(tables) == 1:
         return tables[0], found
     means = [norm_summary(table)["norm_mean"] for table in tables]

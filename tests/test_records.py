@@ -93,6 +93,16 @@ def test_sasrec_on_beauty_is_near_what_is_published():
     assert statistics.mean(found) >= 0.95 * 0.0531
 
 
+def test_on_beauty_teacher_and_student_are_above_sasrec_as_the_readme_says():
+    runs = record("ladder-beauty")["runs"]
+    found = [
+        statistics.mean(r["test"]["full"]["NDCG@10"] for r in runs if r["row"] == row)
+        for row in ("SASRec", "teacher", "student")
+    ]
+    assert min(found[1:]) > found[0]
+    assert "full NDCG@10 " + ", ".join(f"{value:.4f}"[1:] for value in found) in PAGES["README.md"]
+
+
 def test_the_recommenders_do_what_the_pages_say():
     """Student, teacher and SASRec within noise, all above popularity; half the layers in half the time."""
     runs = {run["config"]["kind"]: run for name, run in RUNS.items() if name.startswith("ml-100k-")}

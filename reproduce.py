@@ -1,33 +1,225 @@
-"""Put the finished runs of a dataset side by side, and keep their records if asked.
+"""Every table of the paper, and ours: run what is missing, and put what was printed and what was measured side by side.
 
-python reproduce.py
-python reproduce.py --dataset my-data
-python reproduce.py --record                          write results/runs/<dataset>-<run>.json, one record per run
+python reproduce.py list                                    the tables, and how much of each is there
+python reproduce.py plan table2 --dataset beauty            what `run` would run, and about how long
+python reproduce.py run table2 --budget_hours 2.5           run it; again later: goes on where it stopped
+python reproduce.py run all --dataset beauty --seeds 42 1
+python reproduce.py record                                  records of finished runs, and the tables made of them
+python reproduce.py show table2                             the table, from the records
+python reproduce.py compare outputs/ml-100k/student-4from8 outputs/ml-100k/sasrec   user by user
 """
 
+import utils.threads  # noqa: F401  before torch is imported
+
+# isort: split
+
+import argparse
+import inspect
+import time
+from dataclasses import replace
 from pathlib import Path
 
+from finetune import main as finetune
+from models.llm.decoder import base_config
 from utils import assets, cli
-from utils.data import Sequences
-from utils.errors import UserError
-from utils.files import write_json
-from utils.report import comparison, finished_runs
+from utils.errors import RunError, UserError
+from utils.experiments import (
+    Experiment,
+    calibration,
+    execute,
+    expected_seconds,
+    finished_experiments,
+    protocols,
+    record,
+    with_parents,
+)
+from utils.files import atomic_file, write_json
+from utils.flags import suggest
+from utils.paper_tables import Table, read_table, render, table_names
+from utils.recipes import read_recipe
+from utils.report import markdown_table
 
-RECORDS = cli.ROOT / "results" / "runs"
+TABLES = cli.ROOT / "results" / "TABLES.md"
+HEADER = """# The paper's tables, printed beside measured
+
+Made by `python reproduce.py record` from `results/runs/` alone; a dash is a cell without a run.
+`recipes/paper/` says what each row is. Protocol *strong*: every position is a target, tuned on validation.
+Protocol *released*: one target per user for every model, read after the response, weights by MRR. Sampled
+metrics are in percent, among 1 + 999 candidates, ties count against; mean ± standard deviation over seeds."""
 
 
-def main(*, dataset: str = "ml-100k", record: bool = False) -> None:
-    data = Sequences.load(assets.dataset_folder(dataset))
-    runs, left_out = finished_runs(cli.ROOT / "outputs" / data.name, data.fingerprint)
-    print("\n".join(left_out), end="\n" if left_out else "")
-    if not runs:
-        raise UserError(
-            f"outputs/{data.name} holds no finished run; make one: python train_sr_trad.py --dataset {dataset}"
+def main() -> None:
+    args = command_line().parse_args()
+    verb = {"list": show_list, "plan": show_plan, "run": run, "show": show, "record": write_records, "compare": compare}
+    verb[args.verb](args)
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    tables = {"nargs": "?", "default": "all", "help": "one of `list`, or all (default)"}
+    for name, meaning in {
+        "list": "name the tables",
+        "plan": "say what would run, and how long it would take",
+        "run": "run what is missing",
+        "show": "print tables from the records",
+        "record": "write records of finished runs to results/, and the tables made of them",
+    }.items():
+        verb = verbs.add_parser(name, help=meaning)
+        if name != "record":
+            verb.add_argument("table", **tables)
+        verb.add_argument("--dataset", help="one dataset instead of the table's (default: all of them)")
+        verb.add_argument("--base_model", help="language model of every teacher and student (default: the recipe's)")
+        if name in ("plan", "run"):
+            verb.add_argument("--seeds", type=int, nargs="+", help="instead of the table's")
+            verb.add_argument("--protocol", help="one protocol instead of the table's")
+            verb.add_argument("--rows", nargs="+", help="these rows of the table alone")
+        if name == "plan":
+            verb.add_argument("--calibrate", action="store_true", help="run 3 steps where no time is known yet")
+        if name == "run":
+            verb.add_argument(
+                "--budget_hours", type=positive, default=float("inf"), help="stop after so long (default: never)"
+            )
+    verb = verbs.add_parser("compare", help="the difference between two runs over the users of test")
+    verb.add_argument("runs", nargs=2, type=Path, metavar="FOLDER")
+    return parser
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+# --- what there is to run ---
+
+
+def chosen_tables(args: argparse.Namespace) -> list[Table]:
+    return [read_table(name) for name in (table_names() if args.table == "all" else [args.table])]
+
+
+def narrowed(table: Table, args: argparse.Namespace) -> Table:
+    """The table on the dataset, protocol and seeds that the command line asks for."""
+    on = table.on
+    if args.dataset:  # a dataset that no table names gets the seeds of its first one
+        on = {args.dataset: on.get(args.dataset) or next(iter(on.values()), {"strong": [42]})}
+    protocol, seeds = getattr(args, "protocol", None), getattr(args, "seeds", None)
+    if protocol and protocol not in protocols():
+        raise UserError(f"--protocol {protocol}: it is one of {', '.join(protocols())}")
+    on = {d: {p: seeds or s for p, s in found.items() if protocol in (None, p)} for d, found in on.items()}
+    names = getattr(args, "rows", None) or table.rows
+    for name in names:
+        if name not in table.rows:
+            raise UserError(f"--rows {name!r}: {table.name} has no such row{suggest(name, table.rows)}")
+    return replace(table, on=on, rows={name: table.rows[name] for name in names})
+
+
+def wanted_runs(args: argparse.Namespace) -> list[Experiment]:
+    """The runs of the tables, each once: the first seed of all of them, then the second, table by table."""
+    found = [pair for table in chosen_tables(args) for pair in narrowed(table, args).experiments(args.base_model)]
+    return list(dict.fromkeys(experiment for _, experiment in sorted(found, key=lambda pair: pair[0])))
+
+
+def base_layers(experiment: Experiment) -> int:
+    """How many layers the base model has that the dataset's teacher is cut from."""
+    recipe = read_recipe(cli.ROOT / "recipes" / f"{experiment.dataset}.yaml")["teacher"]
+    default = inspect.signature(finetune).parameters["base_model"].default
+    return base_config(
+        assets.base_model_path(experiment.base_model or recipe.get("base_model", default))
+    ).num_hidden_layers
+
+
+# --- verbs ---
+
+
+def show_list(args: argparse.Namespace) -> None:
+    cells = []
+    for table in chosen_tables(args):
+        states = [e.state() for e in dict.fromkeys(e for _, e in narrowed(table, args).experiments(args.base_model))]
+        done = sum(state in ("finished", "recorded") for state in states)
+        cells.append([table.name, table.title, ", ".join(table.on) or "-", f"{done} of {len(states)}"])
+    print(markdown_table(["table", "title", "datasets", "runs that are there"], cells))
+
+
+def show_plan(args: argparse.Namespace) -> None:
+    """Every run that is missing, with what it reads, in the order of `run`."""
+    cells, total, missing = [], 0.0, list(with_parents(wanted_runs(args)))
+    unknown = [calibration(experiment) for experiment in missing if expected_seconds(experiment) is None]
+    for experiment in with_parents(unknown) if args.calibrate else ():
+        execute(experiment, base_layers(experiment), float("inf"))
+    for experiment in missing:
+        seconds = expected_seconds(experiment)
+        total += seconds or 0.0
+        hours = "?" if seconds is None else f"{seconds / 3600:.2f}"
+        cells.append(
+            [experiment.name, experiment.dataset, experiment.protocol, str(experiment.seed), experiment.state(), hours]
         )
-    for run in runs if record else []:
-        write_json(run, RECORDS / f"{data.name}-{Path(run['config']['output_dir']).name}.json")
-    print(comparison(runs))
+    print(markdown_table(["run", "dataset", "protocol", "seed", "state", "hours"], cells))
+    unknown = sum(row[-1] == "?" for row in cells)
+    print(
+        f"{len(cells)} runs, {total / 3600:.1f} hours"
+        + (f" and {unknown} runs of which no time is known: --calibrate" if unknown else "")
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run what is missing, until the budget is used up; what failed is named at the end, with exit code 1."""
+    begun, outcomes = time.monotonic(), {}
+    missing = list(with_parents(wanted_runs(args)))
+    for at, experiment in enumerate(missing, 1):
+        title = f"{experiment.name} on {experiment.dataset}, {experiment.protocol}, seed {experiment.seed}"
+        left = 3600 * args.budget_hours - (time.monotonic() - begun)
+        if left <= 0:
+            still = len(missing) - at + 1
+            print(f"the budget is used up: {still} of {len(missing)} runs are left; the same command goes on")
+            break
+        failed = [parent.name for parent in experiment.parents() if outcomes.get(parent) == "failed"]
+        if failed:
+            outcomes[experiment] = "failed"
+            print(f"[{at} of {len(missing)}] {title}: not run, as {failed[0]} failed")
+            continue
+        print(f"[{at} of {len(missing)}] {title}", flush=True)
+        depth = base_layers(experiment) if "full" in experiment.flags().values() else 0
+        outcomes[experiment] = execute(experiment, depth, left)
+    bad = [experiment for experiment, outcome in outcomes.items() if outcome == "failed"]
+    if bad:
+        raise RunError(f"{len(bad)} runs failed: {', '.join(str(experiment.folder) for experiment in bad)}")
+
+
+def show(args: argparse.Namespace) -> None:
+    print("\n\n".join(render(narrowed(table, args), args.base_model) for table in chosen_tables(args)))
+
+
+def write_records(args: argparse.Namespace) -> None:
+    """results/runs/: one record per finished run; results/TABLES.md is made of all of them anew."""
+    for folder in sorted((cli.ROOT / "outputs").glob(f"{args.dataset or '*'}/paper")):
+        for experiment in finished_experiments(folder.parent.name):
+            if found := record(experiment):
+                write_json(found, experiment.record_file)
+                print(experiment.record_file.relative_to(cli.ROOT))
+    with atomic_file(TABLES) as part:
+        part.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """results/TABLES.md."""
+    tables = [render(read_table(name)) for name in table_names()]
+    return "\n\n".join([HEADER, *tables]) + "\n"
+
+
+def compare(args: argparse.Namespace) -> None:
+    rows = compare_ranks(*args.runs)
+    header = ["test", "ranking", "first", "second", "difference", "95 % interval"]
+    print(markdown_table(header, rows))
 
 
 if __name__ == "__main__":
-    cli.run(main, section=None)
+    try:
+        main()
+    except UserError as error:
+        cli.stop("reproduce.py", str(error), 2)
+    except RunError as error:
+        cli.stop("reproduce.py", str(error), 1)
+    except KeyboardInterrupt:
+        cli.stop("reproduce.py", "interrupted; the same command goes on", 130)

@@ -1,0 +1,301 @@
+"""The runs behind the tables: what recipes/paper/ says of them, which are there, and running those that are not.
+
+A run is a script with the dataset's recipe, the flags of recipes/paper/runs.yaml, a protocol and a seed. It stands in
+outputs/<dataset>/paper/, once, whichever tables show it. Its record, results/runs/<dataset>/<run>.json, counts as the
+run where nothing that is still to run reads its folder.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from utils import cli
+from utils.errors import UserError
+from utils.files import load_tensors, read_json, write_json
+from utils.flags import suggest
+from utils.metrics import RANKS_FILE
+from utils.recipes import OneOfEachKey, read_recipe
+from utils.report import finished_run
+
+SECTIONS = {
+    "train_sr_trad": "sr",
+    "extract_emb": "extract",
+    "finetune": "teacher",
+    "distill": "student",
+    "evaluate": "",
+}
+READS = {"train_sr_trad": ["--init_items"], "extract_emb": ["--sr_dir"], "finetune": ["--item_embeddings"]}
+READS |= {"distill": ["--teacher", "--kl_teacher"], "evaluate": ["--run", "--fuse"]}
+TRAINING = ("train_sr_trad", "finetune", "distill")
+CALIBRATION_STEPS = 3
+PATIENCE = 120  # seconds that an interrupted run is given to end
+BEYOND = 255  # what a rank of 10 or more is recorded as: no metric at 10 tells it from others
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A run of runs.yaml: its script, the runs whose folders it reads, its flags, and more in the protocol released."""
+
+    script: str
+    reads: tuple[str, ...] = ()
+    flags: dict[str, object] = field(default_factory=dict)
+    released: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run: of a spec, on a dataset, in a protocol, with a seed; `base_model` where it is not the recipe's."""
+
+    dataset: str
+    protocol: str
+    name: str
+    seed: int
+    base_model: str | None = None
+    max_steps: int | None = None  # of a calibration
+
+    @property
+    def spec(self) -> Spec:
+        return specs()[self.name]
+
+    @property
+    def slug(self) -> str:
+        """The name of its folder and record."""
+        parts = [self.name, self.protocol if self.protocol != "strong" else "", Path(self.base_model or "").name]
+        return f"{'-'.join(plain(part) for part in parts if part)}-seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return Path("outputs") / self.dataset / ("calibration" if self.max_steps else "paper") / self.slug
+
+    @property
+    def record_file(self) -> Path:
+        return cli.ROOT / "results" / "runs" / self.dataset / f"{self.slug}.json"
+
+    def parents(self) -> list["Experiment"]:
+        return [replace(self, name=name) for name in self.spec.reads]
+
+    def flags(self) -> dict[str, object]:
+        """What is given beside the recipe: of the protocol for this script, of the run, of the run in this protocol."""
+        found = protocols()[self.protocol].get(self.spec.script, {}) | self.spec.flags
+        found |= self.spec.released if self.protocol == "released" else {}
+        if self.spec.script == "finetune" and self.base_model:
+            found |= {"base_model": self.base_model}
+        return found | ({"max_steps": self.max_steps} if self.max_steps and self.spec.script in TRAINING else {})
+
+    @cache  # noqa: B019  as many as there are runs
+    def fingerprint(self) -> str:
+        """Of all that decides what the run computes: equal where flags, recipe, seed and what it reads are equal."""
+        recipe = read_recipe(cli.ROOT / "recipes" / f"{self.dataset}.yaml")
+        values = {part: recipe.get(part) for part in ("data", SECTIONS[self.spec.script])}
+        what = [self.spec.script, self.flags(), values, self.seed, [parent.fingerprint() for parent in self.parents()]]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def command(self, depth: int) -> list[str]:
+        """The command line. depth: number of layers of the base model, for `num_layers: full`."""
+        words = [f"{self.spec.script}.py", "--dataset", self.dataset, "--output_dir", str(self.folder)]
+        if self.spec.script in TRAINING:
+            words += ["--seed", str(self.seed), "--resume", "auto"]
+        read = [str(parent.folder) for parent in self.parents()]
+        if self.spec.script == "finetune":  # several tables side by side
+            read = [",".join(read)]
+        words += [word for pair in zip(READS[self.spec.script], read, strict=False) for word in pair]
+        for name, value in self.flags().items():
+            words += [f"--{name}", str(depth if value == "full" and name == "num_layers" else value)]
+        return words
+
+    # --- what is there ---
+
+    def kept(self) -> dict:
+        """What `execute` has written of it, beside its folder: fingerprint, outcome, seconds."""
+        path = cli.ROOT / f"{self.folder}.json"
+        return read_json(path, "") if path.exists() else {}
+
+    def state(self) -> str:
+        """finished, recorded, failed, interrupted, changed (made with other flags or another recipe), or to run."""
+        kept, of = self.kept(), self.fingerprint()
+        if kept.get("fingerprint", of) != of:
+            return "changed"
+        if kept.get("outcome") == "finished" and (cli.ROOT / self.folder / "config.json").exists():
+            return "finished"
+        if self.record_file.exists() and read_json(self.record_file, "").get("fingerprint") == of:
+            return "recorded"
+        return {"failed": "failed", "started": "interrupted"}.get(kept.get("outcome"), "to run")
+
+
+def plain(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def read_yaml(path: Path) -> dict:
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), OneOfEachKey)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected name: value lines")
+    return found
+
+
+@cache
+def book() -> tuple[dict[str, dict], dict[str, Spec]]:
+    """Protocols and runs of recipes/paper/runs.yaml; UserError where they do not fit together."""
+    path = cli.ROOT / "recipes" / "paper" / "runs.yaml"
+    found = read_yaml(path)
+    try:
+        runs = {name: Spec(**entry | {"reads": tuple(entry.get("reads", ()))}) for name, entry in found["runs"].items()}
+        for name, spec in runs.items():
+            if spec.script not in SECTIONS:
+                raise UserError(f"{path}: {name}: unknown script {spec.script}{suggest(spec.script, SECTIONS)}")
+            order = list(runs)
+            for read in spec.reads:
+                if read not in runs or order.index(read) >= order.index(name):
+                    raise UserError(f"{path}: {name} reads {read!r}, which does not stand before it")
+        return found["protocols"], runs
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def protocols() -> dict[str, dict]:
+    return book()[0]
+
+
+def specs() -> dict[str, Spec]:
+    return book()[1]
+
+
+def with_parents(wanted: list[Experiment]) -> Iterator[Experiment]:
+    """Those of `wanted` that are neither finished nor recorded, each after the runs that it reads, once."""
+    seen: set[Experiment] = set()
+
+    def visit(experiment: Experiment, folder_needed: bool) -> Iterator[Experiment]:
+        done = ("finished",) if folder_needed else ("finished", "recorded")
+        if experiment in seen or experiment.state() in done:
+            return
+        seen.add(experiment)
+        for parent in experiment.parents():
+            yield from visit(parent, True)
+        yield experiment
+
+    for experiment in wanted:
+        yield from visit(experiment, False)
+
+
+def execute(experiment: Experiment, depth: int, seconds_left: float) -> str:
+    """Run or continue one run; returns its state: finished, failed, or interrupted when the time is over."""
+    path = cli.ROOT / f"{experiment.folder}.json"
+    kept = experiment.kept()
+    if kept.get("fingerprint", experiment.fingerprint()) != experiment.fingerprint():
+        raise UserError(
+            f"{experiment.folder} has other flags or another recipe; to run it again, move it and {path.name} away"
+        )
+    kept = {
+        "experiment": asdict(experiment),
+        "fingerprint": experiment.fingerprint(),
+        "seconds": kept.get("seconds", 0.0),
+    }
+    kept["outcome"] = "started"
+    write_json(kept, path)
+    begun = time.monotonic()
+    process = subprocess.Popen([sys.executable, *experiment.command(depth)], cwd=cli.ROOT)
+    try:
+        code = process.wait(max(0.0, seconds_left))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        write_json(kept | {"seconds": kept["seconds"] + time.monotonic() - begun}, path)
+        if isinstance(stopped, KeyboardInterrupt):
+            raise
+        return "interrupted"
+    outcome = "finished" if code == 0 else "failed"
+    write_json(kept | {"outcome": outcome, "seconds": kept["seconds"] + time.monotonic() - begun}, path)
+    return outcome
+
+
+def expected_seconds(experiment: Experiment) -> float | None:
+    """What it took with another seed, here or in a record; else by its calibration; None where neither is known."""
+    if experiment.kept().get("outcome") == "finished":
+        return 0.0
+    others = [replace(experiment, seed=seed) for seed in seeds_seen(experiment.dataset)]
+    known = [kept["seconds"] for other in others if (kept := other.kept()).get("outcome") == "finished"]
+    known += [read_json(other.record_file, "")["seconds"] for other in others if other.record_file.exists()]
+    return known[0] if known else by_calibration(experiment)
+
+
+def seeds_seen(dataset: str) -> set[int]:
+    folders = (cli.ROOT / "outputs" / dataset / "paper", cli.ROOT / "results" / "runs" / dataset)
+    names = [path.stem for folder in folders for path in folder.glob("*-seed*.json")]
+    return {int(name.rpartition("seed")[2]) for name in names}
+
+
+def by_calibration(experiment: Experiment) -> float | None:
+    """Seconds by a run of a few steps: steps and evaluations scale, the rest is taken as it was."""
+    short = calibration(experiment)
+    wall, path = short.kept().get("seconds"), cli.ROOT / short.folder / "metrics.json"
+    if short.kept().get("outcome") != "finished" or experiment.spec.script not in TRAINING:
+        return wall
+    config, metrics = read_json(path.with_name("config.json"), ""), read_json(path, "")
+    recipe = read_recipe(cli.ROOT / "recipes" / f"{experiment.dataset}.yaml")[SECTIONS[experiment.spec.script]]
+    most = experiment.flags().get("max_steps", recipe.get("max_steps", -1))
+    steps = most if most > 0 else int(np.ceil(config["num_epochs"] * metrics["steps_per_epoch"]))
+    train, score = metrics["seconds"]["train"], metrics["seconds"]["score_test"]
+    evaluations = int(np.ceil(steps / config["eval_steps"]))
+    return wall + train * (steps / metrics["steps"] - 1) + score * (evaluations - 1)
+
+
+def calibration(experiment: Experiment) -> Experiment:
+    return replace(experiment, max_steps=CALIBRATION_STEPS)
+
+
+# --- records ---
+
+
+def finished_experiments(dataset: str) -> list[Experiment]:
+    """Those that have finished in outputs/<dataset>/paper/."""
+    kept = [read_json(path, "") for path in sorted((cli.ROOT / "outputs" / dataset / "paper").glob("*-seed*.json"))]
+    found = [Experiment(**entry["experiment"]) for entry in kept if entry["experiment"]["name"] in specs()]
+    return [experiment for experiment in found if experiment.state() == "finished"]
+
+
+def record(experiment: Experiment) -> dict | None:
+    """What is committed of a finished run: flags, metrics, and of every test user the rank, where it is below 10."""
+    folder = cli.ROOT / experiment.folder
+    if not (folder / "metrics.json").exists():
+        return None  # an item table has no metrics
+    config, metrics = finished_run(folder, f"{folder} holds no finished run")
+    ranks = load_tensors(folder / RANKS_FILE) if (folder / RANKS_FILE).exists() else {}
+    packed = {"ranks": {name: pack(values.numpy()) for name, values in ranks.items()}}
+    return experiment.kept() | packed | {"config": config, "metrics": metrics}
+
+
+def pack(ranks: np.ndarray) -> str:
+    """Ranks (users,) as text: those of 10 and more become BEYOND."""
+    return base64.b64encode(zlib.compress(np.where(ranks < 10, ranks, BEYOND).astype(np.uint8).tobytes(), 9)).decode()
+
+
+def unpack(text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).astype(np.int64)
+
+
+def records(dataset: str, base_model: str | None = None) -> dict[tuple[str, str, int], dict]:
+    """The committed records of a dataset by protocol, run and seed."""
+    found = [read_json(path, "") for path in sorted((cli.ROOT / "results" / "runs" / dataset).glob("*.json"))]
+    of = [Experiment(**run["experiment"]) for run in found]
+    pairs = [(e, run) for e, run in zip(of, found, strict=True) if e.base_model == base_model]
+    return {(e.protocol, e.name, e.seed): run for e, run in pairs}

@@ -101,7 +101,7 @@ def chosen_tables(args: argparse.Namespace) -> list[Table]:
 
 def narrowed(table: Table, args: argparse.Namespace) -> Table:
     """The table on the dataset, protocol and seeds that the command line asks for."""
-    on = table.on
+    on = table.seeds
     if args.dataset:  # a dataset that no table names gets the seeds of its first one
         on = {args.dataset: on.get(args.dataset) or next(iter(on.values()), {"strong": [42]})}
     protocol, seeds = getattr(args, "protocol", None), getattr(args, "seeds", None)
@@ -112,7 +112,7 @@ def narrowed(table: Table, args: argparse.Namespace) -> Table:
     for name in names:
         if name not in table.rows:
             raise UserError(f"--rows {name!r}: {table.name} has no such row{suggest(name, table.rows)}")
-    return replace(table, on=on, rows={name: table.rows[name] for name in names})
+    return replace(table, seeds=on, rows={name: table.rows[name] for name in names})
 
 
 def wanted_runs(args: argparse.Namespace) -> list[Experiment]:
@@ -138,7 +138,7 @@ def show_list(args: argparse.Namespace) -> None:
     for table in chosen_tables(args):
         states = [e.state() for e in dict.fromkeys(e for _, e in narrowed(table, args).experiments(args.base_model))]
         done = sum(state in ("finished", "recorded") for state in states)
-        cells.append([table.name, table.title, ", ".join(table.on) or "-", f"{done} of {len(states)}"])
+        cells.append([table.name, table.title, ", ".join(table.seeds) or "-", f"{done} of {len(states)}"])
     print(markdown_table(["table", "title", "datasets", "runs that are there"], cells))
 
 

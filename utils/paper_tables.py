@@ -33,12 +33,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: on[dataset][protocol] are the seeds that it wants, pairs of runs are compared user by user."""
+    """A table: seeds[dataset][protocol] are those that it wants, pairs of runs are compared user by user."""
 
     name: str
     title: str
     rows: dict[str, Row]
-    on: dict[str, dict[str, list[int]]]
+    seeds: dict[str, dict[str, list[int]]]
     paper: list[str] = field(default_factory=list)
     pairs: list[list[str]] = field(default_factory=list)
     shape: str = "metrics"
@@ -46,7 +46,7 @@ class Table:
     def experiments(self, base_model: str | None = None) -> list[tuple[int, Experiment]]:
         """Every run that the table shows, with its place among the seeds: the first of each come first."""
         found = []
-        for dataset, of_protocols in self.on.items():
+        for dataset, of_protocols in self.seeds.items():
             for protocol, seeds in of_protocols.items():
                 for place, seed in enumerate(seeds):
                     for row in self.rows.values():
@@ -75,7 +75,7 @@ def read_table(name: str) -> Table:
     for run in [*named, *(run for pair in table.pairs for run in pair)]:
         if run not in specs():
             raise UserError(f"{path}: runs.yaml has no run {run!r}{suggest(run, specs())}")
-    for protocol in (protocol for of_protocols in table.on.values() for protocol in of_protocols):
+    for protocol in (protocol for of_protocols in table.seeds.values() for protocol in of_protocols):
         if protocol not in protocols():
             raise UserError(f"{path}: runs.yaml has no protocol {protocol!r}; it has {', '.join(protocols())}")
     if table.shape not in SHAPES:
@@ -183,7 +183,7 @@ def difference_table(table: Table, protocol: str, found: dict) -> str:
 def render(table: Table, base_model: str | None = None) -> str:
     """The whole table as Markdown, from the committed records alone."""
     parts = [f"## {table.title}"]
-    for dataset, of_protocols in table.on.items():
+    for dataset, of_protocols in table.seeds.items():
         found = records(dataset, base_model)
         for protocol in of_protocols:
             if not any(measured(found, protocol, row) for row in table.rows.values()):

@@ -131,8 +131,10 @@ def load(folder: str | Path) -> Trained:
         model = load_recommender(folder, config, catalogue.training_part(config["num_users"]))
     elif config.get("kind") == "fusion":
         model = load_fusion(config)
-    else:
+    elif config.get("kind") in ("teacher", "student"):
         model = load_llm_rec(folder)
+    else:
+        raise UserError(f"{folder} holds no recommender but {config.get('kind')}: give the folder of a run with --run")
     return Trained(model, config, catalogue)
 
 

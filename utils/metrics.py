@@ -4,7 +4,7 @@ A recommender is what `models/interface.py` says; this module uses its `score_bl
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -119,35 +119,55 @@ def paired_bootstrap(
     return float(difference.mean()), float(low), float(high)
 
 
-@torch.inference_mode()
 def rank_users(
+    recommender: torch.nn.Module, data: Sequences, split: str, negatives: np.ndarray, **options
+) -> tuple[dict[str, np.ndarray], float]:
+    """Rank every kept user's held-out item, among `negatives` (sampled) and in the whole catalogue (full).
+
+    In the full ranking the items of the user's history are masked. options: of `rank_each`. Returns
+    {"sampled": (users,), "full": (users,)} and the seconds it took. Raises RunError on a score that is not finite.
+    """
+
+    def score_blocks(*batch) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+        return ((block, [scores]) for block, scores in recommender.score_blocks(*batch))
+
+    [ranks], seconds = rank_each(recommender, score_blocks, 1, data, split, negatives, **options)
+    return ranks, seconds
+
+
+@torch.inference_mode()
+def rank_each(
     recommender: torch.nn.Module,
+    score_blocks: Callable[[torch.Tensor, torch.Tensor, int], Iterator[tuple[slice, Iterable[torch.Tensor]]]],
+    count: int,
     data: Sequences,
     split: str,
     negatives: np.ndarray,
     *,
     max_length: int,
     batch_size: int,
+    batched_length: int | None = None,
     device: torch.device | str = "cpu",
     autocast: Callable = torch.no_grad,
     progress: bool = False,
-) -> tuple[dict[str, np.ndarray], float]:
-    """Rank every kept user's held-out item, among `negatives` (sampled) and in the whole catalogue (full).
+) -> tuple[list[dict[str, np.ndarray]], float]:
+    """`rank_users` by each of `count` scores that a recommender gives the items; and the seconds of all.
 
-    In the full ranking the items of the user's history are masked. Returns {"sampled": (users,), "full": (users,)}
-    and the seconds it took. Raises RunError on a score that is not finite.
+    score_blocks: as the recommender's own, but with `count` tensors of scores per block, which are overwritten one
+    after another. batched_length: users whose histories differ in earlier items alone are batched as alike.
     """
     examples = split_examples(data, split, max_length)
-    ranks = {kind: np.zeros(len(examples), np.int64) for kind in ("sampled", "full")}
+    ranks = [{kind: np.zeros(len(examples), np.int64) for kind in ("sampled", "full")} for _ in range(count)]
     begun = time.perf_counter()
     users_at_once = max(64, SCORES_AT_ONCE // (data.num_items + 1))
-    batches = list(sorted_batches(examples.lengths, batch_size))
+    batches = list(sorted_batches(np.minimum(examples.lengths, batched_length or max_length), batch_size))
     with autocast(), recommender.for_inference():
         for index in tqdm(batches, desc=f"rank {split}", unit="batch", disable=not progress, leave=False):
             batch = {name: values.to(device) for name, values in examples.batch(index).items()}
-            for block, scores in recommender.score_blocks(batch["histories"], batch["users"], users_at_once):
-                found = rank_block(scores, data, examples, index[block], negatives)
-                ranks["sampled"][index[block]], ranks["full"][index[block]] = found
+            for block, several in score_blocks(batch["histories"], batch["users"], users_at_once):
+                for found, scores in zip(ranks, several, strict=True):
+                    part = rank_block(scores, data, examples, index[block], negatives)
+                    found["sampled"][index[block]], found["full"][index[block]] = part
     return ranks, time.perf_counter() - begun
 
 

@@ -58,8 +58,8 @@ def environment(accelerator) -> dict:
     }
 
 
-def protocol(data: Sequences, max_length: int, negatives: np.ndarray) -> dict:
-    """How the metrics were measured. negatives (users, 999), 0 where a user has no more."""
+def protocol(data: Sequences, max_length: int, negatives: np.ndarray, seed: int = CANDIDATE_SEED) -> dict:
+    """How the metrics were measured. negatives (users, 999), drawn with `seed`, 0 where a user has no more."""
     counts = np.count_nonzero(negatives, axis=1)
     fewest, most = int(counts.min()), int(counts.max())
     drawn = f"{NUM_NEGATIVES}" if fewest == NUM_NEGATIVES else f"{fewest} to {most} (not {NUM_NEGATIVES})"
@@ -67,7 +67,7 @@ def protocol(data: Sequences, max_length: int, negatives: np.ndarray) -> dict:
         "split": "leave-one-out: the last item tests, the one before validates",
         "users": len(data.users),
         "items": data.num_items,
-        "sampled": f"1 positive and {drawn} negatives the user never touched, seed {CANDIDATE_SEED}",
+        "sampled": f"1 positive and {drawn} negatives the user never touched, seed {seed}",
         "negatives": {"fewest": fewest, "most": most, "mean": float(counts.mean())},
         "users_without_negatives": int((counts == 0).sum()),
         "full": "the whole catalogue, items of the history masked",

@@ -89,12 +89,17 @@ def ranks_from_scores(positive: torch.Tensor, others: torch.Tensor) -> torch.Ten
     return (others >= positive).sum(1)
 
 
-def metrics_from_ranks(ranks: np.ndarray) -> dict[str, float]:
-    """HR@1/5/10, NDCG@5/10 and MRR: means over users; ranks (users,) from 0."""
+def metrics_of_users(ranks: np.ndarray) -> dict[str, np.ndarray]:
+    """HR@1/5/10, NDCG@5/10 and MRR of each user; ranks (users,) from 0."""
     gain = 1.0 / np.log2(ranks + 2.0)
-    result = {f"HR@{k}": float((ranks < k).mean()) for k in (1, 5, 10)}
-    result |= {f"NDCG@{k}": float(np.where(ranks < k, gain, 0.0).mean()) for k in (5, 10)}
-    return result | {"MRR": float((1.0 / (ranks + 1.0)).mean())}
+    result = {f"HR@{k}": np.where(ranks < k, 1.0, 0.0) for k in (1, 5, 10)}
+    result |= {f"NDCG@{k}": np.where(ranks < k, gain, 0.0) for k in (5, 10)}
+    return result | {"MRR": 1.0 / (ranks + 1.0)}
+
+
+def metrics_from_ranks(ranks: np.ndarray) -> dict[str, float]:
+    """Means of `metrics_of_users` over the users."""
+    return {name: float(values.mean()) for name, values in metrics_of_users(ranks).items()}
 
 
 def save_ranks(ranks: dict[str, np.ndarray], folder: Path) -> None:
@@ -111,12 +116,20 @@ def paired_bootstrap(
     ranks, others (users * clusters,): of the same users, seed after seed where there are several. Users are drawn with
     replacement, each with all its seeds.
     """
-    gains = [np.where(r < 10, 1.0 / np.log2(r + 2.0), 0.0).reshape(clusters, -1).mean(0) for r in (ranks, others)]
-    difference = gains[0] - gains[1]  # (users,)
-    rng, users = np.random.default_rng(seed), len(difference)
-    means = [difference[rng.integers(0, users, users)].mean() for _ in range(draws)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
+    gains = [metrics_of_users(r)["NDCG@10"].reshape(clusters, -1).mean(0) for r in (ranks, others)]
+    [found] = bootstrap((gains[0] - gains[1])[None], draws, seed)
+    return found
+
+
+def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> list[tuple[float, float, float]]:
+    """Mean of each row of `values` (rows, users), and the limits of its 95 % interval over users.
+
+    Users are drawn with replacement, the same ones for all rows.
+    """
+    rng, users = np.random.default_rng(seed), values.shape[1]
+    means = [values.take(rng.integers(0, users, users), axis=1).mean(1) for _ in range(draws)]  # (rows,) each
+    limits = np.quantile(means, [0.025, 0.975], axis=0)  # (2, rows)
+    return list(map(tuple, np.vstack([values.mean(1), limits]).T.tolist()))
 
 
 def rank_users(

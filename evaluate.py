@@ -1,8 +1,9 @@
-"""Measure a saved run again, without training; or fuse its scores with those of another run.
+"""Measure a saved run again, without training, whole or by layer; or fuse its scores with those of another run.
 
 python evaluate.py                                              the default student on test
 python evaluate.py --run outputs/ml-100k/sasrec --split valid
 python evaluate.py --negatives 99                               another number of sampled candidates
+python evaluate.py --layers all                                 and what each of its layers would recommend
 python evaluate.py --fuse outputs/ml-100k/sasrec                the default student and SASRec as one recommender
 """
 
@@ -11,6 +12,7 @@ import utils.threads  # noqa: F401  before torch is imported
 # isort: split
 
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,7 +21,8 @@ import torch
 from accelerate import Accelerator
 
 from models.fusion import Fusion, rank_with_weights
-from recommend import load, run_folder
+from models.llm.decoder import layer_numbers
+from recommend import Trained, load, run_folder
 from utils import assets, cli
 from utils.catalogue import CATALOGUE_FILE
 from utils.data import Sequences, check_same_dataset
@@ -33,6 +36,7 @@ from utils.metrics import (
     draw_negatives,
     evaluate,
     metrics_from_ranks,
+    rank_each,
     save_ranks,
 )
 from utils.report import (
@@ -53,6 +57,7 @@ def main(
     *,
     run: str = "outputs/ml-100k/student-4from8",
     fuse: str | None = None,
+    layers: str | None = None,
     dataset: str | None = None,
     split: Literal["valid", "test"] = "test",
     negatives: int = NUM_NEGATIVES,
@@ -61,6 +66,8 @@ def main(
     output_dir: str | None = None,
 ) -> None:
     if fuse is not None:
+        if layers is not None:
+            raise UserError("--layers measures the layers of one run, --fuse two runs as one: leave one of them out")
         if (split, negatives, candidate_seed) != ("test", NUM_NEGATIVES, CANDIDATE_SEED):
             raise UserError(
                 "--fuse chooses on valid and measures on test, with the candidates of every run: leave out --split, "
@@ -68,20 +75,94 @@ def main(
             )
         fuse_runs(run, fuse, dataset, eval_batch_size, output_dir)
         return
+    if output_dir is not None and layers is None:
+        raise UserError("--output_dir is where --fuse and --layers write: add --fuse or --layers, or leave it out")
+    asked = None if layers is None else asked_layers(run, layers)
     if output_dir is not None:
-        raise UserError("--output_dir is where --fuse writes: add --fuse, or leave it out")
+        check_target(Path(output_dir), "layers", ["config.json", "metrics.json"])
     trained = load(run)
     data = Sequences.load(assets.dataset_folder(dataset or trained.config["dataset"]))
     check_same_dataset(data, trained.config["dataset_fingerprint"], Path(run))
     drawn = draw_negatives(data, split, negatives, candidate_seed)
     options = {"max_length": trained.config["max_seq_length"], "batch_size": eval_batch_size, "progress": True}
-    metrics, seconds = evaluate(
-        trained.model, data, split, drawn, device=trained.device, autocast=trained.autocast, **options
-    )
-    rows = [metric_row(f"{split}, {kind}", values) for kind, values in metrics.items()]
-    print(markdown_table(["split, candidates", *metrics["full"]], rows))
+    options |= {"device": trained.device, "autocast": trained.autocast}
+    if asked is None:
+        metrics, seconds = evaluate(trained.model, data, split, drawn, **options)
+        rows = [metric_row(f"{split}, {kind}", values) for kind, values in metrics.items()]
+        print(markdown_table(["split, candidates", *metrics["full"]], rows))
+    else:
+        metrics, seconds = evaluate_layers(trained, asked, data, split, drawn, **options)
+        print(layer_table(metrics, split))
+    if output_dir is not None:
+        how = protocol(data, options["max_length"], drawn, candidate_seed)
+        save_layers(Path(output_dir), run_folder(run), trained.config, metrics, split, how, seconds)
     counts = np.count_nonzero(drawn, axis=1)
     print(f"{len(data.users):,} users, {counts.min()} to {counts.max()} negatives, {seconds:.1f} s")
+
+
+def asked_layers(run: str, layers: str) -> list[int]:
+    """The numbers that --layers names, counted from 1; UserError where the run has none, or not all of them."""
+    config, _ = finished_run(run_folder(run), f"--run {run} holds no finished run: give the folder of one")
+    if config.get("kind") not in ("teacher", "student"):
+        raise UserError(f"--layers {layers}: --run {run} is no run of finetune.py or distill.py, so it has no layers")
+    depth = config["num_layers"]
+    if layers.strip().lower() == "all":
+        return list(range(1, depth + 1))
+    some = ",".join(map(str, sorted({1, (depth + 1) // 2, depth})))
+    asked = layer_numbers(f"--layers {layers}", layers, f"all, or numbers of layers from 1, as in {some}")
+    if asked[0] < 1 or asked[-1] > depth:
+        raise UserError(f"--layers {layers}: {run} has {depth} layers; choose from 1..{depth}, as in {some}, or all")
+    return asked
+
+
+def evaluate_layers(
+    trained: Trained, layers: list[int], data: Sequences, split: str, negatives: np.ndarray, **options
+) -> tuple[dict[str, dict], float]:
+    """`evaluate` by the states after each layer, which answer from one forward pass; keys are the layers' numbers."""
+    blocks = partial(trained.model.layer_score_blocks, layers)
+    found, seconds = rank_each(trained.model, blocks, len(layers), data, split, negatives, **options)
+    metrics = [{kind: metrics_from_ranks(values) for kind, values in ranks.items()} for ranks in found]
+    return dict(zip(map(str, layers), metrics, strict=True)), seconds
+
+
+def layer_table(metrics: dict[str, dict], split: str) -> str:
+    names = ["HR@10", "NDCG@10", "MRR"]
+    rows = [
+        metric_row(layer, {f"{kind} {name}": found[kind][name] for kind in ("sampled", "full") for name in names})
+        for layer, found in metrics.items()
+    ]
+    return markdown_table([f"{split}, layer", *names, *(f"full {name}" for name in names)], rows)
+
+
+def save_layers(
+    target: Path, folder: Path, config: dict, metrics: dict[str, dict], split: str, how: dict, seconds: float
+) -> None:
+    """Write the folder of a record: what was measured of the run in `folder`, and `how`, its protocol."""
+    described = {
+        "kind": "layers",
+        "title": f"{config['title']}, by layer",
+        "run": cli.portable_path(folder),
+        "layers": [int(layer) for layer in metrics],
+        "output_dir": cli.portable_path(target),
+    } | {name: config[name] for name in ("run_id", "dataset", "dataset_fingerprint")}
+    found = {
+        "layers": metrics,
+        "split": split,
+        "protocol": how,
+        "environment": environment(Accelerator(cpu=not torch.accelerator.is_available())),
+        "seconds": seconds,
+        "run_id": config["run_id"],
+    }
+    with atomic_folder(target) as part:
+        write_json(described, part / "config.json")
+        write_json(found, part / "metrics.json")
+
+
+def check_target(target: Path, kind: str, names: list[str]) -> None:
+    """UserError unless `target` is free, or holds the files `names` of an earlier record of this kind alone."""
+    check_replaceable(target, names, "--output_dir")
+    if (target / "config.json").exists() and read_json(target / "config.json", "").get("kind") != kind:
+        raise UserError(f"--output_dir {target} holds something else (config.json); choose another place")
 
 
 def fuse_runs(run: str, fuse: str, dataset: str | None, batch_size: int, output_dir: str | None) -> None:
@@ -96,9 +177,7 @@ def fuse_runs(run: str, fuse: str, dataset: str | None, batch_size: int, output_
     data = Sequences.load(assets.dataset_folder(dataset or configs[0]["dataset"]))
     check_same_dataset(data, configs[0]["dataset_fingerprint"], folders[0])
     target = Path(output_dir or folders[0].parent / f"{folders[0].name}-with-{folders[1].name}")
-    check_replaceable(target, ["config.json", "metrics.json", CATALOGUE_FILE, RANKS_FILE], "--output_dir")
-    if (target / "config.json").exists() and read_json(target / "config.json", "").get("kind") != "fusion":
-        raise UserError(f"--output_dir {target} holds something else (config.json); choose another place")
+    check_target(target, "fusion", ["config.json", "metrics.json", CATALOGUE_FILE, RANKS_FILE])
 
     parts = [load(folder) for folder in folders]
     lengths = [config["max_seq_length"] for config in configs]

@@ -126,6 +126,8 @@ def load(folder: str | Path) -> Trained:
     """A trained recommender from its run folder: traditional, a language model, or a fusion of two."""
     folder = run_folder(folder)
     config, _ = finished_run(folder, f"{folder} holds no finished run: give the folder of one with --run")
+    if config.get("kind") == "layers":
+        raise UserError(f"{folder} is what evaluate.py --layers measured of {config['run']}: give that with --run")
     catalogue = Catalogue.load(folder)
     if config.get("kind") == "sr":
         model = load_recommender(folder, config, catalogue.training_part(config["num_users"]))

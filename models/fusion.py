@@ -1,17 +1,15 @@
 """Score fusion: two trained recommenders answer as one, by a weighted sum of their scores."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from models.interface import Recommender
-from utils import metrics
-from utils.data import Sequences, sorted_batches, split_examples
+from utils.data import Sequences
+from utils.metrics import rank_each
 
 
 def standardised(scores: torch.Tensor) -> torch.Tensor:
@@ -90,29 +88,13 @@ class Fusion(Recommender):
             yield
 
 
-@torch.inference_mode()
 def rank_with_weights(
-    fusion: Fusion,
-    weights: Sequence[float],
-    data: Sequences,
-    split: str,
-    negatives: np.ndarray,
-    *,
-    batch_size: int,
-    device: torch.device | str,
-    progress: bool = False,
+    fusion: Fusion, weights: Sequence[float], data: Sequences, split: str, negatives: np.ndarray, **options
 ) -> tuple[list[dict[str, np.ndarray]], float]:
-    """`rank_users` with each of the weights, from scores that each model computes once; and the seconds of all."""
-    examples = split_examples(data, split, max(fusion.max_lengths))
-    ranks = [{kind: np.zeros(len(examples), np.int64) for kind in ("sampled", "full")} for _ in weights]
-    begun = time.perf_counter()
-    users_at_once = max(64, metrics.SCORES_AT_ONCE // (data.num_items + 1))
-    batches = list(sorted_batches(np.minimum(examples.lengths, fusion.max_lengths[0]), batch_size))
-    with fusion.for_inference():
-        for index in tqdm(batches, desc=f"rank {split}", unit="batch", disable=not progress, leave=False):
-            batch = {name: values.to(device) for name, values in examples.batch(index).items()}
-            for block, pair in fusion.score_pairs(batch["histories"], batch["users"], users_at_once):
-                for found, scores in zip(ranks, fuse(pair, weights), strict=True):
-                    part = metrics.rank_block(scores, data, examples, index[block], negatives)
-                    found["sampled"][index[block]], found["full"][index[block]] = part
-    return ranks, time.perf_counter() - begun
+    """`rank_each` by the scores with each of the weights; each model computes its own once."""
+
+    def score_blocks(*batch) -> Iterator[tuple[slice, Iterator[torch.Tensor]]]:
+        return ((block, fuse(pair, weights)) for block, pair in fusion.score_pairs(*batch))
+
+    options |= {"max_length": max(fusion.max_lengths), "batched_length": fusion.max_lengths[0]}
+    return rank_each(fusion, score_blocks, len(weights), data, split, negatives, **options)

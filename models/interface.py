@@ -27,6 +27,12 @@ def flag(default: Any, meaning: str, limits: str = "") -> Any:
     return field(default=default, metadata={"meaning": meaning, "limits": limits})
 
 
+def dot_products(vectors: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    """Scores in float32, under autocast too: (B, d), (V, d) -> (B, V)."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        return vectors.float() @ items.float().T
+
+
 class Recommender(nn.Module):
     """Derive, give it a Config, and write `__init__`, `forward`, `user_vectors` and `item_vectors`.
 
@@ -73,9 +79,7 @@ class Recommender(nn.Module):
     ) -> torch.Tensor:
         """(B, V + 1), or (B, len(items)) for these items. A generative model, which has no vectors, overrides it."""
         vectors = self.item_vectors() if items is None else self.item_vectors()[items]
-        of_users = self.user_vectors(histories, users).float()
-        with torch.autocast(of_users.device.type, enabled=False):
-            return of_users @ vectors.float().T
+        return dot_products(self.user_vectors(histories, users), vectors)
 
     def score_blocks(
         self, histories: torch.Tensor, users: torch.Tensor, size: int
@@ -85,11 +89,8 @@ class Recommender(nn.Module):
         if type(self).scores is not Recommender.scores:
             yield from ((block, self.scores(histories[block], users[block]).float()) for block in blocks)
             return
-        vectors, items = self.user_vectors(histories, users).float(), self.item_vectors().float()
-        for block in blocks:
-            with torch.autocast(vectors.device.type, enabled=False):
-                scores = vectors[block] @ items.T
-            yield block, scores
+        vectors, items = self.user_vectors(histories, users), self.item_vectors().float()
+        yield from ((block, dot_products(vectors[block], items)) for block in blocks)
 
     def item_table(self) -> torch.Tensor:
         """(V + 1, d): what step 2 hands to the language model."""

@@ -1,6 +1,8 @@
 """Candidates, ranks and metrics against naive loops."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,19 @@ from models.interface import Recommender
 from models.sr.popularity import Popularity
 from utils import metrics
 from utils.data import training_examples
-from utils.errors import RunError
-from utils.metrics import draw_negatives, evaluate, metrics_from_ranks, paired_bootstrap, rank_users
+from utils.errors import RunError, UserError
+from utils.files import save_tensors, write_json
+from utils.metrics import (
+    METRICS,
+    RANKS_FILE,
+    draw_negatives,
+    evaluate,
+    metrics_from_ranks,
+    paired_bootstrap,
+    rank_users,
+    save_ranks,
+)
+from utils.report import compare_ranks
 
 
 class Table(Recommender):
@@ -226,3 +239,108 @@ def test_the_paired_bootstrap_draws_users_with_all_their_seeds():
     twice = np.concatenate([ranks, others]), np.concatenate([others, ranks])
     assert paired_bootstrap(*twice, clusters=2) == pytest.approx((0, 0, 0))
     assert paired_bootstrap(np.zeros(50), np.full(50, 99)) == pytest.approx((1, 1, 1))
+
+
+def naive_values(metric: str, ranks: np.ndarray) -> list[float]:
+    name, _, k = metric.partition("@")
+    gain = {"HR": lambda r: 1.0, "NDCG": lambda r: 1 / math.log2(r + 2), "MRR": lambda r: 1 / (r + 1)}[name]
+    return [gain(rank) if rank < float(k or "inf") else 0.0 for rank in ranks.tolist()]
+
+
+def folder_with(ranks: dict[str, np.ndarray], folder, **changes) -> Path:
+    """What `compare_ranks` reads of a finished run. changes: of config.json and of the protocol."""
+    folder.mkdir()
+    save_ranks(ranks, folder)
+    config = {"run_id": folder.name, "dataset": "tiny", "dataset_fingerprint": "0" * 64} | changes
+    protocol = {"users": len(ranks["full"]), "sampled": changes.get("sampled", "seed 1")}
+    found = {kind: metrics_from_ranks(of_kind) for kind, of_kind in ranks.items()}
+    write_json(config, folder / "config.json")
+    write_json({"run_id": folder.name, "protocol": protocol, "test": found}, folder / "metrics.json")
+    return folder
+
+
+def drawn_ranks(seed: int, users: int = 300) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {kind: rng.integers(0, high, users) for kind, high in (("sampled", 20), ("full", 60))}
+
+
+def test_two_runs_are_compared_by_every_metric(tmp_path):
+    """Against one user after the other, and another bootstrap: other draws, other code."""
+    ranks = [drawn_ranks(seed) for seed in (1, 2)]
+    rows = compare_ranks(*(folder_with(of_run, tmp_path / f"{n}") for n, of_run in enumerate(ranks)))
+    assert [(row["metric"], row["kind"]) for row in rows] == [(m, k) for k in ("sampled", "full") for m in METRICS]
+    rng = np.random.default_rng(7)
+    drawn = [rng.integers(0, 300, 300) for _ in range(1500)]
+    for row in rows:
+        a, b = (np.array(naive_values(row["metric"], of_run[row["kind"]])) for of_run in ranks)
+        assert [row["a"], row["b"]] == pytest.approx([sum(a) / 300, sum(b) / 300])
+        assert row["difference"] == pytest.approx(sum(x - y for x, y in zip(a, b, strict=True)) / 300)
+        means = [(a[users] - b[users]).mean() for users in drawn]
+        spread = np.std(means)
+        assert row["low"] == pytest.approx(np.quantile(means, 0.025), abs=0.35 * spread)
+        assert row["high"] == pytest.approx(np.quantile(means, 0.975), abs=0.35 * spread)
+        if row["metric"] == "NDCG@10":
+            expected = paired_bootstrap(*(of_run[row["kind"]] for of_run in ranks))
+            assert (row["difference"], row["low"], row["high"]) == expected
+    itself = compare_ranks(tmp_path / "0", tmp_path / "0")
+    assert {row[name] for row in itself for name in ("difference", "low", "high")} == {0.0}
+
+
+def damage(folder: Path, how: str) -> None:
+    path, ranks = folder / RANKS_FILE, {k: v.astype(np.int32) for k, v in drawn_ranks(2).items()}
+    whole = {f"test_{kind}": torch.from_numpy(of_kind) for kind, of_kind in ranks.items()}
+    found = json.loads((folder / "metrics.json").read_text())
+    if how == "no ranks":
+        path.unlink()
+    elif how == "half a file":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif how == "unfinished":
+        write_json(found | {"run_id": "earlier"}, folder / "metrics.json")
+    elif how == "odd metrics":
+        write_json(found | {"test": ["none"]}, folder / "metrics.json")
+    elif how == "odd protocol":
+        write_json(found | {"protocol": 3}, folder / "metrics.json")
+    else:
+        changes = {
+            "one kind": lambda: whole.pop("test_full"),
+            "a user less": lambda: whole.update(test_full=whole["test_full"][1:]),
+            "two columns": lambda: whole.update(test_full=whole["test_full"][:, None]),
+            "below 0": lambda: whole["test_full"].neg_(),
+            "not a number": lambda: whole.update(test_full=whole["test_full"] * math.nan),
+            "bfloat16": lambda: whole.update(test_full=whole["test_full"].bfloat16()),
+            "another run's": lambda: whole.update(test_full=torch.from_numpy(drawn_ranks(3)["full"])),
+        }
+        changes[how]()
+        save_tensors(whole, path)
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("no ranks", "holds no ranks of users"),
+        ("half a file", "is damaged"),
+        ("unfinished", "holds no finished run"),
+        ("one kind", "has no 'test_full'"),
+        *((how, "do not belong together") for how in ("a user less", "two columns", "below 0", "not a number")),
+        *((how, "do not belong together") for how in ("bfloat16", "another run's", "odd metrics", "odd protocol")),
+    ],
+)
+def test_folders_that_cannot_be_compared_are_told(how, told, second, tmp_path, recwarn):
+    whole, damaged = folder_with(drawn_ranks(1), tmp_path / "a"), folder_with(drawn_ranks(2), tmp_path / "b")
+    damage(damaged, how)
+    with pytest.raises(UserError, match=told) as error:
+        compare_ranks(*([whole, damaged] if second else [damaged, whole]))
+    assert "\n" not in str(error.value) and str(damaged) in str(error.value) and not recwarn.list
+
+
+def test_ranks_of_other_users_or_candidates_are_not_compared(tmp_path):
+    one = folder_with(drawn_ranks(1), tmp_path / "one")
+    other = folder_with(drawn_ranks(1), tmp_path / "other", dataset="else", dataset_fingerprint="1" * 64)
+    with pytest.raises(UserError, match=r"one is of tiny, .*other of else.*ranks of the same users"):
+        compare_ranks(one, other)
+    again = folder_with(drawn_ranks(1), tmp_path / "again", sampled="seed 2")
+    with pytest.raises(UserError, match=r"one ranked seed 1, .*again seed 2: train the older one again"):
+        compare_ranks(one, again)
+    with pytest.raises(UserError, match="holds no finished run"):
+        compare_ranks(one, tmp_path / "none")

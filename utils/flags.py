@@ -107,6 +107,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "block_reduction": ("over blocks: sum as in the released code, or mean as printed", ""),
     "run": ("run folder of a trained recommender", ""),
     "fuse": ("also weigh in the scores of this run folder; the weight is chosen on validation", ""),
+    "layers": ("also rank by the states after these layers of the run, as in 1,8,30, or after all of them", ""),
     "split": ("users' held-out items that are ranked", ""),
     "negatives": ("sampled candidates per user beside the held-out item", ">= 1"),
     "candidate_seed": ("seed of the sampled candidates", ">= 0"),

@@ -4,7 +4,7 @@ A recommender is what `models/interface.py` says; this module uses its `score_bl
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -89,12 +89,17 @@ def ranks_from_scores(positive: torch.Tensor, others: torch.Tensor) -> torch.Ten
     return (others >= positive).sum(1)
 
 
-def metrics_from_ranks(ranks: np.ndarray) -> dict[str, float]:
-    """HR@1/5/10, NDCG@5/10 and MRR: means over users; ranks (users,) from 0."""
+def metrics_of_users(ranks: np.ndarray) -> dict[str, np.ndarray]:
+    """HR@1/5/10, NDCG@5/10 and MRR of each user; ranks (users,) from 0."""
     gain = 1.0 / np.log2(ranks + 2.0)
-    result = {f"HR@{k}": float((ranks < k).mean()) for k in (1, 5, 10)}
-    result |= {f"NDCG@{k}": float(np.where(ranks < k, gain, 0.0).mean()) for k in (5, 10)}
-    return result | {"MRR": float((1.0 / (ranks + 1.0)).mean())}
+    result = {f"HR@{k}": np.where(ranks < k, 1.0, 0.0) for k in (1, 5, 10)}
+    result |= {f"NDCG@{k}": np.where(ranks < k, gain, 0.0) for k in (5, 10)}
+    return result | {"MRR": 1.0 / (ranks + 1.0)}
+
+
+def metrics_from_ranks(ranks: np.ndarray) -> dict[str, float]:
+    """Means of `metrics_of_users` over the users."""
+    return {name: float(values.mean()) for name, values in metrics_of_users(ranks).items()}
 
 
 def save_ranks(ranks: dict[str, np.ndarray], folder: Path) -> None:
@@ -111,43 +116,71 @@ def paired_bootstrap(
     ranks, others (users * clusters,): of the same users, seed after seed where there are several. Users are drawn with
     replacement, each with all its seeds.
     """
-    gains = [np.where(r < 10, 1.0 / np.log2(r + 2.0), 0.0).reshape(clusters, -1).mean(0) for r in (ranks, others)]
-    difference = gains[0] - gains[1]  # (users,)
-    rng, users = np.random.default_rng(seed), len(difference)
-    means = [difference[rng.integers(0, users, users)].mean() for _ in range(draws)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
+    gains = [metrics_of_users(r)["NDCG@10"].reshape(clusters, -1).mean(0) for r in (ranks, others)]
+    [found] = bootstrap((gains[0] - gains[1])[None], draws, seed)
+    return found
+
+
+def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> list[tuple[float, float, float]]:
+    """Mean of each row of `values` (rows, users), and the limits of its 95 % interval over users.
+
+    Users are drawn with replacement, the same ones for all rows.
+    """
+    rng, users = np.random.default_rng(seed), values.shape[1]
+    means = [values.take(rng.integers(0, users, users), axis=1).mean(1) for _ in range(draws)]  # (rows,) each
+    limits = np.quantile(means, [0.025, 0.975], axis=0)  # (2, rows)
+    return list(map(tuple, np.vstack([values.mean(1), limits]).T.tolist()))
+
+
+def rank_users(
+    recommender: torch.nn.Module, data: Sequences, split: str, negatives: np.ndarray, **options
+) -> tuple[dict[str, np.ndarray], float]:
+    """Rank every kept user's held-out item, among `negatives` (sampled) and in the whole catalogue (full).
+
+    In the full ranking the items of the user's history are masked. options: of `rank_each`. Returns
+    {"sampled": (users,), "full": (users,)} and the seconds it took. Raises RunError on a score that is not finite.
+    """
+
+    def score_blocks(*batch) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+        return ((block, [scores]) for block, scores in recommender.score_blocks(*batch))
+
+    [ranks], seconds = rank_each(recommender, score_blocks, 1, data, split, negatives, **options)
+    return ranks, seconds
 
 
 @torch.inference_mode()
-def rank_users(
+def rank_each(
     recommender: torch.nn.Module,
+    score_blocks: Callable[[torch.Tensor, torch.Tensor, int], Iterator[tuple[slice, Iterable[torch.Tensor]]]],
+    count: int,
     data: Sequences,
     split: str,
     negatives: np.ndarray,
     *,
     max_length: int,
     batch_size: int,
+    batched_length: int | None = None,
     device: torch.device | str = "cpu",
     autocast: Callable = torch.no_grad,
     progress: bool = False,
-) -> tuple[dict[str, np.ndarray], float]:
-    """Rank every kept user's held-out item, among `negatives` (sampled) and in the whole catalogue (full).
+) -> tuple[list[dict[str, np.ndarray]], float]:
+    """`rank_users` by each of `count` scores that a recommender gives the items; and the seconds of all.
 
-    In the full ranking the items of the user's history are masked. Returns {"sampled": (users,), "full": (users,)}
-    and the seconds it took. Raises RunError on a score that is not finite.
+    score_blocks: as the recommender's own, but with `count` tensors of scores per block, which are overwritten one
+    after another. batched_length: users whose histories differ in earlier items alone are batched as alike.
     """
     examples = split_examples(data, split, max_length)
-    ranks = {kind: np.zeros(len(examples), np.int64) for kind in ("sampled", "full")}
+    ranks = [{kind: np.zeros(len(examples), np.int64) for kind in ("sampled", "full")} for _ in range(count)]
     begun = time.perf_counter()
     users_at_once = max(64, SCORES_AT_ONCE // (data.num_items + 1))
-    batches = list(sorted_batches(examples.lengths, batch_size))
+    batches = list(sorted_batches(np.minimum(examples.lengths, batched_length or max_length), batch_size))
     with autocast(), recommender.for_inference():
         for index in tqdm(batches, desc=f"rank {split}", unit="batch", disable=not progress, leave=False):
             batch = {name: values.to(device) for name, values in examples.batch(index).items()}
-            for block, scores in recommender.score_blocks(batch["histories"], batch["users"], users_at_once):
-                found = rank_block(scores, data, examples, index[block], negatives)
-                ranks["sampled"][index[block]], ranks["full"][index[block]] = found
+            for block, several in score_blocks(batch["histories"], batch["users"], users_at_once):
+                for found, scores in zip(ranks, several, strict=True):
+                    part = rank_block(scores, data, examples, index[block], negatives)
+                    found["sampled"][index[block]], found["full"][index[block]] = part
     return ranks, time.perf_counter() - begun
 
 

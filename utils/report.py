@@ -17,8 +17,15 @@ import torch
 from utils.cli import ROOT, portable_path
 from utils.data import Sequences
 from utils.errors import UserError
-from utils.files import read_json
-from utils.metrics import CANDIDATE_SEED, NUM_NEGATIVES
+from utils.files import load_tensors, read_json
+from utils.metrics import (
+    CANDIDATE_SEED,
+    NUM_NEGATIVES,
+    RANKS_FILE,
+    bootstrap,
+    metrics_from_ranks,
+    metrics_of_users,
+)
 
 try:
     import resource
@@ -58,8 +65,8 @@ def environment(accelerator) -> dict:
     }
 
 
-def protocol(data: Sequences, max_length: int, negatives: np.ndarray) -> dict:
-    """How the metrics were measured. negatives (users, 999), 0 where a user has no more."""
+def protocol(data: Sequences, max_length: int, negatives: np.ndarray, seed: int = CANDIDATE_SEED) -> dict:
+    """How the metrics were measured. negatives (users, 999), drawn with `seed`, 0 where a user has no more."""
     counts = np.count_nonzero(negatives, axis=1)
     fewest, most = int(counts.min()), int(counts.max())
     drawn = f"{NUM_NEGATIVES}" if fewest == NUM_NEGATIVES else f"{fewest} to {most} (not {NUM_NEGATIVES})"
@@ -67,7 +74,7 @@ def protocol(data: Sequences, max_length: int, negatives: np.ndarray) -> dict:
         "split": "leave-one-out: the last item tests, the one before validates",
         "users": len(data.users),
         "items": data.num_items,
-        "sampled": f"1 positive and {drawn} negatives the user never touched, seed {CANDIDATE_SEED}",
+        "sampled": f"1 positive and {drawn} negatives the user never touched, seed {seed}",
         "negatives": {"fewest": fewest, "most": most, "mean": float(counts.mean())},
         "users_without_negatives": int((counts == 0).sum()),
         "full": "the whole catalogue, items of the history masked",
@@ -166,6 +173,49 @@ def finished_run(folder: Path, missing: str) -> tuple[dict, dict]:
     if metrics.get("run_id") != config.get("run_id"):  # metrics of the run that this one replaces
         raise UserError(missing)
     return config, metrics
+
+
+def compare_ranks(a: Path, b: Path) -> list[dict]:
+    """Each metric on test of the runs in two folders, and the paired bootstrap over users of a - b.
+
+    Returns {"metric", "kind", "a", "b", "difference", "low", "high"} of every metric, sampled and full; low and high
+    limit the 95 % interval. UserError where a folder holds no ranks, or those of other users or candidates.
+    """
+    (config, protocol, ranks), (other, other_protocol, other_ranks) = map(finished_ranks, (a, b))
+    if config["dataset_fingerprint"] != other["dataset_fingerprint"]:
+        what = f"{a} is of {config['dataset']}, {b} of {other['dataset']}, or of another version of it"
+        raise UserError(f"{what}: only runs of one dataset have ranks of the same users")
+    if protocol["sampled"] != other_protocol["sampled"]:
+        what = f"{a} ranked {protocol['sampled']}, {b} {other_protocol['sampled']}"
+        raise UserError(f"{what}: train the older one again, to compare them")
+    values = [
+        {(name, kind): of_users for kind in found for name, of_users in metrics_of_users(found[kind]).items()}
+        for found in (ranks, other_ranks)
+    ]
+    ours, theirs = (np.stack(list(found.values())) for found in values)  # (metrics, users)
+    rows = zip(values[0], ours.mean(1).tolist(), theirs.mean(1).tolist(), bootstrap(ours - theirs), strict=True)
+    names = ("metric", "kind", "a", "b", "difference", "low", "high")
+    return [dict(zip(names, (*of, one, another, *found), strict=True)) for of, one, another, found in rows]
+
+
+def finished_ranks(folder: Path) -> tuple[dict, dict, dict[str, np.ndarray]]:
+    """config.json of a finished run, its protocol, and the ranks (users,) of its test users, sampled and full."""
+    config, metrics = finished_run(folder, f"{folder} holds no finished run: give the folder of one")
+    if not (folder / RANKS_FILE).is_file():
+        raise UserError(f"{folder} holds no ranks of users ({RANKS_FILE}): give the folder of a run of this version")
+    saved, protocol = load_tensors(folder / RANKS_FILE), metrics["protocol"]
+    try:
+        ranks = {kind: saved[f"test_{kind}"].numpy() for kind in ("sampled", "full")}
+        fits = all(found.shape == (protocol["users"],) and (found >= 0).all() for found in ranks.values())
+        means = {kind: metrics_from_ranks(found) for kind, found in ranks.items()} if fits else {}
+        # hits are counts, the same on every machine; sums of others differ in the last digit
+        hits = [(kind, name) for kind, of_kind in means.items() for name in of_kind if name.startswith("HR")]
+        same = [metrics["test"][kind][name] == means[kind][name] for kind, name in hits]
+    except (TypeError, AttributeError):
+        same = []
+    if not same or not all(same):
+        raise UserError(f"{folder}: {RANKS_FILE} and metrics.json do not belong together; train the run again")
+    return config, protocol, ranks
 
 
 def check_parts(config: dict) -> None:

@@ -29,15 +29,18 @@ def listed_layers(layer_selection: str) -> list[int] | None:
     """The layers that a `--layer_selection` lists, counted from 0; None where it is `first` or `interval`."""
     if layer_selection in ("first", "interval"):
         return None
-    numbers = [number.strip() for number in layer_selection.split(",")]
+    expected = "first, interval, or numbers of layers from 0, as in 0,1,2,5"
+    return layer_numbers(f"--layer_selection {layer_selection}", layer_selection, expected)
+
+
+def layer_numbers(flag: str, text: str, expected: str) -> list[int]:
+    """The numbers of a list of layers with commas; UserError that names `flag` where they do not ascend."""
+    numbers = [number.strip() for number in text.split(",")]
     if not all(re.fullmatch("[0-9]{1,9}", number) for number in numbers):
-        raise UserError(
-            f"--layer_selection {layer_selection}: expected first, interval, or numbers of layers from 0, as in 0,1,2,5"
-        )
+        raise UserError(f"{flag}: expected {expected}")
     layers = [int(number) for number in numbers]
     if layers != sorted(set(layers)):
-        ascending = ",".join(map(str, sorted(set(layers))))
-        raise UserError(f"--layer_selection {layer_selection}: layers ascend, each once, as in {ascending}")
+        raise UserError(f"{flag}: layers ascend, each once, as in {','.join(map(str, sorted(set(layers))))}")
     return layers
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.interface import Recommender
+from models.interface import Recommender, dot_products
 from models.llm.attention import (
     KeyValues,
     ReadSome,
@@ -265,12 +265,28 @@ class LLMRec(Recommender):
         return {"ce": catalogue_cross_entropy(vectors, self.item_vectors(), batch["targets"][target_mask])}
 
     def user_vectors(self, histories: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
+        return self.layer_vectors(histories, [self.num_layers])[0]  # (B, d)
+
+    def layer_vectors(self, histories: torch.Tensor, layers: list[int]) -> list[torch.Tensor]:
+        """User vectors (B, d) from the states after each of `layers`, counted from 1: direct inference (Figure 2).
+
+        All go through the one trained `score`, without the final norm but at the top.
+        """
         newest = torch.zeros_like(histories, dtype=torch.bool)
         newest[:, -1] = True
-        return self.head(self.states(histories, newest, [self.num_layers])[:, 0])  # (B, d)
+        return [self.head(states) for states in self.states(histories, newest, layers).unbind(1)]
+
+    def layer_score_blocks(
+        self, layers: list[int], histories: torch.Tensor, users: torch.Tensor, size: int
+    ) -> Iterator[tuple[slice, Iterator[torch.Tensor]]]:
+        """`score_blocks` with the scores (b, V + 1) of each of `layers`, from one forward pass."""
+        vectors, items = self.layer_vectors(histories, layers), self.item_vectors()
+        for low in range(0, len(histories), size):
+            block = slice(low, low + size)
+            yield block, (dot_products(of_layer[block], items) for of_layer in vectors)
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
-        """User vectors from top-layer states: (B, h) -> (B, d)."""
+        """User vectors from states: (B, h) -> (B, d)."""
         return self.score(self.state_dropout(states.to(self.score.weight.dtype)))
 
     def read_items(self, items: torch.Tensor) -> torch.Tensor:

@@ -31,13 +31,15 @@ from utils.experiments import (
     finished_experiments,
     protocols,
     record,
+    records,
     with_parents,
 )
 from utils.files import atomic_file, write_json
 from utils.flags import suggest
+from utils.paper_figures import depth_figure
 from utils.paper_tables import Table, read_table, render, table_names
 from utils.recipes import read_recipe
-from utils.report import markdown_table
+from utils.report import compare_ranks, markdown_table
 
 TABLES = cli.ROOT / "results" / "TABLES.md"
 HEADER = """# The paper's tables, printed beside measured
@@ -180,7 +182,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"[{at} of {len(missing)}] {title}: not run, as {failed[0]} failed")
             continue
         print(f"[{at} of {len(missing)}] {title}", flush=True)
-        depth = base_layers(experiment) if "full" in experiment.flags().values() else 0
+        depth = base_layers(experiment)
         outcomes[experiment] = execute(experiment, depth, left)
     bad = [experiment for experiment, outcome in outcomes.items() if outcome == "failed"]
     if bad:
@@ -200,6 +202,11 @@ def write_records(args: argparse.Namespace) -> None:
                 print(experiment.record_file.relative_to(cli.ROOT))
     with atomic_file(TABLES) as part:
         part.write_text(page(), encoding="utf-8")
+    figures = read_table("figure2")
+    for dataset, of_protocols in figures.seeds.items():
+        for protocol in of_protocols:
+            path = TABLES.parent / "figures" / f"depth-{dataset}-{protocol}.png"
+            depth_figure(figures, dataset, protocol, records(dataset), path)
 
 
 def page() -> str:
@@ -209,9 +216,17 @@ def page() -> str:
 
 
 def compare(args: argparse.Namespace) -> None:
-    rows = compare_ranks(*args.runs)
-    header = ["test", "ranking", "first", "second", "difference", "95 % interval"]
-    print(markdown_table(header, rows))
+    """Every metric of two run folders, and the difference with the interval of a paired bootstrap over users."""
+    cells = [
+        [
+            f"{row['kind']} {row['metric']}",
+            *(f"{row[side]:.4f}" for side in "ab"),
+            f"{row['difference']:+.4f}",
+            f"{row['low']:+.4f} .. {row['high']:+.4f}",
+        ]
+        for row in compare_ranks(*args.runs)
+    ]
+    print(markdown_table(["test", *map(str, args.runs), "difference", "95 % interval"], cells))
 
 
 if __name__ == "__main__":

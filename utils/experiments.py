@@ -113,7 +113,8 @@ class Experiment:
             read = [",".join(read)]
         words += [word for pair in zip(READS[self.spec.script], read, strict=False) for word in pair]
         for name, value in self.flags().items():
-            words += [f"--{name}", str(depth if value == "full" and name == "num_layers" else value)]
+            of_base = {"full": str(depth), "0,1,2,last": f"0,1,2,{depth - 1}"}  # runs.yaml knows no base model
+            words += [f"--{name}", of_base.get(value, str(value))]
         return words
 
     # --- what is there ---

@@ -19,7 +19,8 @@ DOMAINS = {
     **{d.lower(): d for d in ("Cloth", "Movie", "Music", "Sport")},
 }
 PRINTED = ("HR@1", "HR@5", "NDCG@5", "MRR")  # by the paper, in percent
-SHAPES = ("metrics", "efficiency", "data", "values")
+PAPER = cli.ROOT / "results" / "paper_tables.json"
+IN_FIGURE = ("HR@10", "NDCG@10", "MRR")
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def read_table(name: str) -> Table:
     for protocol in (protocol for of_protocols in table.seeds.values() for protocol in of_protocols):
         if protocol not in protocols():
             raise UserError(f"{path}: runs.yaml has no protocol {protocol!r}; it has {', '.join(protocols())}")
-    if table.shape not in SHAPES:
-        raise UserError(f"{path}: shape {table.shape!r} is none of {', '.join(SHAPES)}")
+    if table.shape not in PER_DATASET | WHOLE:
+        raise UserError(f"{path}: shape {table.shape!r} is none of {', '.join(PER_DATASET | WHOLE)}")
     return table
 
 
@@ -98,7 +99,7 @@ def measured(found: dict, protocol: str, row: Row) -> list[dict]:
 
 def printed(names: list[str]) -> dict[str, dict[str, dict[str, float]]]:
     """The paper's values: method, domain, metric in percent; several of its tables as one."""
-    tables = read_json(cli.ROOT / "results" / "paper_tables.json", "")
+    tables = read_json(PAPER, "")
     methods = list(dict.fromkeys(method for name in names for method in tables[name]))
     return {method: {d: v for name in names for d, v in tables[name].get(method, {}).items()} for method in methods}
 
@@ -180,15 +181,120 @@ def difference_table(table: Table, protocol: str, found: dict) -> str:
     return markdown_table(["test NDCG@10", "ranking", "seeds", "difference", "95 % interval"], cells) if cells else ""
 
 
+def data_table(table: Table) -> str:
+    """Users, items and interactions of our datasets, as the runs counted them, and of the paper's."""
+    cells = []
+    for dataset in table.seeds:
+        for run in list(records(dataset).values())[:1]:
+            counts = run["metrics"]["protocol"]
+            cells.append([dataset, *(counts[name] for name in ("users", "items", "interactions"))])
+    for name, counts in read_json(PAPER, "")[table.paper[0]]["rows"].items():
+        cells.append([f"paper, {name}", *counts[:3]])
+    rows = [
+        [name, *(f"{n:,}" for n in counts), f"{100 * counts[2] / counts[0] / counts[1]:.3f}"] for name, *counts in cells
+    ]
+    return markdown_table(["dataset", "users", "items", "interactions", "density, %"], rows)
+
+
+def efficiency_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
+    """Seconds, parameters and memory of each row, as ratios to the last row, beside the paper's hours and ratios."""
+    paper, cells = read_json(PAPER, "")[table.paper[0]]["rows"], []
+    measures = {name: of[0] for name, row in table.rows.items() if (of := measured(found, protocol, row))}
+    last_row = list(table.rows)[-1]
+    last, theirs = measures.get(last_row), paper[table.rows[last_row].paper]
+    for name, row in table.rows.items():
+        line = [name] + ["-"] * 6
+        if run := measures.get(name):
+            pairs = [
+                (run["seconds"][kind], last["seconds"][kind] if last else 0) for kind in ("train_epoch", "score_test")
+            ]
+            line = [name, *(f"{own:.1f} ({own / base:.2f})" if base else f"{own:.1f}" for own, base in pairs)]
+            line += [f"{run['parameters'][kind] / 1e6:.2f}" for kind in ("trained", "total")]
+            line += [f"{run['peak_memory_bytes'] / 2**30:.2f}", str(run["environment"]["threads"])]
+        hours = paper.get(row.paper)
+        line += (
+            [f"{own:g} ({own / base:.2f})" for own, base in zip(hours[:2], theirs[:2], strict=True)]
+            if hours
+            else ["-"] * 2
+        )
+        line += [f"{1e3 * size:,.0f}" for size in hours[2:]] if hours else ["-"] * 2
+        cells.append(line)
+    header = [dataset, "s/epoch (ratio)", "s to score (ratio)", "trained, M", "params, M", "peak GiB", "threads"]
+    header += ["paper: h/epoch", "h to score", "trained, M", "params, M"]
+    return markdown_table(header, cells)
+
+
+VALUES = ("learning_rate", "max_steps", "num_epochs", "batch_size", "eval_steps", "warmup_steps", "lr_scheduler")
+VALUES += ("lambda_cos", "lambda_norm", "lambda_ms", "lambda_kl", "num_blocks", "read_out", "train_targets")
+IN_PAPER = {
+    "lambda_1": "lambda_cos",
+    "lambda_2": "lambda_norm",
+    "lambda_3": "lambda_ms",
+    "lr_scheduler_type": "lr_scheduler",
+}
+
+
+def value_table(table: Table) -> str:
+    """The flags that the runs were made with, beside those of the paper."""
+    columns: dict[str, dict] = {}
+    for dataset, of_protocols in table.seeds.items():
+        for (protocol, name, _), run in records(dataset).items():
+            if protocol in of_protocols and name in [row.run for row in table.rows.values()]:
+                columns.setdefault(f"{dataset}, {protocol}: {name}", run["config"])
+    values = read_json(PAPER, "")[table.paper[0]]
+    for domain in ("Cloth", "Movie", "Music", "Sport"):
+        columns[f"paper, {domain}"] = {IN_PAPER.get(k, k): v for k, v in (values["common"] | values[domain]).items()}
+    cells = [[name, *("-" if (v := of.get(name)) is None else str(v) for of in columns.values())] for name in VALUES]
+    return markdown_table(["flag", *columns], cells)
+
+
+def depth_points(table: Table, protocol: str, found: dict) -> tuple[dict[int, list[dict]], dict[int, dict]]:
+    """Test metrics by depth: of teachers trained at it, one per seed; and of each layer of the full model."""
+    trained: dict[int, list[dict]] = {}
+    direct: dict[int, dict] = {}
+    for (of, name, _), run in sorted(found.items()):
+        if of != protocol or name not in [row.run for row in table.rows.values()]:
+            continue
+        if run["config"]["kind"] == "teacher":
+            trained.setdefault(run["config"]["num_layers"], []).append(run["metrics"]["test"])
+        elif run["config"]["kind"] == "layers" and not direct:
+            direct = {int(layer): metrics for layer, metrics in run["metrics"]["layers"].items()}
+    return dict(sorted(trained.items())), direct
+
+
+def depth_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
+    """Figure 2 as a table: sampled HR@10, NDCG@10, MRR and full NDCG@10 over depth, in percent, beside the paper's."""
+    trained, direct = depth_points(table, protocol, found)
+    printed = read_json(PAPER, "")[table.paper[0]]["trained_at_depth"]
+    cells = []
+    for depth in sorted({*trained, *direct, *printed["layers"]}):
+        of = trained.get(depth, [])
+        line = [str(depth), *(mean([run["sampled"][m] for run in of], 100, 2) for m in IN_FIGURE)]
+        line += [mean([run["full"]["NDCG@10"] for run in of], 100, 2)]
+        line += [
+            f"{100 * direct[depth][kind]['NDCG@10']:.2f}" if depth in direct else "-" for kind in ("sampled", "full")
+        ]
+        at = printed["layers"].index(depth) if depth in printed["layers"] else None
+        cells.append(line + ["-" if at is None else f"{100 * printed[m][at]:.2f}" for m in IN_FIGURE])
+    header = [f"layers, {dataset}, %", *IN_FIGURE, "full NDCG@10", "direct NDCG@10", "direct, full NDCG@10"]
+    return markdown_table([*header, *(f"paper {m}, Cloth" for m in IN_FIGURE)], cells)
+
+
+PER_DATASET = {"metrics": metric_table, "efficiency": efficiency_table, "depth": depth_table}
+WHOLE = {"data": data_table, "values": value_table}
+
+
 def render(table: Table, base_model: str | None = None) -> str:
     """The whole table as Markdown, from the committed records alone."""
     parts = [f"## {table.title}"]
+    if table.shape in WHOLE:
+        return "\n\n".join([*parts, WHOLE[table.shape](table)])
     for dataset, of_protocols in table.seeds.items():
         found = records(dataset, base_model)
         for protocol in of_protocols:
             if not any(measured(found, protocol, row) for row in table.rows.values()):
                 parts.append(f"{dataset}, protocol {protocol}: not measured yet.")
                 continue
-            parts += [f"### {dataset}, protocol {protocol}", metric_table(table, dataset, protocol, found)]
+            parts += [f"### {dataset}, protocol {protocol}", PER_DATASET[table.shape](table, dataset, protocol, found)]
             parts += [differences] if (differences := difference_table(table, protocol, found)) else []
     return "\n\n".join(parts)

@@ -74,6 +74,7 @@ def protocol(data: Sequences, max_length: int, negatives: np.ndarray, seed: int 
         "split": "leave-one-out: the last item tests, the one before validates",
         "users": len(data.users),
         "items": data.num_items,
+        "interactions": len(data.items),
         "sampled": f"1 positive and {drawn} negatives the user never touched, seed {seed}",
         "negatives": {"fewest": fewest, "most": most, "mean": float(counts.mean())},
         "users_without_negatives": int((counts == 0).sum()),

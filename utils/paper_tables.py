@@ -185,8 +185,9 @@ def data_table(table: Table) -> str:
     """Users, items and interactions of our datasets, as the runs counted them, and of the paper's."""
     cells = []
     for dataset in table.seeds:
-        for counts in [c for run in records(dataset).values() if (c := run["metrics"]["protocol"]).get("interactions")][:1]:
-            cells.append([dataset, *(counts[name] for name in ("users", "items", "interactions"))])
+        of_runs = (run["metrics"]["protocol"] for run in records(dataset).values())
+        counts = next((found for found in of_runs if "interactions" in found), None)
+        cells += [[dataset, *(counts[name] for name in ("users", "items", "interactions"))]] if counts else []
     for name, counts in read_json(PAPER, "")[table.paper[0]]["rows"].items():
         cells.append([f"paper, {name}", *counts[:3]])
     rows = [

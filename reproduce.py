@@ -14,12 +14,10 @@ import utils.threads  # noqa: F401  before torch is imported
 # isort: split
 
 import argparse
-import inspect
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from finetune import main as finetune
 from models.llm.decoder import base_config
 from utils import assets, cli
 from utils.errors import RunError, UserError
@@ -113,7 +111,7 @@ def narrowed(table: Table, args: argparse.Namespace) -> Table:
     names = getattr(args, "rows", None) or table.rows
     for name in names:
         if name not in table.rows:
-            raise UserError(f"--rows {name!r}: {table.name} has no such row{suggest(name, table.rows)}")
+            raise UserError(f"--rows {name!r}: {table.name} has no such row{suggest(name, table.rows, '')}")
     return replace(table, seeds=on, rows={name: table.rows[name] for name in names})
 
 
@@ -126,7 +124,7 @@ def wanted_runs(args: argparse.Namespace) -> list[Experiment]:
 def base_layers(experiment: Experiment) -> int:
     """How many layers the base model has that the dataset's teacher is cut from."""
     recipe = read_recipe(cli.ROOT / "recipes" / f"{experiment.dataset}.yaml")["teacher"]
-    default = inspect.signature(finetune).parameters["base_model"].default
+    default = assets.EMBEDDED_MODEL
     return base_config(
         assets.base_model_path(experiment.base_model or recipe.get("base_model", default))
     ).num_hidden_layers
@@ -202,11 +200,11 @@ def write_records(args: argparse.Namespace) -> None:
                 print(experiment.record_file.relative_to(cli.ROOT))
     with atomic_file(TABLES) as part:
         part.write_text(page(), encoding="utf-8")
-    figures = read_table("figure2")
-    for dataset, of_protocols in figures.seeds.items():
-        for protocol in of_protocols:
-            path = TABLES.parent / "figures" / f"depth-{dataset}-{protocol}.png"
-            depth_figure(figures, dataset, protocol, records(dataset), path)
+    for table in map(read_table, table_names()):
+        pairs = [(d, p) for d, of in table.seeds.items() for p in of if table.shape == "depth"]
+        for dataset, protocol in pairs:
+            path = TABLES.parent / "figures" / f"{table.name}-{dataset}-{protocol}.png"
+            depth_figure(table, dataset, protocol, records(dataset), path)
 
 
 def page() -> str:

@@ -1,5 +1,6 @@
 """Tiny random models and synthetic data for unit tests; the real ones are in test_pipeline.py."""
 
+import json
 import os
 from pathlib import Path
 
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from transformers import AutoModel, LlamaConfig
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, LlamaConfig, PreTrainedTokenizerFast
 
 from models.llm.decoder import keep_layers
 from models.llm.recommender import LLMRec
 from models.sr.sasrec import SASRec
+from utils import files
 from utils.data import Sequences
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +70,33 @@ def make_sequences(users: int = 60, num_items: int = 40, seed: int = 0, low: int
     items = np.concatenate([rng.permutation(num_items)[:n] + 1 for n in lengths]).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return Sequences("synthetic", items, offsets, num_items, np.arange(users), "0" * 64)
+
+
+TITLES = {1: 'The "quoted", one; with\u2028a line', 2: "Ünïcödé\u0085", 3: ""}
+
+
+def tiny_sources(place: Path) -> Path:
+    """A dataset, an item table and a base model, all tiny, in `place`."""
+    data = make_sequences(users=30)
+    (place / "data").mkdir()
+    np.save(place / "data" / "items.npy", data.items)
+    np.save(place / "data" / "offsets.npy", data.offsets)
+    info = {"name": "kill", "items": data.num_items, "fingerprint": data.fingerprint}
+    (place / "data" / "dataset.json").write_text(json.dumps(info))
+    rows = ["item_id\ttitle", *(f"id{n}\t{TITLES.get(n, f'Film {n}')}" for n in range(1, data.num_items + 1))]
+    (place / "data" / "items.tsv").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    (place / "table").mkdir()
+    table = torch.randn(data.num_items + 1, 8)
+    save_file({"item_table": table}, place / "table" / "item_embeddings.safetensors")
+    config = {"kind": "item_embeddings", "dataset_fingerprint": data.fingerprint, "item_dim": 8}
+    config["table_sha256"] = files.sha256(place / "table" / "item_embeddings.safetensors")
+    (place / "table" / "config.json").write_text(json.dumps(config))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    AutoModel.from_config(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(place / "base")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "a": 2}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(place / "base")
+    return place
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -4,48 +4,20 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from conftest import make_sequences
+from conftest import tiny_sources
 from kills import contents, snapshots
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, LlamaConfig, PreTrainedTokenizerFast
 
 import finetune
 import train_sr_trad
 from models.sr import MODELS
-from utils import cli, files, report
+from utils import cli, report
 from utils.errors import UserError
-
-TITLES = {1: 'The "quoted", one; with\u2028a line', 2: "Ünïcödé\u0085", 3: ""}
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
-    """A dataset, an item table and a base model, all tiny."""
-    place = tmp_path_factory.mktemp("kill")
-    data = make_sequences(users=30)
-    (place / "data").mkdir()
-    np.save(place / "data" / "items.npy", data.items)
-    np.save(place / "data" / "offsets.npy", data.offsets)
-    info = {"name": "kill", "items": data.num_items, "fingerprint": data.fingerprint}
-    (place / "data" / "dataset.json").write_text(json.dumps(info))
-    rows = ["item_id\ttitle", *(f"id{n}\t{TITLES.get(n, f'Film {n}')}" for n in range(1, data.num_items + 1))]
-    (place / "data" / "items.tsv").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    (place / "table").mkdir()
-    table = torch.randn(data.num_items + 1, 8)
-    save_file({"item_table": table}, place / "table" / "item_embeddings.safetensors")
-    config = {"kind": "item_embeddings", "dataset_fingerprint": data.fingerprint, "item_dim": 8}
-    config["table_sha256"] = files.sha256(place / "table" / "item_embeddings.safetensors")
-    (place / "table" / "config.json").write_text(json.dumps(config))
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
-    AutoModel.from_config(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(place / "base")
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "a": 2}, "<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(place / "base")
-    return place
+    return tiny_sources(tmp_path_factory.mktemp("kill"))
 
 
 def step(script, section: str, sources: Path, *flags: object) -> None:

@@ -1,35 +1,316 @@
-"""reproduce.py shows finished runs, and writes records only when it is asked to."""
+"""reproduce.py: which runs a table needs and in which order, what it does when one stops, and what it shows of them."""
 
 import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from kills import contents
-from test_train import finish, train
+import torch
+from conftest import ROOT, tiny_sources
+from safetensors.torch import load_file, save_file
 
 import reproduce
-from utils import assets, cli
+from utils import cli, experiments, paper_tables
+from utils.experiments import Experiment
+from utils.metrics import metrics_from_ranks, paired_bootstrap
+
+RUNS = """
+protocols: {strong: {}, released: {train_sr_trad: {train_targets: last}, distill: {lambda_ms: 1}}}
+runs:
+  SASRec: {script: train_sr_trad}
+  item table: {script: extract_emb, reads: [SASRec]}
+  teacher: {script: finetune, reads: [item table], flags: {num_layers: full}}
+  student: {script: distill, reads: [teacher], flags: {lambda_ms: 0.1}}
+  half: {script: distill, reads: [teacher, SASRec], flags: {lambda_ms: 0.1}, released: {lambda_ms: 0.5}}
+  student + SASRec: {script: evaluate, reads: [student, SASRec]}
+"""
+TABLE = """
+title: A table
+paper: [table_2, table_3]
+seeds: {small: {strong: [1, 12], released: [1]}}
+rows: {SASRec: {run: SASRec, paper: SASRec}, ours: {run: student, paper: "SLMRec_4<-8"}, Caser: {paper: Caser}}
+pairs: [[student, SASRec]]
+"""
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_records_are_written_only_when_asked(asked, tmp_path, monkeypatch, capsys):
-    run, model, state = train(tmp_path / "outputs" / "synthetic" / "ablation")
-    finish(run, model, state)
-    folder = tmp_path / "data"
-    folder.mkdir()
-    np.save(folder / "items.npy", run.data.items)
-    np.save(folder / "offsets.npy", run.data.offsets)
-    info = {"name": "synthetic", "items": run.data.num_items, "fingerprint": run.data.fingerprint}
-    (folder / "dataset.json").write_text(json.dumps(info))
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "synthetic-ablation.json").write_text("a committed record")
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A checkout with one table and no runs."""
+    (tmp_path / "recipes" / "paper").mkdir(parents=True)
+    (tmp_path / "recipes" / "paper" / "runs.yaml").write_text(RUNS)
+    (tmp_path / "recipes" / "paper" / "table2.yaml").write_text(TABLE)
+    (tmp_path / "recipes" / "small.yaml").write_text("sr: {num_epochs: 2}\n")
+    (tmp_path / "results" / "figures").mkdir(parents=True)
+    shutil.copy(ROOT / "results" / "paper_tables.json", tmp_path / "results")
     monkeypatch.setattr(cli, "ROOT", tmp_path)
-    monkeypatch.setattr(assets, "DATASETS", tmp_path)
-    monkeypatch.setattr(reproduce, "RECORDS", tmp_path / "runs")
-    before = contents(tmp_path / "runs")
-    cli.run(reproduce.main, None, ["--dataset", "data", *(["--record"] if asked else [])])
-    assert "SASRec (ablation)" in capsys.readouterr().out
-    assert (contents(tmp_path / "runs") == before) != asked
-    if asked:
-        record = json.loads((tmp_path / "runs" / "synthetic-ablation.json").read_text())
-        assert record["metrics"] == json.loads((run.folder / "metrics.json").read_text())
+    monkeypatch.setattr(reproduce, "TABLES", tmp_path / "results" / "TABLES.md")
+    monkeypatch.setattr(reproduce, "base_layers", lambda experiment: 30)
+    forget()
+    yield tmp_path
+    forget()
+
+
+def forget() -> None:
+    experiments.book.cache_clear()
+    experiments.Experiment.fingerprint.cache_clear()
+
+
+class Process:
+    """In place of a script: leaves a run with ranks of 50 users, fails where `failing` says, or never ends."""
+
+    def __init__(self, place: Path, failing: tuple[str, ...] = (), endless: tuple[str, ...] = ()):
+        self.place, self.failing, self.endless, self.commands = place, failing, endless, []
+
+    def __call__(self, command: list[str], cwd: Path) -> "Process":
+        self.commands.append(command[1:])
+        return self
+
+    def wait(self, timeout: float) -> int:
+        words = self.commands[-1]
+        folder = self.place / words[words.index("--output_dir") + 1]
+        if folder.name in self.endless and timeout != experiments.PATIENCE:
+            raise subprocess.TimeoutExpired(words[0], timeout)
+        if folder.name in self.failing:
+            return 1
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"run_id": folder.name, "kind": "sr"}))
+        if words[0] == "extract_emb.py" or folder.name in self.endless:
+            return 0
+        rng = np.random.default_rng(len(self.commands))
+        ranks = {kind: rng.integers(0, 40, 50) for kind in ("sampled", "full")}
+        save_file(
+            {f"test_{k}": torch.from_numpy(v.astype(np.int32)) for k, v in ranks.items()}, folder / "ranks.safetensors"
+        )
+        metrics = {kind: metrics_from_ranks(found) for kind, found in ranks.items()}
+        report = {"run_id": folder.name, "valid": metrics, "test": metrics, "protocol": {}, "environment": {}}
+        (folder / "metrics.json").write_text(json.dumps(report))
+        return 0
+
+    def send_signal(self, number: int) -> None:
+        assert number == signal.SIGINT
+
+
+def call(monkeypatch, *words: str) -> None:
+    monkeypatch.setattr("sys.argv", ["reproduce.py", *words])
+    reproduce.main()
+
+
+def process(monkeypatch, place: Path, **options) -> Process:
+    found = Process(place, **options)
+    monkeypatch.setattr(experiments.subprocess, "Popen", found)
+    return found
+
+
+def test_every_run_comes_once_after_those_that_it_reads_and_first_seeds_come_first(place, monkeypatch):
+    ran = process(monkeypatch, place)
+    call(monkeypatch, "run", "table2")
+    named = [Path(words[words.index("--output_dir") + 1]).name for words in ran.commands]
+    chain = ["sasrec", "item-table", "teacher", "student"]
+    first = [f"{name}-seed1" for name in chain] + [f"{name}-released-seed1" for name in chain]
+    assert named == first + [f"{name}-seed12" for name in chain]
+    teacher = ran.commands[2]
+    assert teacher[0] == "finetune.py" and "outputs/small/paper/item-table-seed1" in teacher
+    assert teacher[teacher.index("--num_layers") + 1] == "30" and teacher[teacher.index("--seed") + 1] == "1"
+    ran.commands.clear()
+    call(monkeypatch, "run", "table2")
+    assert not ran.commands  # all is there
+
+
+def test_flags_of_a_run_are_its_protocols_then_its_own_then_its_own_in_that_protocol(place):
+    found = {(p, n): Experiment("small", p, n, 1).flags() for p in ("strong", "released") for n in ("student", "half")}
+    assert {key: flags["lambda_ms"] for key, flags in found.items()} == {
+        ("strong", "student"): 0.1,
+        ("strong", "half"): 0.1,
+        ("released", "student"): 0.1,
+        ("released", "half"): 0.5,
+    }
+    assert Experiment("small", "released", "SASRec", 1).flags() == {"train_targets": "last"}
+    command = Experiment("small", "strong", "half", 1).command(30)
+    paper = "outputs/small/paper/"
+    assert command[command.index("--teacher") + 1] == f"{paper}teacher-seed1"
+    assert command[command.index("--kl_teacher") + 1] == f"{paper}sasrec-seed1"
+
+
+def test_what_reads_a_failed_run_is_left_out_and_the_rest_goes_on(place, monkeypatch, capsys):
+    ran = process(monkeypatch, place, failing=("teacher-seed1",))
+    with pytest.raises(reproduce.RunError, match=r"2 runs failed: outputs/small/paper/teacher-seed1, .*student-seed1"):
+        call(monkeypatch, "run", "table2")
+    assert "student on small, strong, seed 1: not run, as teacher failed" in capsys.readouterr().out
+    assert [words[0] for words in ran.commands].count("distill.py") == 2  # of seed 12, and of the other protocol
+    call(monkeypatch, "plan", "table2")
+    states = [line.split("|")[5].strip() for line in capsys.readouterr().out.splitlines() if "small |" in line]
+    assert states == ["failed", "to run"]
+    ran.failing = ()
+    call(monkeypatch, "run", "table2")
+    assert [words[0] for words in ran.commands[-2:]] == ["finetune.py", "distill.py"]
+
+
+def test_a_run_stops_when_the_budget_is_used_up_and_goes_on_later(place, monkeypatch, capsys):
+    ran = process(monkeypatch, place, endless=("teacher-seed1",))
+    times = iter([0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, *[10.0**6] * 99])
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    call(monkeypatch, "run", "table2", "--budget_hours", "0.5")
+    assert "the budget is used up: 9 of 12 runs are left" in capsys.readouterr().out
+    assert [words[0] for words in ran.commands] == ["train_sr_trad.py", "extract_emb.py", "finetune.py"]
+    assert Experiment("small", "strong", "teacher", 1).state() == "interrupted"
+    monkeypatch.undo()
+    monkeypatch.setattr(cli, "ROOT", place)
+
+
+def test_another_recipe_makes_another_run(place, monkeypatch):
+    process(monkeypatch, place)
+    call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1")
+    before = {name: Experiment("small", "strong", name, 1).fingerprint() for name in ("SASRec", "student")}
+    (place / "recipes" / "small.yaml").write_text("# a comment\nsr: {num_epochs: 2}\n")
+    forget()
+    assert Experiment("small", "strong", "SASRec", 1).fingerprint() == before["SASRec"]
+    (place / "recipes" / "small.yaml").write_text("sr: {num_epochs: 3}\n")
+    forget()
+    assert Experiment("small", "strong", "student", 1).fingerprint() != before["student"]  # it reads SASRec's table
+    assert Experiment("small", "strong", "student", 1).state() == "changed"
+    with pytest.raises(reproduce.UserError, match="sasrec-seed1 has other flags or another recipe; to run it again"):
+        call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1")
+
+
+def test_records_stand_for_runs_and_make_the_tables(place, monkeypatch, capsys):
+    ran = process(monkeypatch, place)
+    call(monkeypatch, "run", "table2", "--protocol", "strong")
+    call(monkeypatch, "record")
+    folders = dict.fromkeys((1, 12), place / "outputs/small/paper")
+    ranks = {
+        (name, seed): load_file(folder / f"{name}-seed{seed}" / "ranks.safetensors")["test_full"].numpy()
+        for seed, folder in folders.items()
+        for name in ("student", "sasrec")
+    }
+    shutil.rmtree(place / "outputs")  # as in a new clone
+    ran.commands.clear()
+    call(monkeypatch, "run", "table2", "--protocol", "strong")
+    assert not ran.commands
+    capsys.readouterr()
+    call(monkeypatch, "show", "table2")
+    shown = capsys.readouterr().out
+    assert shown.strip() in (place / "results" / "TABLES.md").read_text(encoding="utf-8")
+
+    values = [100 * metrics_from_ranks(ranks["student", seed])["NDCG@10"] for seed in (1, 12)]
+    row = next(line for line in shown.splitlines() if line.startswith("| ours"))
+    assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in row and "18.07" in row
+    assert re.search(r"\| Caser +\| +- \| +- .* 12\.66 ", shown)
+    both = [np.concatenate([ranks[name, seed] for seed in (1, 12)]) for name in ("student", "sasrec")]
+    mean, low, high = paired_bootstrap(*both, clusters=2)
+    assert re.search(
+        rf"student - SASRec \| +full \| +2 \| +{re.escape(f'{mean:+.4f} | {low:+.4f} .. {high:+.4f}')}", shown
+    )
+    assert "small, protocol released: not measured yet." in shown
+
+    call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1", "12", "7", "--rows", "ours")
+    assert len(ran.commands) == 4  # a new seed needs its whole chain, the recorded ones nothing
+
+
+def test_average_ranks_share_a_place_where_values_are_equal():
+    found = paper_tables.average_ranks({"a": [3.0, 1.0], "b": [2.0, 1.0], "none": [], "c": [1.0, 5.0]})
+    assert found == {"a": "1.8", "b": "2.2", "c": "2.0"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("show tabel2", "no table tabel2.*did you mean table2"),
+        ("run table2 --rows SASRek", "table2 has no such row.*did you mean SASRec"),
+        ("run table2 --protocol weak", "--protocol weak: it is one of strong, released"),
+    ],
+)
+def test_what_is_not_there_is_refused(place, monkeypatch, words, message):
+    with pytest.raises(reproduce.UserError, match=message):
+        call(monkeypatch, *words.split())
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("runs", RUNS.replace("script: distill", "script: distil"), "unknown script distil.*did you mean distill"),
+        ("runs", RUNS.replace("[student, SASRec]", "[teacher 2]"), "reads 'teacher 2', which does not stand before it"),
+        ("runs", "runs: [", "runs.yaml cannot be read"),
+        ("runs", RUNS.replace("flags: {num", "flgs: {num"), "flgs"),
+        ("table2", TABLE.replace("run: student", "run: studet"), "no run 'studet'.*did you mean student"),
+        ("table2", TABLE.replace("released: [1]", "loose: [1]"), "no protocol 'loose'"),
+        ("table2", TABLE + "shape: round", "shape 'round' is none of metrics"),
+        ("table2", TABLE.replace("title:", "tilte:"), "tilte"),
+        ("table2", "just text", "expected name: value lines"),
+    ],
+)
+def test_recipes_that_do_not_fit_together_are_refused(place, monkeypatch, file, text, message):
+    (place / "recipes" / "paper" / f"{file}.yaml").write_text(text)
+    with pytest.raises(reproduce.UserError, match=message):
+        call(monkeypatch, "list")
+
+
+def test_the_committed_recipes_name_flags_that_scripts_have():
+    """Each run of recipes/paper/runs.yaml, in both protocols, passes the scripts' own check of the command line."""
+    import distill
+    import evaluate
+    import extract_emb
+    import finetune
+    import train_sr_trad
+    from models.sr import MODELS
+
+    scripts = {m.__name__: m for m in (distill, evaluate, extract_emb, finetune, train_sr_trad)}
+    forget()
+    for table in paper_tables.table_names():
+        paper_tables.read_table(table)
+    for protocol in experiments.protocols():
+        for name, spec in experiments.specs().items():
+            command = Experiment("beauty", protocol, name, 42).command(30)
+            models = None if spec.script == "evaluate" else MODELS
+            cli.resolve(
+                scripts[spec.script].main, experiments.SECTIONS[spec.script] or None, command[1:], models=models
+            )
+
+
+TINY = """
+data: {max_seq_length: 8, batch_size: 8, warmup_steps: 2, eval_steps: 20}
+sr: {sasrec: {item_dim: 8, num_layers: 1, num_heads: 1}, max_steps: 20}
+teacher: {num_layers: 2, lora_r: 2, max_steps: 200}
+student: {num_layers: 1, num_blocks: 1, lambda_ms: 0, max_steps: 20}
+"""
+
+
+@pytest.mark.pipeline
+def test_a_table_that_is_killed_goes_on_to_the_same_digits(tmp_path):
+    """The steps of a table as real processes, with a tiny base: killed while the teacher trains, and started again."""
+    sources, outcomes = tiny_sources(tmp_path), []
+    for kill in (False, True):
+        checkout = tmp_path / f"kill-{kill}"
+        for part in ("utils", "models", "datasets", "recipes/paper"):
+            shutil.copytree(ROOT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__", "*.npy"))
+        for script in ROOT.glob("*.py"):
+            shutil.copy(script, checkout)
+        shutil.copytree(sources / "data", checkout / "datasets" / "tiny")
+        (checkout / "recipes" / "tiny.yaml").write_text(TINY)
+        (checkout / "recipes" / "paper" / "tiny.yaml").write_text(TABLE.replace("small: ", "tiny: "))
+        command = [sys.executable, "reproduce.py", "run", "tiny", "--protocol", "strong", "--seeds", "1"]
+        command += ["--base_model", str(sources / "base")]
+        if kill:
+            started = subprocess.Popen(command, cwd=checkout, start_new_session=True)
+            runs = checkout / "outputs" / "tiny" / "paper"
+            while not list(runs.glob("teacher-base-seed1/checkpoints/step-*")):
+                assert started.poll() is None
+                time.sleep(0.02)
+            os.killpg(started.pid, signal.SIGKILL)
+            started.wait()
+            assert not list(runs.glob("teacher-base-seed1/metrics.json"))
+        subprocess.run(command, cwd=checkout, check=True)
+        found = {
+            path.parent.name: json.loads(path.read_text())
+            for path in checkout.glob("outputs/tiny/paper/*/metrics.json")
+        }
+        outcomes.append({name: (run["valid"], run["test"]) for name, run in found.items()})
+        assert set(found) == {"sasrec-seed1", "teacher-base-seed1", "student-base-seed1"}
+    assert outcomes[0] == outcomes[1]

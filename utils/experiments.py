@@ -66,6 +66,10 @@ class Experiment:
     base_model: str | None = None
     max_steps: int | None = None  # of a calibration
 
+    def __post_init__(self) -> None:
+        if self.spec.script in ("train_sr_trad", "extract_emb"):  # no language model has a part in it
+            object.__setattr__(self, "base_model", None)
+
     @property
     def spec(self) -> Spec:
         return specs()[self.name]
@@ -159,7 +163,7 @@ def book() -> tuple[dict[str, dict], dict[str, Spec]]:
         runs = {name: Spec(**entry | {"reads": tuple(entry.get("reads", ()))}) for name, entry in found["runs"].items()}
         for name, spec in runs.items():
             if spec.script not in SECTIONS:
-                raise UserError(f"{path}: {name}: unknown script {spec.script}{suggest(spec.script, SECTIONS)}")
+                raise UserError(f"{path}: {name}: unknown script {spec.script}{suggest(spec.script, SECTIONS, '')}")
             order = list(runs)
             for read in spec.reads:
                 if read not in runs or order.index(read) >= order.index(name):
@@ -298,5 +302,5 @@ def records(dataset: str, base_model: str | None = None) -> dict[tuple[str, str,
     """The committed records of a dataset by protocol, run and seed."""
     found = [read_json(path, "") for path in sorted((cli.ROOT / "results" / "runs" / dataset).glob("*.json"))]
     of = [Experiment(**run["experiment"]) for run in found]
-    pairs = [(e, run) for e, run in zip(of, found, strict=True) if e.base_model == base_model]
+    pairs = [(e, run) for e, run in zip(of, found, strict=True) if e == replace(e, base_model=base_model)]
     return {(e.protocol, e.name, e.seed): run for e, run in pairs}

@@ -200,6 +200,6 @@ def choices(annotation: object) -> tuple[str, ...]:
     return next((typing.get_args(o) for o in alternatives(annotation) if typing.get_origin(o) is typing.Literal), ())
 
 
-def suggest(name: str, known: typing.Iterable[str]) -> str:
+def suggest(name: str, known: typing.Iterable[str], dashes: str = "--") -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean --{close[0]}?)" if close else ""
+    return f" (did you mean {dashes}{close[0]}?)" if close else ""

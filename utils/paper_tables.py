@@ -63,7 +63,7 @@ def table_names() -> list[str]:
 def read_table(name: str) -> Table:
     """recipes/paper/<name>.yaml; UserError where it names a run, protocol or key that is not there."""
     if name not in table_names():
-        raise UserError(f"no table {name}{suggest(name, table_names())}: it is one of {', '.join(table_names())}")
+        raise UserError(f"no table {name}{suggest(name, table_names(), '')}: it is one of {', '.join(table_names())}")
     path = cli.ROOT / "recipes" / "paper" / f"{name}.yaml"
     found = read_yaml(path)
     try:
@@ -75,7 +75,7 @@ def read_table(name: str) -> Table:
     named = [run for row in table.rows.values() for run in (row.run, row.baseline) if run]
     for run in [*named, *(run for pair in table.pairs for run in pair)]:
         if run not in specs():
-            raise UserError(f"{path}: runs.yaml has no run {run!r}{suggest(run, specs())}")
+            raise UserError(f"{path}: runs.yaml has no run {run!r}{suggest(run, specs(), '')}")
     for protocol in (protocol for of_protocols in table.seeds.values() for protocol in of_protocols):
         if protocol not in protocols():
             raise UserError(f"{path}: runs.yaml has no protocol {protocol!r}; it has {', '.join(protocols())}")

@@ -31,12 +31,11 @@ TEXT_DIM = 128
 
 
 def check_trained(table: torch.Tensor, drawn: torch.Tensor) -> None:
-    """UserError where the table (V + 1, d) holds NaN or has the norms of `drawn`, an untrained one."""
+    """UserError where the table (V + 1, d) holds NaN or is still `drawn`, the one that the run's seed gave it."""
     if not torch.isfinite(table).all():
         raise UserError("the item table holds NaN or infinity: train_sr_trad.py diverged; lower --learning_rate")
-    norms, untrained = (rows[1:].norm(dim=1) for rows in (table, drawn))
-    if abs(norms.mean() / untrained.mean() - 1) < 0.05 and abs(norms.std() / untrained.std() - 1) < 0.25:
-        raise UserError("the item table is untrained: its norms are still those of its drawing; train longer")
+    if (table - drawn).norm() < 1e-4 * drawn.norm():
+        raise UserError("the item table is untrained: it is still as it was drawn; raise --learning_rate, train longer")
 
 
 def from_recommender(data: Sequences, dataset: str, model: str, sr_dir: str | None) -> tuple[torch.Tensor, dict]:
@@ -49,6 +48,7 @@ def from_recommender(data: Sequences, dataset: str, model: str, sr_dir: str | No
     check_same_dataset(data, trained.get("dataset_fingerprint"), source)
     known = data.training_part()
     table = load_recommender(source, trained, known).item_table()
+    torch.manual_seed(trained["seed"] % 2**63)  # as the run did before it drew its weights
     check_trained(table, new_recommender(trained, known).item_table())
     return table, {
         "sr_dir": cli.portable_path(source),

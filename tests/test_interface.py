@@ -15,6 +15,7 @@ import train_sr_trad
 from models.interface import Recommender, flag
 from models.losses import catalogue_cross_entropy
 from models.sr import MODELS
+from models.sr.sasrec_released import SASRecReleased
 from utils import cli
 from utils.files import load_tensors
 
@@ -46,9 +47,16 @@ class GRU(Recommender):
         return self.items.weight
 
 
-def test_a_new_model_goes_through_every_step(sources, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setitem(MODELS, "gru", GRU)
-    flags = ["--model", "gru", "--width", 6, "--learning_rate", 3, "--warmup_steps", 1]
+RELEASED = {"item_dim": 6, "hidden_dim": 4, "learning_rate": 1e-3}  # its table moves less than its norms tell
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "values"),
+    [("gru", GRU, {"width": 6, "learning_rate": 3}), ("sasrec_released", SASRecReleased, RELEASED)],
+)
+def test_a_model_goes_through_every_step(model, kind, values, sources, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(MODELS, model, kind)
+    flags = [f"--{name}={value}" for name, value in {"model": model, "warmup_steps": 1, **values}.items()]
 
     def train(name, *more):
         step(train_sr_trad, "sr", sources, *flags, *more, "--output_dir", tmp_path / name)
@@ -56,8 +64,8 @@ def test_a_new_model_goes_through_every_step(sources, tmp_path, monkeypatch):  #
 
     whole = train("whole")
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
-    assert config["model"] == "gru" and config["width"] == 6 and config["title"] == "GRU"
-    forward, calls = GRU.forward, []
+    assert values.items() <= config.items() and config["model"] == model and config["title"] == kind.__name__
+    forward, calls = kind.forward, []
 
     def cut_off(*args):
         calls.append(args)
@@ -65,14 +73,14 @@ def test_a_new_model_goes_through_every_step(sources, tmp_path, monkeypatch):  #
             raise KeyboardInterrupt
         return forward(*args)
 
-    monkeypatch.setattr(GRU, "forward", cut_off)
+    monkeypatch.setattr(kind, "forward", cut_off)
     with pytest.raises(KeyboardInterrupt):
         train("cut")
-    monkeypatch.setattr(GRU, "forward", forward)
+    monkeypatch.setattr(kind, "forward", forward)
     assert train("cut", "--resume", "auto") == whole
 
     common = ["--dataset", str(sources / "data")]
-    argv = [*common, "--model", "gru", "--sr_dir", str(tmp_path / "whole"), "--output_dir", str(tmp_path / "table")]
+    argv = [*common, "--model", model, "--sr_dir", str(tmp_path / "whole"), "--output_dir", str(tmp_path / "table")]
     extract_emb.main(**cli.resolve(extract_emb.main, "extract", argv, models=MODELS))
     trained = load_tensors(tmp_path / "whole" / "model.safetensors")["items.weight"]
     table = load_tensors(tmp_path / "table" / "item_embeddings.safetensors")["item_table"]

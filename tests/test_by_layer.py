@@ -1,6 +1,5 @@
 """evaluate.py --layers: direct inference from each layer (the paper's Figure 2) against a plain loop."""
 
-import json
 import math
 import shutil
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ import recommend
 import train_sr_trad
 from utils import cli, metrics
 from utils.data import Sequences, split_examples
+from utils.files import read_json, write_json
 from utils.metrics import draw_negatives, rank_each, rank_users
 from utils.report import closing_table, flatten
 
@@ -38,7 +38,9 @@ def place(sources, tmp_path_factory) -> Path:  # noqa: F811
     shutil.copytree(sources / "base", place / "base")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 4}
-    AutoModel.from_config(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(place / "base")
+    base = AutoModel.from_config(LlamaConfig(vocab_size=8, **sizes))
+    torch.nn.init.normal_(base.norm.weight)  # with ones, as it starts, the final norm would move no rank
+    base.save_pretrained(place / "base")
     flags = ["--base_model", place / "base", "--item_embeddings", sources / "table", "--num_layers", 4]
     flags += ["--lora_r", 2, "--max_seq_length", LENGTH, "--learning_rate", 0.05, "--warmup_steps", 0]
     for read_out in ("response", "item"):
@@ -57,7 +59,7 @@ def run(*words: object) -> None:
 def by_layer(place: Path, sources: Path, name: str, *more) -> tuple[dict, dict]:  # noqa: F811
     folder = place / f"{name}-layers"
     run("--run", place / name, "--dataset", sources / "data", "--output_dir", folder, *more)
-    return tuple(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "metrics"))
+    return tuple(read_json(folder / f"{name}.json", "") for name in ("config", "metrics"))
 
 
 def plain_metrics(ranks: list[int]) -> dict[str, float]:
@@ -90,7 +92,7 @@ def test_the_metrics_of_each_layer_are_those_of_transformers_hidden_states(name,
             ranks[layer, "sampled"].append(sum(scores[item] >= scores[target] for item in negatives[row] if item))
     for (layer, kind), values in ranks.items():
         assert found["layers"][str(layer)][kind] == pytest.approx(plain_metrics(values)), (layer, kind)
-    assert len({json.dumps(layer) for layer in found["layers"].values()}) == 4, "layers differ"
+    assert len({str(layer) for layer in found["layers"].values()}) == 4, "layers differ"
 
 
 @pytest.mark.parametrize("name", ["response", "item", "student"])
@@ -105,7 +107,7 @@ def test_the_last_layer_is_the_run_itself_and_all_come_from_one_pass(name, place
     monkeypatch.setattr(evaluate, "load", counted)
     batches = ["--eval_batch_size", 8]
     run("--run", place / name, "--dataset", sources / "data", *batches)
-    alone, own = len(passes), json.loads((place / name / "metrics.json").read_text())["test"]
+    alone, own = len(passes), read_json(place / name / "metrics.json", "")["test"]
     capsys.readouterr()
     config, found = by_layer(place, sources, name, "--layers", f"1,{depth}", *batches)
     printed = capsys.readouterr().out.splitlines()
@@ -138,7 +140,7 @@ def test_in_blocks_of_users_and_in_bfloat16_the_ranks_are_the_models_own(autocas
 def test_the_record_says_what_was_measured_and_is_no_run(place, sources, capsys):  # noqa: F811
     before = closing_table(place, "0" * 64)
     config, found = by_layer(place, sources, "item", "--layers", "2,3", "--split", "valid", "--candidate_seed", 5)
-    folder, measured = place / "item-layers", json.loads((place / "item/config.json").read_text())
+    folder, measured = place / "item-layers", read_json(place / "item/config.json", "")
     assert set(contents(folder)) == {"config.json", "metrics.json"}
     assert config == {
         "kind": "layers",
@@ -192,14 +194,14 @@ def test_what_makes_no_sense_is_refused_in_one_line(words, told, place, sources,
     kinds = {"fusion": "fusion", "record": "layers", "strange": "teacher", "unfinished": "teacher"}
     for name, kind in kinds.items():
         (place / name).mkdir(exist_ok=True)
-        config = json.loads((place / "item/config.json").read_text())
+        config = read_json(place / "item/config.json", "")
         config |= {"kind": kind, "run_ids": [], "run": str(place / "item")}
-        (place / name / "config.json").write_text(json.dumps(config))
+        write_json(config, place / name / "config.json")
         if name in ("fusion", "record"):
             shutil.copy(place / "item/metrics.json", place / name)
     shutil.copy(place / "item/items.jsonl", place / "fusion")
     (place / "notes").mkdir(exist_ok=True)
-    (place / "notes/notes.txt").write_text("mine")
+    (place / "notes/notes.txt").touch()
     argv = words.format(place).split(" ") if words != "--layers= " else [words]
     argv += [] if "--run" in argv else ["--run", str(place / "item")]
     argv += [] if "--dataset" in argv else ["--dataset", str(sources / "data")]

@@ -1,6 +1,5 @@
 """Candidates, ranks and metrics against naive loops."""
 
-import json
 import math
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from models.sr.popularity import Popularity
 from utils import metrics
 from utils.data import training_examples
 from utils.errors import RunError, UserError
-from utils.files import save_tensors, write_json
+from utils.files import read_json, save_tensors, write_json
 from utils.metrics import (
     METRICS,
     RANKS_FILE,
@@ -289,7 +288,7 @@ def test_two_runs_are_compared_by_every_metric(tmp_path):
 def damage(folder: Path, how: str) -> None:
     path, ranks = folder / RANKS_FILE, {k: v.astype(np.int32) for k, v in drawn_ranks(2).items()}
     whole = {f"test_{kind}": torch.from_numpy(of_kind) for kind, of_kind in ranks.items()}
-    found = json.loads((folder / "metrics.json").read_text())
+    found = read_json(folder / "metrics.json", "")
     if how == "no ranks":
         path.unlink()
     elif how == "half a file":

@@ -27,7 +27,7 @@ protocols: {strong: {}, released: {train_sr_trad: {train_targets: last}, distill
 runs:
   SASRec: {script: train_sr_trad}
   item table: {script: extract_emb, reads: [SASRec]}
-  teacher: {script: finetune, reads: [item table], flags: {num_layers: full}}
+  teacher: {script: finetune, reads: [item table], flags: {num_layers: full, train_strategy: full}}
   student: {script: distill, reads: [teacher], flags: {lambda_ms: 0.1}}
   half: {script: distill, reads: [teacher, SASRec], flags: {lambda_ms: 0.1}, released: {lambda_ms: 0.5}}
   student + SASRec: {script: evaluate, reads: [student, SASRec]}
@@ -118,7 +118,10 @@ def test_every_run_comes_once_after_those_that_it_reads_and_first_seeds_come_fir
     assert named == first + [f"{name}-seed12" for name in chain]
     teacher = ran.commands[2]
     assert teacher[0] == "finetune.py" and "outputs/small/paper/item-table-seed1" in teacher
-    assert teacher[teacher.index("--num_layers") + 1] == "30" and teacher[teacher.index("--seed") + 1] == "1"
+    assert (
+        teacher[teacher.index("--train_strategy") + 1] == "full" and teacher[teacher.index("--num_layers") + 1] == "30"
+    )
+    assert teacher[teacher.index("--seed") + 1] == "1"
     ran.commands.clear()
     call(monkeypatch, "run", "table2")
     assert not ran.commands  # all is there
@@ -169,7 +172,7 @@ def test_another_recipe_makes_another_run(place, monkeypatch):
     process(monkeypatch, place)
     call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1")
     before = {name: Experiment("small", "strong", name, 1).fingerprint() for name in ("SASRec", "student")}
-    (place / "recipes" / "small.yaml").write_text("# a comment\nsr: {num_epochs: 2}\n")
+    (place / "recipes" / "small.yaml").write_text("# a comment\nsr: {num_epochs: 2, another_model: {dropout: 0.1}}\n")
     forget()
     assert Experiment("small", "strong", "SASRec", 1).fingerprint() == before["SASRec"]
     (place / "recipes" / "small.yaml").write_text("sr: {num_epochs: 3}\n")

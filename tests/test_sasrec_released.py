@@ -8,7 +8,7 @@ from torch import nn
 
 import train_sr_trad
 from models.sr import MODELS
-from models.sr.sasrec_released import Block, SASRecReleased
+from models.sr.sasrec_released import SASRecReleased
 from utils import cli
 from utils.data import training_examples
 

@@ -103,7 +103,9 @@ class Experiment:
     def fingerprint(self) -> str:
         """Of all that decides what the run computes: equal where flags, recipe, seed and what it reads are equal."""
         recipe = read_recipe(cli.ROOT / "recipes" / f"{self.dataset}.yaml")
-        values = {part: recipe.get(part) for part in ("data", SECTIONS[self.spec.script])}
+        own, model = recipe.get(SECTIONS[self.spec.script], {}), self.flags().get("model", "sasrec")
+        own = {name: value for name, value in own.items() if not isinstance(value, dict) or name == model}
+        values = [recipe["data"], own]
         what = [self.spec.script, self.flags(), values, self.seed, [parent.fingerprint() for parent in self.parents()]]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
@@ -117,8 +119,9 @@ class Experiment:
             read = [",".join(read)]
         words += [word for pair in zip(READS[self.spec.script], read, strict=False) for word in pair]
         for name, value in self.flags().items():
-            of_base = {"full": str(depth), "0,1,2,last": f"0,1,2,{depth - 1}"}  # runs.yaml knows no base model
-            words += [f"--{name}", of_base.get(value, str(value))]
+            # runs.yaml knows no base model
+            of_base = {("num_layers", "full"): depth, ("layer_selection", "0,1,2,last"): f"0,1,2,{depth - 1}"}
+            words += [f"--{name}", str(of_base.get((name, value), value))]
         return words
 
     # --- what is there ---

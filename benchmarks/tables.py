@@ -8,26 +8,30 @@ TABLES. What stands there is replaced; the rest of a file is left as it is.
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import busy, cost, ladder, llm_step, order, same_metrics, seeds
+from benchmarks import busy, cost, llm_step, order, same_metrics
 from utils import cli
 from utils.cli import ROOT
 from utils.errors import UserError
+from utils.experiments import records
 from utils.files import atomic_file, read_json
-from utils.report import comparison, markdown_table
+from utils.paper_tables import difference_table, ladder_table, measured, printed, read_table
+from utils.report import markdown_table
 
 RESULTS = ROOT / "results"
+DATASETS = ("ml-100k", "beauty", "clothing2014")
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACE, MARK = (
     re.compile(r"^<!-- table: (.*) -->\n(?s:.*?)^<!-- end -->$", re.M),
     re.compile(r"^<!-- ?(?:table|end)\b", re.M),
 )
 PRINTED = ("HR@1", "HR@5", "NDCG@5", "MRR")  # by the paper
-BESIDE = {"sr": "SASRec", "teacher": "E4SRec_8", "student": "SLMRec_4<-8"}  # the paper's row for each step's run
+BESIDE = ("Popularity", "SASRec", "E4SRec_8", "SLMRec_4<-8")  # rows of table2
 
 
 def record(name: str) -> dict:
@@ -35,47 +39,38 @@ def record(name: str) -> dict:
     return read_json(RESULTS / "benchmarks" / f"{name}.json", f"there is no record of benchmarks/{name}.py")
 
 
-def runs(dataset: str) -> list[dict]:
-    """The records of a dataset's runs, {"config", "metrics"} each."""
-    found = [read_json(path, "") for path in sorted((RESULTS / "runs").glob(f"{dataset}-*.json"))]
-    if not found:
-        raise UserError(f"there is no record of a run on {dataset}: python reproduce.py --dataset {dataset} --record")
-    return found
+def beside_paper(dataset: str) -> str:
+    """Sampled metrics in percent, means over seeds, and NDCG@5 also as a share of SASRec's, as the paper's."""
+    table, found = read_table("table2"), records(dataset)
+    paper = printed(table.paper)
+    of_rows = {name: measured(found, "strong", table.rows[name]) for name in BESIDE}
 
-
-def published() -> dict[str, dict[str, dict[str, float]]]:
-    """The paper's tables 2 and 3 in one: method, dataset, metric in percent."""
-    tables = read_json(RESULTS / "paper_tables.json", "")
-    return {method: found | tables["table_3"][method] for method, found in tables["table_2"].items()}
-
-
-def beside_paper(runs: list[dict], paper: dict) -> str:
-    """Sampled metrics of the runs in percent, and the paper's NDCG@5, each also as a share of SASRec's on that data."""
-    by_kind = {run["config"]["kind"]: run for run in runs}
-    base, datasets = by_kind["sr"]["metrics"]["test"]["sampled"]["NDCG@5"], list(paper["SASRec"])
-
-    def row(title: str, test: dict, size: int, seconds: float, theirs: list[str]) -> list[str]:
-        figures = [f"{100 * value:.2f}" for value in (*(test["sampled"][n] for n in PRINTED), test["full"]["NDCG@10"])]
-        share = f"{test['sampled']['NDCG@5'] / base:.2f}"
-        return [title, *figures, share, f"{size / 1e6:.1f} M", f"{seconds:.1f}", *theirs]
+    def mean(name: str, kind: str, metric: str) -> float:
+        return statistics.mean(run["test"][kind][metric] for run in of_rows[name])
 
     rows = []
-    for name, baseline in by_kind["sr"]["metrics"]["baselines"].items():
-        rows.append(row(name, baseline["test"], 0, baseline["score_test_seconds"], ["-"] * len(datasets)))
-    for kind, method in BESIDE.items():
-        found = by_kind[kind]["metrics"]
-        size, seconds = found["parameters"]["total"], found["seconds"]["score_test"]
-        title = by_kind[kind]["config"]["title"]
-        rows.append(row(title, found["test"], size, seconds, printed(paper, method)))
-    header = ["test users, %", *PRINTED, "full NDCG@10", "NDCG@5 / SASRec's", "params", "s to score"]
-    rows.append(["E4SRec, 32 layers", *["-"] * (len(header) - 1), *printed(paper, "E4SRec")])
-    return markdown_table([*header, *(f"paper, {name}" for name in datasets)], rows)
+    for name, runs in of_rows.items():
+        figures = [*(mean(name, "sampled", m) for m in PRINTED), mean(name, "full", "NDCG@10")]
+        share = mean(name, "sampled", "NDCG@5") / mean("SASRec", "sampled", "NDCG@5")
+        size = runs[0].get("parameters", {"total": 0})["total"]
+        theirs = shares(paper, name) if name in paper else ["-"] * 4
+        rows.append(
+            [name, *(f"{100 * value:.2f}" for value in figures), f"{share:.2f}", f"{size / 1e6:.1f} M", *theirs]
+        )
+    header = ["test users, %", *PRINTED, "full NDCG@10", "NDCG@5 / SASRec's", "params"]
+    rows.append(["E4SRec, 32 layers", *["-"] * (len(header) - 1), *shares(paper, "E4SRec")])
+    return markdown_table([*header, *(f"paper, {name}" for name in paper["SASRec"])], rows)
 
 
-def printed(paper: dict, method: str) -> list[str]:
+def shares(paper: dict, method: str) -> list[str]:
     """The paper's NDCG@5 of a method on each dataset, in brackets as a share of its SASRec's."""
     pairs = [(paper[method][name]["NDCG@5"], base["NDCG@5"]) for name, base in paper["SASRec"].items()]
     return [f"{value:.2f} ({value / base:.2f})" for value, base in pairs]
+
+
+def of_ladder(make: Callable, dataset: str) -> Callable[[], str]:
+    """A table of the ladder's rows on a dataset."""
+    return lambda: make(read_table("ladder"), "strong", records(dataset))
 
 
 def single_ratios(record: dict) -> str:
@@ -106,12 +101,9 @@ def large_catalogues(record: dict) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "busy": lambda: busy.table(record("busy")),
-    "beside the paper": lambda: beside_paper(runs("ml-100k"), published()),
-    "runs of ml-100k": lambda: comparison(runs("ml-100k")),
-    "ladder of beauty": lambda: ladder.table(record("ladder-beauty")),
-    "differences on beauty": lambda: ladder.difference_table(record("ladder-beauty")),
-    "runs of clothing2014": lambda: comparison(runs("clothing2014")),
-    "seeds": lambda: seeds.table(record("seeds")),
+    "beside the paper": lambda: beside_paper("ml-100k"),
+    **{f"ladder of {name}": of_ladder(ladder_table, name) for name in DATASETS},
+    **{f"differences on {name}": of_ladder(difference_table, name) for name in DATASETS},
     "order": lambda: order.table(record("order")),
     "llm_step": lambda: llm_step.speed_table(record("llm_step")),
     "read-outs": lambda: llm_step.read_out_table(record("llm_step")),

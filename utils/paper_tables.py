@@ -152,7 +152,7 @@ def metric_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
     return markdown_table(header, cells)
 
 
-def ladder_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
+def ladder_table(table: Table, protocol: str, found: dict) -> str:
     """NDCG@10 on validation and test of the rows that were run."""
     cells = []
     for name, row in table.rows.items():

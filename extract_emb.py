@@ -48,7 +48,7 @@ def from_recommender(data: Sequences, dataset: str, model: str, sr_dir: str | No
     check_same_dataset(data, trained.get("dataset_fingerprint"), source)
     known = data.training_part()
     table = load_recommender(source, trained, known).item_table()
-    torch.manual_seed(trained["seed"] % 2**63)  # as the run did before it drew its weights
+    torch.manual_seed(trained.get("seed", 0) % 2**63)  # as the run did before it drew its weights
     check_trained(table, new_recommender(trained, known).item_table())
     return table, {
         "sr_dir": cli.portable_path(source),

@@ -110,7 +110,7 @@ def test_padding_is_attended_to():
 
 @pytest.mark.parametrize("train_targets", ["last", "all"])
 def test_the_loss_is_the_cross_entropy_over_all_items_and_reaches_every_weight(train_targets):
-    model, data = released(12), make_sequences(users=6)
+    model, data = released(12), make_sequences(users=6, low=5)
     batch = training_examples(data, train_targets, 12).batch(np.arange(6))
     terms = model(batch)
     expected, table = [], weights(model)["items.weight"]

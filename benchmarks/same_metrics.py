@@ -144,7 +144,7 @@ def main() -> None:
         steps = ["distill"]
         lacking = [folder for folder in teachers.values() if not Path(folder, "metrics.json").exists()]
         if lacking:
-            parser.error(f"--teacher: {lacking[0]} holds no finished teacher; make it: python benchmarks/seeds.py")
+            parser.error(f"--teacher: {lacking[0]} holds no finished teacher; make it with finetune.py")
     threads = max(1, torch.get_num_threads() // args.jobs)
     found_here = environment(Accelerator(cpu=not torch.accelerator.is_available())) | {"threads": threads}
     pool = ThreadPoolExecutor(args.jobs)

@@ -23,13 +23,18 @@ from utils.experiments import Experiment
 from utils.metrics import metrics_from_ranks, paired_bootstrap
 
 RUNS = """
-protocols: {strong: {}, released: {train_sr_trad: {train_targets: last}, distill: {lambda_ms: 1}}}
+protocols:
+  strong: {weights: {cos: 1, ms: 0.1}}
+  released:
+    weights: {cos: 1, ms: {small: 0.5, others: 2}}
+    terms: [ms]
+    flags: {train_sr_trad: {train_targets: last}}
 runs:
   SASRec: {script: train_sr_trad}
   item table: {script: extract_emb, reads: [SASRec]}
   teacher: {script: finetune, reads: [item table], flags: {num_layers: full, train_strategy: full}}
-  student: {script: distill, reads: [teacher], flags: {lambda_ms: 0.1}}
-  half: {script: distill, reads: [teacher, SASRec], flags: {lambda_ms: 0.1}, released: {lambda_ms: 0.5}}
+  student: {script: distill, reads: [teacher]}
+  cos: {script: distill, reads: [teacher, SASRec], terms: [cos]}
   student + SASRec: {script: evaluate, reads: [student, SASRec]}
 """
 TABLE = """
@@ -127,16 +132,14 @@ def test_every_run_comes_once_after_those_that_it_reads_and_first_seeds_come_fir
     assert not ran.commands  # all is there
 
 
-def test_flags_of_a_run_are_its_protocols_then_its_own_then_its_own_in_that_protocol(place):
-    found = {(p, n): Experiment("small", p, n, 1).flags() for p in ("strong", "released") for n in ("student", "half")}
-    assert {key: flags["lambda_ms"] for key, flags in found.items()} == {
-        ("strong", "student"): 0.1,
-        ("strong", "half"): 0.1,
-        ("released", "student"): 0.1,
-        ("released", "half"): 0.5,
-    }
+def test_terms_get_the_weights_of_the_protocol_and_the_others_none(place):
+    found = {(p, n): Experiment("small", p, n, 1).flags() for p in ("strong", "released") for n in ("student", "cos")}
+    assert found["strong", "student"] == {}  # the recipe's
+    assert found["strong", "cos"] == found["released", "cos"] == {"lambda_cos": 1, "lambda_ms": 0}
+    assert found["released", "student"] == {"lambda_cos": 0, "lambda_ms": 0.5}
+    assert Experiment("large", "released", "student", 1).flags() == {"lambda_cos": 0, "lambda_ms": 2}
     assert Experiment("small", "released", "SASRec", 1).flags() == {"train_targets": "last"}
-    command = Experiment("small", "strong", "half", 1).command(30)
+    command = Experiment("small", "strong", "cos", 1).command(30)
     paper = "outputs/small/paper/"
     assert command[command.index("--teacher") + 1] == f"{paper}teacher-seed1"
     assert command[command.index("--kl_teacher") + 1] == f"{paper}sasrec-seed1"
@@ -242,6 +245,7 @@ def test_what_is_not_there_is_refused(place, monkeypatch, words, message):
         ("runs", RUNS.replace("[student, SASRec]", "[teacher 2]"), "reads 'teacher 2', which does not stand before it"),
         ("runs", "runs: [", "runs.yaml cannot be read"),
         ("runs", RUNS.replace("flags: {num", "flgs: {num"), "flgs"),
+        ("runs", RUNS.replace("terms: [cos]", "terms: [norm]"), "no weight of the term 'norm'"),
         ("table2", TABLE.replace("run: student", "run: studet"), "no run 'studet'.*did you mean student"),
         ("table2", TABLE.replace("released: [1]", "loose: [1]"), "no protocol 'loose'"),
         ("table2", TABLE + "shape: round", "shape 'round' is none of metrics"),

@@ -47,12 +47,21 @@ BEYOND = 255  # what a rank of 10 or more is recorded as: no metric at 10 tells 
 
 @dataclass(frozen=True)
 class Spec:
-    """A run of runs.yaml: its script, the runs whose folders it reads, its flags, and more in the protocol released."""
+    """A run of runs.yaml: its script, the runs whose folders it reads, its flags, and the terms of a student's loss."""
 
     script: str
     reads: tuple[str, ...] = ()
     flags: dict[str, object] = field(default_factory=dict)
-    released: dict[str, object] = field(default_factory=dict)
+    terms: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Flags by script, weights by term of a student's loss, and the terms that students have if not told otherwise."""
+
+    weights: dict[str, float | dict[str, float]]
+    flags: dict[str, dict] = field(default_factory=dict)
+    terms: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,9 +101,14 @@ class Experiment:
         return [replace(self, name=name) for name in self.spec.reads]
 
     def flags(self) -> dict[str, object]:
-        """What is given beside the recipe: of the protocol for this script, of the run, of the run in this protocol."""
-        found = protocols()[self.protocol].get(self.spec.script, {}) | self.spec.flags
-        found |= self.spec.released if self.protocol == "released" else {}
+        """What is given beside the recipe: of the protocol for this script, then the run's own."""
+        protocol = protocols()[self.protocol]
+        found = protocol.flags.get(self.spec.script, {}) | self.spec.flags
+        terms = protocol.terms if self.spec.terms is None else self.spec.terms
+        if self.spec.script == "distill" and terms is not None:
+            for term, weight in protocol.weights.items():
+                of_dataset = weight.get(self.dataset, weight["others"]) if isinstance(weight, dict) else weight
+                found[f"lambda_{term}"] = of_dataset if term in terms else 0
         if self.spec.script == "finetune" and self.base_model:
             found |= {"base_model": self.base_model}
         return found | ({"max_steps": self.max_steps} if self.max_steps and self.spec.script in TRAINING else {})
@@ -158,12 +172,13 @@ def read_yaml(path: Path) -> dict:
 
 
 @cache
-def book() -> tuple[dict[str, dict], dict[str, Spec]]:
+def book() -> tuple[dict[str, Protocol], dict[str, Spec]]:
     """Protocols and runs of recipes/paper/runs.yaml; UserError where they do not fit together."""
     path = cli.ROOT / "recipes" / "paper" / "runs.yaml"
     found = read_yaml(path)
     try:
         runs = {name: Spec(**entry | {"reads": tuple(entry.get("reads", ()))}) for name, entry in found["runs"].items()}
+        by_name = {name: Protocol(**entry) for name, entry in found["protocols"].items()}
         for name, spec in runs.items():
             if spec.script not in SECTIONS:
                 raise UserError(f"{path}: {name}: unknown script {spec.script}{suggest(spec.script, SECTIONS, '')}")
@@ -171,12 +186,16 @@ def book() -> tuple[dict[str, dict], dict[str, Spec]]:
             for read in spec.reads:
                 if read not in runs or order.index(read) >= order.index(name):
                     raise UserError(f"{path}: {name} reads {read!r}, which does not stand before it")
-        return found["protocols"], runs
+        for terms in (of.terms or [] for of in (*runs.values(), *by_name.values())):
+            for protocol in by_name.values():
+                if unknown := set(terms) - set(protocol.weights):
+                    raise UserError(f"{path}: no weight of the term {sorted(unknown)[0]!r}")
+        return by_name, runs
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def protocols() -> dict[str, dict]:
+def protocols() -> dict[str, Protocol]:
     return book()[0]
 
 

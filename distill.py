@@ -154,9 +154,10 @@ def check_mode(config: dict) -> None:
         raise UserError(f"--teacher_states {config['teacher_states']} is for --mode offline: an online teacher trains")
     if config["lambda_ms_teacher"] and config["num_blocks"] == 1:
         raise UserError("--num_blocks 1 leaves no block before the last for --lambda_ms_teacher: set it to 0")
-    if config["kl_blocks"] and config["kl_teacher"]:
+    by_block = config["kl_blocks"] and config["lambda_kl"]
+    if by_block and config["kl_teacher"]:
         raise UserError(f"{blocks} compares with the teacher's own blocks: leave it or --kl_teacher out")
-    if config["kl_blocks"] and not (config["lambda_ms"] and config["lambda_ms_teacher"]):
+    if by_block and not (config["lambda_ms"] and config["lambda_ms_teacher"]):
         raise UserError(f"{blocks} needs heads on both sides: --lambda_ms and --lambda_ms_teacher above 0")
     own_logits = config["lambda_kl"] and not config["kl_teacher"]
     if not (config["lambda_cos"] or config["lambda_norm"] or own_logits):

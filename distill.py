@@ -4,6 +4,7 @@ python distill.py                                     4 layers from the 8 of out
 python distill.py --lambda_ms 0 --output_dir outputs/ml-100k/student-cos-norm
 python distill.py --norm_form squared --block_reduction mean      the loss as the paper prints it
 python distill.py --lambda_kl 1 --kl_teacher outputs/ml-100k/sasrec   logits of SASRec beside the teacher's states
+python distill.py --mode online                       a teacher built as that one is trained beside the student
 """
 
 import utils.threads  # noqa: F401  before torch is imported
@@ -29,6 +30,7 @@ from models.llm.storage import (
     save_llm_rec,
 )
 from models.llm.teacher_states import teacher_states
+from models.online import OnlineSLMRec
 from models.slmrec import SLMRec
 from models.sr import MODELS
 from utils import assets, cli
@@ -55,13 +57,15 @@ def main(
     lambda_cos: float = 1.0,
     lambda_norm: float = 0.1,
     lambda_ms: float = 1.0,
+    lambda_ms_teacher: float = 0.0,
     lambda_kl: float | None = None,
     kl_teacher: str | None = None,
     kl_items: int | None = None,
+    kl_blocks: bool = False,
     temperature: float | None = None,
     norm_form: Literal["l2", "squared"] = "l2",
     block_reduction: Literal["sum", "mean"] = "sum",
-    mode: Literal["offline"] = "offline",
+    mode: Literal["offline", "online"] = "offline",
     teacher_states: Literal["stored", "bfloat16", "per_batch"] = "stored",
     layer_selection: str | None = None,
     train_strategy: Literal["lora", "full", "frozen"] | None = None,
@@ -99,10 +103,8 @@ def main(
     config = dict(locals()) | {"kind": "student"}
     data = Sequences.load(assets.dataset_folder(dataset))
     source, taught = find_teacher(config, data)
-    config["base_model"] = assets.record_base_model(taught["base_model"], recorded_base(taught))
     examples = training_examples(data, config["train_targets"], config["max_seq_length"])
-
-    run = Run(config, data, default_dir=f"student-{num_layers}from{taught['num_layers']}")
+    run = Run(config, data, f"student-{num_layers}from{taught['num_layers']}" + "-online" * (mode == "online"))
     if not run.finished:
         train_student(run, config, source, taught, examples)
     run.print(closing_table(run.folder.parent, data.fingerprint))
@@ -126,15 +128,43 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     if config["lambda_ms"] and blocks == 1:
         raise UserError("--num_blocks 1 leaves no block before the last for L_ms: add --lambda_ms 0, or more blocks")
     check_student_layers(config["num_layers"], config["layer_selection"], taught)
+    check_mode(config)
     if config["teacher_states"] != "stored" and not (config["lambda_cos"] or config["lambda_norm"]):
         what = f"--teacher_states {config['teacher_states']}"
         raise UserError(f"{what} has no effect without a term that reads them: leave it out, or add --lambda_cos")
     for stack in (config["num_layers"], depth):
         block_boundaries(stack, blocks)
     config |= {"teacher": cli.portable_path(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
-    config |= {"title": f"SLMRec-{config['num_layers']}<-{depth}", "teacher_sha256": weights_sha256(source)}
+    title = f"SLMRec-{config['num_layers']}<-{depth}" + ", online" * (config["mode"] == "online")
+    config |= {"title": title, "teacher_sha256": weights_sha256(source)}
+    config["base_model"] = assets.record_base_model(taught["base_model"], recorded_base(taught))
     find_kl_teacher(config, source, data)
     return source, taught
+
+
+def check_mode(config: dict) -> None:
+    """UserError for flags of the other --mode, and for an online teacher from which the student would learn nothing."""
+    blocks = "--kl_blocks true"
+    if config["mode"] == "offline":
+        for flag, given in (("--lambda_ms_teacher", config["lambda_ms_teacher"]), (blocks, config["kl_blocks"])):
+            if given:
+                raise UserError(f"{flag} is for a teacher that trains too: add --mode online, or leave it out")
+        return
+    if config["teacher_states"] != "stored":
+        raise UserError(f"--teacher_states {config['teacher_states']} is for --mode offline: an online teacher trains")
+    if config["lambda_ms_teacher"] and config["num_blocks"] == 1:
+        raise UserError("--num_blocks 1 leaves no block before the last for --lambda_ms_teacher: set it to 0")
+    by_block = config["kl_blocks"] and config["lambda_kl"]
+    if by_block and config["kl_teacher"]:
+        raise UserError(f"{blocks} compares with the teacher's own blocks: leave it or --kl_teacher out")
+    if by_block and not (config["lambda_ms"] and config["lambda_ms_teacher"]):
+        raise UserError(f"{blocks} needs heads on both sides: --lambda_ms and --lambda_ms_teacher above 0")
+    own_logits = config["lambda_kl"] and not config["kl_teacher"]
+    if not (config["lambda_cos"] or config["lambda_norm"] or own_logits):
+        raise UserError(
+            "--mode online has no effect on a student that compares nothing with its teacher: add --lambda_cos, "
+            "--lambda_norm, or --lambda_kl without --kl_teacher"
+        )
 
 
 def check_student_layers(num_layers: int, layer_selection: str, taught: dict) -> None:
@@ -146,6 +176,21 @@ def check_student_layers(num_layers: int, layer_selection: str, taught: dict) ->
             f"student keeps, as in --layer_selection {','.join(map(str, layers[:num_layers]))}"
         )
     select_layers(num_layers, taught["base_shape"]["num_hidden_layers"], layer_selection)
+
+
+def untrained(config: dict, base: Base, source: Path, taught: dict) -> SLMRec:
+    """The untrained student in its loss; with --mode online beside an untrained teacher, built as `taught` records."""
+    terms = {"num_blocks": config["num_blocks"], "norm_form": config["norm_form"]}
+    terms |= {"block_reduction": config["block_reduction"], "lambda_cos": config["lambda_cos"]}
+    terms |= {"lambda_norm": config["lambda_norm"], "lambda_ms": config["lambda_ms"], "lambda_kl": config["lambda_kl"]}
+    terms |= {"temperature": config["temperature"] or 1.0, "kl_items": config["kl_items"]}
+    if config["mode"] == "offline":
+        return SLMRec(start_of_student(config, base, source), **terms)
+    table = load_tensors(source / HEADS_FILE)["item_table"]
+    student = build_llm_rec(config, base, table)
+    teacher = build_llm_rec(taught, load_base(taught, recorded_base(taught)), table)
+    own = {"lambda_ms_teacher": config["lambda_ms_teacher"], "kl_blocks": config["kl_blocks"]}
+    return OnlineSLMRec(student, teacher, **own, **terms)
 
 
 def start_of_student(config: dict, base: Base, source: Path) -> LLMRec:
@@ -160,24 +205,13 @@ def start_of_student(config: dict, base: Base, source: Path) -> LLMRec:
 
 
 def train_student(run: Run, config: dict, source: Path, taught: dict, examples: Examples) -> None:
-    """Train and save the student, offline: its teacher is frozen."""
+    """Train and save the student."""
     base = recorded_base(taught)
     fingerprint = load_base(taught, base).fingerprint
     check_base(taught, fingerprint, base, source)
     kept = load_base(config, base)
     run.record(base_fingerprint=kept.fingerprint)
-    student = SLMRec(
-        start_of_student(config, kept, source),
-        num_blocks=config["num_blocks"],
-        lambda_cos=config["lambda_cos"],
-        lambda_norm=config["lambda_norm"],
-        lambda_ms=config["lambda_ms"],
-        norm_form=config["norm_form"],
-        block_reduction=config["block_reduction"],
-        lambda_kl=config["lambda_kl"],
-        temperature=config["temperature"] or 1.0,
-        kl_items=config["kl_items"],
-    )
+    student = untrained(config, kept, source, taught)
     with ExitStack() as stack:
         if config["mode"] == "offline" and student.needs_states:
             boundaries = block_boundaries(config["teacher_layers"], config["num_blocks"])
@@ -191,7 +225,8 @@ def train_student(run: Run, config: dict, source: Path, taught: dict, examples: 
         stored = student.teacher_states
         give_logits(student, config, examples, run, None if stored is None else (source, stored))
         state = fit(run, student, examples)
-    size = count_parameters(student) | {"total": count_parameters(student.student)["total"]}  # ms_heads only train
+    # heads of L_ms, and an online teacher, only train
+    size = count_parameters(student.student) | {"trained": count_parameters(student)["trained"]}
     run.finish(student, state, size, lambda folder: save_llm_rec(student.student, folder))
 
 

@@ -19,6 +19,16 @@ from models.losses import (
 from utils.data import Examples
 
 
+def heads_of_blocks(model: LLMRec, number: int) -> nn.ModuleList:
+    """Heads of L_ms for the first `number` blocks of a stack: hidden size -> d each."""
+    return nn.ModuleList(nn.Linear(model.hidden_size, model.table.shape[1], bias=False) for _ in range(number))
+
+
+def block_vectors(model: LLMRec, heads: nn.ModuleList, states: torch.Tensor) -> list[torch.Tensor]:
+    """User vectors (N, d) of each block that has a head of L_ms, from the states (N, K, h) of all blocks."""
+    return [head(model.state_dropout(states[:, k].to(head.weight.dtype))) for k, head in enumerate(heads)]
+
+
 class SLMRec(Recommender):
     """A student and its loss, L_ce + lambda_cos (1 - D_cos) + lambda_norm D_norm + lambda_ms L_ms + lambda_kl L_kl.
 
@@ -26,7 +36,8 @@ class SLMRec(Recommender):
     L_ms's adapters (hidden -> d), one for each block but the last; they serve training only. `teacher_states`
     (targets, K, h) and `teacher_vectors` (targets, d'), if a term needs them, have one row per target of the training
     examples, in their order; `teacher_table` (V + 1, d') belongs to the vectors. Without `teacher_states`, `teacher`,
-    a model in eval mode with its block boundaries, computes the states of each batch.
+    a model in eval mode with its block boundaries, computes the states of each batch. A teacher that trains too:
+    `OnlineSLMRec`.
     """
 
     teacher_states: np.ndarray | None = None
@@ -54,9 +65,7 @@ class SLMRec(Recommender):
         self.norm_form, self.block_reduction = norm_form, block_reduction
         self.lambda_kl, self.temperature, self.kl_items = lambda_kl, temperature, kl_items
         self.register_buffer("teacher_table", None, persistent=False)  # neither trained nor saved
-        dim = student.table.shape[1]
-        heads = num_blocks - 1 if lambda_ms else 0
-        self.ms_heads = nn.ModuleList(nn.Linear(student.hidden_size, dim, bias=False) for _ in range(heads))
+        self.ms_heads = heads_of_blocks(student, num_blocks - 1 if lambda_ms else 0)
 
     @property
     def needs_states(self) -> bool:
@@ -67,7 +76,7 @@ class SLMRec(Recommender):
         """Weighted loss terms: histories (B, T), targets (B, T), 0 where there is none; N targets.
 
         teacher_states (N, K, h) and teacher_vectors (N, d'), if a term needs them, row-major over the targets; int16
-        are bits of bfloat16.
+        are bits of bfloat16. Vectors (N, J, d') teach the student's last J blocks, with a teacher_table of their own.
         """
         needs_blocks = self.needs_states or self.lambda_ms
         target_mask = batch["targets"] != 0
@@ -88,19 +97,23 @@ class SLMRec(Recommender):
         if self.lambda_norm:
             distance = norm_distance(taught, states, self.norm_form)  # (K,)
             terms["norm"] = self.lambda_norm * reduce_blocks(distance, self.block_reduction)
-        if self.lambda_ms and len(self.ms_heads):
-            vectors = [self.block_vectors(states[:, k], head) for k, head in enumerate(self.ms_heads)]
-            losses = torch.stack([catalogue_cross_entropy(v, items, targets) for v in vectors])  # (K - 1,)
-            terms["ms"] = self.lambda_ms * reduce_blocks(losses, self.block_reduction)
+        early = block_vectors(self.student, self.ms_heads, states)
+        if early:
+            terms["ms"] = self.lambda_ms * self.supervision(early, items, targets)
         if self.lambda_kl:
-            taught_by = batch["teacher_vectors"], self.teacher_table
-            divergence = distillation_kl(user_vectors, items, *taught_by, self.temperature, self.kl_items)
-            terms["kl"] = self.lambda_kl * divergence
+            table, taught = batch.get("teacher_table", self.teacher_table), batch["teacher_vectors"]
+            taught = taught.unbind(1) if taught.ndim == 3 else [taught]  # (N, d') each
+            divergences = [
+                distillation_kl(vectors, items, teacher_vectors, table, self.temperature, self.kl_items)
+                for vectors, teacher_vectors in zip([*early, user_vectors][-len(taught) :], taught, strict=True)
+            ]
+            terms["kl"] = self.lambda_kl * reduce_blocks(torch.stack(divergences), self.block_reduction)
         return terms
 
-    def block_vectors(self, states: torch.Tensor, head: nn.Module) -> torch.Tensor:
-        """User vectors of one block by its head of L_ms: (N, h) -> (N, d)."""
-        return head(self.student.state_dropout(states.to(head.weight.dtype)))
+    def supervision(self, early: list[torch.Tensor], items: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """L_ms of one stack: the cross-entropy of its `block_vectors`, over the blocks."""
+        losses = torch.stack([catalogue_cross_entropy(vectors, items, targets) for vectors in early])  # (K - 1,)
+        return reduce_blocks(losses, self.block_reduction)
 
     @torch.no_grad()
     def of_teacher(self, histories: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
@@ -110,9 +123,9 @@ class SLMRec(Recommender):
 
     def batch(self, examples: Examples, index: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         batch = super().batch(examples, index, rng)
-        if self.needs_states and self.teacher is None:
+        if self.teacher_states is not None:
             batch["teacher_states"] = torch.from_numpy(self.teacher_states[examples.target_rows(index)])
-        if self.lambda_kl:
+        if self.teacher_vectors is not None:
             batch["teacher_vectors"] = torch.from_numpy(self.teacher_vectors[examples.target_rows(index)])
         return batch
 

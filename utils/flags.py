@@ -95,12 +95,14 @@ FLAGS: dict[str, tuple[str, str]] = {
     "lambda_cos": ("weight of 1 - D_cos (lambda_1)", ">= 0"),
     "lambda_norm": ("weight of D_norm (lambda_2)", ">= 0"),
     "lambda_ms": ("weight of the multi-supervision term L_ms (lambda_3)", ">= 0"),
+    "lambda_ms_teacher": ("the same for heads on an online teacher (0: none)", ">= 0"),
     "lambda_kl": ("weight of the logit term L_kl (default: 0; the paper has none)", ">= 0"),
     "kl_teacher": (
         "run folder whose logits L_kl learns (default: of a student the teacher, of a teacher the model whose table it "
         "reads)",
         "",
     ),
+    "kl_blocks": ("L_kl at each block of an online teacher, by the heads of L_ms, not at the last alone", ""),
     "kl_items": ("classes of L_kl: this many best items of the teacher, and all others as one (default: all)", ">= 1"),
     "temperature": ("by which L_kl divides the logits (default: 1)", "> 0"),
     "norm_form": ("D_norm as the released code has it (l2) or as the paper prints it (squared)", ""),
@@ -118,7 +120,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "candidates": ("file with the only items to rank, one per line (default: all)", ""),
     "output": ("write to this .jsonl or .csv file (default: print)", ""),
     "record": ("also write a record of each run to results/runs/", ""),
-    "mode": ("offline: a frozen teacher", ""),
+    "mode": ("offline: a frozen teacher; online: one of its kind is trained anew, beside the student", ""),
 }
 # what a run did whose version did not have the flag yet
 BEFORE = {"select_by": "sampled/NDCG@10", "read_out": "response", "input_map": "linear", "item_output": "frozen"}

@@ -29,14 +29,19 @@ def weights_sha256(folder: Path) -> dict[str, str]:
 def find_kl_teacher(config: dict, default: Path | None, data: Sequences) -> None:
     """Check the flags of the logit term, and put into `config` from which run its logits come.
 
-    default: the run that is meant where --kl_teacher is not given; None where there is none.
+    default: the run that is meant where --kl_teacher is not given; None where there is none. With --mode online it is
+    the teacher that trains, so no run.
     """
-    given = {name: config[name] for name in ("kl_teacher", "kl_items", "temperature") if config[name] is not None}
+    flags = ("kl_teacher", "kl_items", "kl_blocks", "temperature")
+    given = {name: config[name] for name in flags if config.get(name) not in (None, False)}
     if config["lambda_kl"] is None and given:  # with --lambda_kl 0 it was switched off
         name, value = next(iter(given.items()))
         raise UserError(f"--{name} {value} has no effect without the logit term: add --lambda_kl, its weight")
     config["lambda_kl"] = config["lambda_kl"] or 0.0
     if not config["lambda_kl"]:
+        return
+    config["temperature"] = config["temperature"] or 1.0
+    if config.get("mode") == "online" and config["kl_teacher"] is None:
         return
     source = config["kl_teacher"] or default
     if source is None:
@@ -53,7 +58,6 @@ def find_kl_teacher(config: dict, default: Path | None, data: Sequences) -> None
         what = f"--kl_teacher {source} reads {reads} items, who learns from it no more"
         raise UserError(f"--max_seq_length {length}: {what}")
     config |= {"kl_teacher": portable_path(source), "kl_teacher_sha256": weights_sha256(source)}
-    config["temperature"] = config["temperature"] or 1.0
 
 
 def load_kl_teacher(config: dict, run: Run) -> tuple[Recommender, Path, list]:
@@ -80,7 +84,7 @@ def give_logits(
 
     states: the folder of a language model and its `teacher_states`, from which its logits can be made.
     """
-    if not config["lambda_kl"]:
+    if not config["lambda_kl"] or config["kl_teacher"] is None:  # an online teacher answers in the step itself
         return
     teacher, folder, key = load_kl_teacher(config, run)
     known = states[1] if states is not None and folder.resolve() == states[0].resolve() else None

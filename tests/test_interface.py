@@ -17,6 +17,7 @@ from models.losses import catalogue_cross_entropy
 from models.sr import MODELS
 from models.sr.sasrec_released import SASRecReleased
 from utils import cli
+from utils.errors import UserError
 from utils.files import load_tensors
 
 
@@ -99,6 +100,16 @@ def test_a_model_goes_through_every_step(model, kind, values, sources, tmp_path,
     )
     assert json.loads((tmp_path / "teacher" / "config.json").read_text())["item_dim"] == 6
     assert outcome(tmp_path / "teacher")[0]["test"]["full"]["HR@10"] >= 0
+
+
+@pytest.mark.parametrize("model", ["sasrec", "sasrec_released"])
+def test_a_table_that_is_still_as_it_was_drawn_is_refused(model, sources, tmp_path):  # noqa: F811
+    run, table = tmp_path / "run", tmp_path / "table"
+    step(train_sr_trad, "sr", sources, "--model", model, "--learning_rate", "1e-9", "--output_dir", run)
+    argv = ["--dataset", str(sources / "data"), "--sr_dir", str(run), "--output_dir", str(table)]
+    with pytest.raises(UserError, match="the item table is untrained"):
+        extract_emb.main(**cli.resolve(extract_emb.main, "extract", argv, models=MODELS))
+    assert not table.exists()
 
 
 def test_the_model_of_the_test_is_short():

@@ -28,7 +28,6 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, Llama
 import distill
 from models.llm.storage import load_base, load_llm_rec
 from models.sr import MODELS
-from models.sr.storage import new_recommender
 from utils import assets, cli
 from utils.data import Sequences
 from utils.errors import UserError
@@ -384,14 +383,6 @@ def spoil_table(path: Path, value: float, name: str = "items.weight") -> None:
     save_file(tensors, path)
 
 
-def untrain(run: Path, dataset: Path) -> None:
-    """Back to the weights that the seed of the run gave it."""
-    config = json.loads((run / "config.json").read_text())
-    torch.manual_seed(config["seed"])
-    recommender = new_recommender(config, Sequences.load(dataset).training_part())
-    save_file(recommender.state_dict(), run / "model.safetensors")
-
-
 NONE = lambda place: None  # noqa: E731
 OTHER_WEIGHTS = lambda place: save_file({"a": torch.ones(1)}, place / "sasrec/model.safetensors")  # noqa: E731
 BAD = {
@@ -425,7 +416,6 @@ BAD = {
     "model that is not known": ("extract_emb", [], lambda p: edit(p / "sasrec/config.json", model="gru"), "sasrec"),
     "table without its SHA-256": ("finetune", [], lambda p: drop(p / "items/config.json", "table_sha256"), "has no"),
     "NaN in the table": ("extract_emb", [], lambda p: spoil_table(p / "sasrec/model.safetensors", torch.nan), "NaN"),
-    "untrained table": ("extract_emb", [], lambda p: untrain(p / "sasrec", p / "small"), "untrained"),
     "no item table": ("finetune", [], lambda p: shutil.rmtree(p / "items"), "extract_emb.py"),
     "truncated item table": ("finetune", [], lambda p: cut(p / "items/item_embeddings.safetensors"), "damaged"),
     "item table changed since": (

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import types
 from collections import Counter
 from itertools import product
@@ -14,16 +15,17 @@ from itertools import product
 import pytest
 import torch
 import yaml
-from conftest import ROOT, make_sequences
-from test_kill import TITLES, outcome, sources, step  # noqa: F401
+from conftest import ROOT, TITLES, make_sequences
+from test_kill import outcome, sources, step  # noqa: F401
 
 import extract_emb
 import recommend
+import reproduce
 import train_sr_trad
 from models.llm.decoder import select_layers
 from models.sr import MODELS
 from models.sr.sasrec import SASRec
-from utils import cli
+from utils import cli, experiments
 from utils.files import load_tensors
 from utils.flags import FLAGS, coerce, flags_of
 
@@ -31,7 +33,12 @@ PATHS = [ROOT / "README.md", ROOT / "datasets/README.md", *sorted((ROOT / "docs"
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
 README, EXTEND, DIFFERENCES = (PAGES[name] for name in ("README.md", "docs/extend.md", "docs/differences.md"))
 SECTIONS = {"train_sr_trad": "sr", "extract_emb": "extract", "finetune": "teacher", "distill": "student"}
-MADE = {"models/sr/gru4rec.py", "tests/test_gru4rec.py", "recipes/mine.yaml"}  # by who follows a page
+MADE = {
+    "models/sr/gru4rec.py",
+    "tests/test_gru4rec.py",
+    "recipes/mine.yaml",
+    "recipes/paper/relations.yaml",
+}  # by who follows a page
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
 
 
@@ -122,6 +129,8 @@ def test_commands_use_flags_that_exist(page, script, arguments, monkeypatch):
     if script.startswith("benchmarks/"):
         source = (ROOT / script).read_text(encoding="utf-8")
         assert all(f'"{word}"' in source for word in arguments if word.startswith("--"))
+    elif script == "reproduce.py":
+        reproduce.command_line().parse_args(arguments)
     elif script == "datasets/process.py":
         spec = importlib.util.spec_from_file_location("process_of_commands", ROOT / script)
         process = importlib.util.module_from_spec(spec)
@@ -202,9 +211,25 @@ def test_the_states_of_the_model_of_extend_are_those_of_each_history_alone(gru4r
 
 
 def test_the_recipe_of_extend_names_flags_of_its_model(gru4rec):
-    (text,) = blocks(EXTEND, "yaml")
+    text = blocks(EXTEND, "yaml")[0]
     flags = flags_of(train_sr_trad.main, MODELS, "gru4rec")
     assert set(yaml.safe_load(text)["sr"]["gru4rec"]) <= set(flags)
+
+
+def test_the_table_of_extend_is_read(tmp_path, monkeypatch):
+    run, table = (textwrap.dedent(text) for text in blocks(EXTEND, "yaml")[1:])
+    place = tmp_path / "recipes" / "paper"
+    place.mkdir(parents=True)
+    runs = (ROOT / "recipes/paper/runs.yaml").read_text(encoding="utf-8")
+    (place / "runs.yaml").write_text(runs + textwrap.indent(run, "  "), encoding="utf-8")
+    (place / "relations.yaml").write_text(table, encoding="utf-8")
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    experiments.book.cache_clear()
+    try:
+        found = [(e.name, e.seed) for _, e in reproduce.read_table("relations").experiments()]
+    finally:
+        experiments.book.cache_clear()
+    assert found == [(name, seed) for seed in (42, 1, 2) for name in ("student", "student, relations")]
 
 
 # --- released scripts | their flags | what became of them | here ---

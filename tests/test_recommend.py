@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_kill import TITLES, sources, step  # noqa: F401
+from conftest import TITLES
+from test_kill import sources, step  # noqa: F401
 
 import evaluate
 import finetune

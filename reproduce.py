@@ -16,6 +16,7 @@ import utils.threads  # noqa: F401  before torch is imported
 import argparse
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from models.llm.decoder import base_config
@@ -39,6 +40,7 @@ from utils.paper_tables import Table, read_table, render, table_names
 from utils.recipes import read_recipe
 from utils.report import compare_ranks, markdown_table
 
+DEFAULT_SEED = 42
 TABLES = cli.ROOT / "results" / "TABLES.md"
 HEADER = """# The paper's tables, printed beside measured
 
@@ -70,10 +72,11 @@ def command_line() -> argparse.ArgumentParser:
             verb.add_argument("table", **tables)
         verb.add_argument("--dataset", help="one dataset instead of the table's (default: all of them)")
         verb.add_argument("--base_model", help="language model of every teacher and student (default: the recipe's)")
-        if name in ("plan", "run"):
-            verb.add_argument("--seeds", type=int, nargs="+", help="instead of the table's")
+        if name != "record":
             verb.add_argument("--protocol", help="one protocol instead of the table's")
             verb.add_argument("--rows", nargs="+", help="these rows of the table alone")
+        if name in ("plan", "run"):
+            verb.add_argument("--seeds", type=int, nargs="+", help="instead of the table's")
         if name == "plan":
             verb.add_argument("--calibrate", action="store_true", help="run 3 steps where no time is known yet")
         if name == "run":
@@ -101,14 +104,16 @@ def chosen_tables(args: argparse.Namespace) -> list[Table]:
 
 def narrowed(table: Table, args: argparse.Namespace) -> Table:
     """The table on the dataset, protocol and seeds that the command line asks for."""
-    on = table.seeds
-    if args.dataset:  # a dataset that no table names gets the seeds of its first one
-        on = {args.dataset: on.get(args.dataset) or next(iter(on.values()), {"strong": [42]})}
-    protocol, seeds = getattr(args, "protocol", None), getattr(args, "seeds", None)
+    on, protocol, seeds = table.seeds, args.protocol, getattr(args, "seeds", None)
     if protocol and protocol not in protocols():
         raise UserError(f"--protocol {protocol}: it is one of {', '.join(protocols())}")
-    on = {d: {p: seeds or s for p, s in found.items() if protocol in (None, p)} for d, found in on.items()}
-    names = getattr(args, "rows", None) or table.rows
+    if args.dataset:  # one that the table does not name is run with one seed
+        on = {args.dataset: on.get(args.dataset, {"strong": [DEFAULT_SEED]})}
+    if protocol:
+        on = {dataset: {protocol: found.get(protocol, [DEFAULT_SEED])} for dataset, found in on.items()}
+    if seeds:
+        on = {dataset: dict.fromkeys(found, seeds) for dataset, found in on.items()}
+    names = args.rows or table.rows
     for name in names:
         if name not in table.rows:
             raise UserError(f"--rows {name!r}: {table.name} has no such row{suggest(name, table.rows, '')}")
@@ -147,7 +152,7 @@ def show_plan(args: argparse.Namespace) -> None:
     cells, total, missing = [], 0.0, list(with_parents(wanted_runs(args)))
     unknown = [calibration(experiment) for experiment in missing if expected_seconds(experiment) is None]
     for experiment in with_parents(unknown) if args.calibrate else ():
-        execute(experiment, base_layers(experiment), float("inf"))
+        execute(experiment, partial(base_layers, experiment), float("inf"))
     for experiment in missing:
         seconds = expected_seconds(experiment)
         total += seconds or 0.0
@@ -180,8 +185,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"[{at} of {len(missing)}] {title}: not run, as {failed[0]} failed")
             continue
         print(f"[{at} of {len(missing)}] {title}", flush=True)
-        depth = base_layers(experiment)
-        outcomes[experiment] = execute(experiment, depth, left)
+        outcomes[experiment] = execute(experiment, partial(base_layers, experiment), left)
     bad = [experiment for experiment, outcome in outcomes.items() if outcome == "failed"]
     if bad:
         raise RunError(f"{len(bad)} runs failed: {', '.join(str(experiment.folder) for experiment in bad)}")

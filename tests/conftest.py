@@ -75,7 +75,7 @@ def make_sequences(users: int = 60, num_items: int = 40, seed: int = 0, low: int
 TITLES = {1: 'The "quoted", one; with\u2028a line', 2: "Ünïcödé\u0085", 3: ""}
 
 
-def tiny_sources(place: Path) -> Path:
+def tiny_sources(place: Path, layers: int = 2) -> Path:
     """A dataset, an item table and a base model, all tiny, in `place`."""
     data = make_sequences(users=30)
     (place / "data").mkdir()
@@ -91,7 +91,7 @@ def tiny_sources(place: Path) -> Path:
     config = {"kind": "item_embeddings", "dataset_fingerprint": data.fingerprint, "item_dim": 8}
     config["table_sha256"] = files.sha256(place / "table" / "item_embeddings.safetensors")
     (place / "table" / "config.json").write_text(json.dumps(config))
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": layers}
     AutoModel.from_config(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(place / "base")
     words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "a": 2}, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -1,8 +1,10 @@
 """reproduce.py: which runs a table needs and in which order, what it does when one stops, and what it shows of them."""
 
+import gzip
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -139,7 +141,7 @@ def test_terms_get_the_weights_of_the_protocol_and_the_others_none(place):
     assert found["released", "student"] == {"lambda_cos": 0, "lambda_ms": 0.5}
     assert Experiment("large", "released", "student", 1).flags() == {"lambda_cos": 0, "lambda_ms": 2}
     assert Experiment("small", "released", "SASRec", 1).flags() == {"train_targets": "last"}
-    command = Experiment("small", "strong", "cos", 1).command(30)
+    command = Experiment("small", "strong", "cos", 1).command(lambda: 30)
     paper = "outputs/small/paper/"
     assert command[command.index("--teacher") + 1] == f"{paper}teacher-seed1"
     assert command[command.index("--kl_teacher") + 1] == f"{paper}sasrec-seed1"
@@ -274,7 +276,7 @@ def test_the_committed_recipes_name_flags_that_scripts_have():
         paper_tables.read_table(table)
     for protocol in experiments.protocols():
         for name, spec in experiments.specs().items():
-            command = Experiment("beauty", protocol, name, 42).command(30)
+            command = Experiment("beauty", protocol, name, 42).command(lambda: 30)
             models = None if spec.script == "evaluate" else MODELS
             cli.resolve(
                 scripts[spec.script].main, experiments.SECTIONS[spec.script] or None, command[1:], models=models
@@ -289,16 +291,28 @@ student: {num_layers: 1, num_blocks: 1, lambda_ms: 0, max_steps: 20}
 """
 
 
+def checkout_at(place: Path) -> Path:
+    """A copy of this checkout without records, runs and data, and with the recipes of the paper."""
+    parts = [ROOT / name for name in ("utils", "models", "recipes", *(path.name for path in ROOT.glob("*.py")))]
+    parts += (ROOT / "datasets").glob("*.py")
+    for part in parts:
+        target = place / part.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if part.is_dir():
+            shutil.copytree(part, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(part, target)
+    (place / "results").mkdir()
+    shutil.copy(ROOT / "results" / "paper_tables.json", place / "results")
+    return place
+
+
 @pytest.mark.pipeline
 def test_a_table_that_is_killed_goes_on_to_the_same_digits(tmp_path):
     """The steps of a table as real processes, with a tiny base: killed while the teacher trains, and started again."""
     sources, outcomes = tiny_sources(tmp_path), []
     for kill in (False, True):
-        checkout = tmp_path / f"kill-{kill}"
-        for part in ("utils", "models", "datasets", "recipes/paper"):
-            shutil.copytree(ROOT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__", "*.npy"))
-        for script in ROOT.glob("*.py"):
-            shutil.copy(script, checkout)
+        checkout = checkout_at(tmp_path / f"kill-{kill}")
         shutil.copytree(sources / "data", checkout / "datasets" / "tiny")
         (checkout / "recipes" / "tiny.yaml").write_text(TINY)
         (checkout / "recipes" / "paper" / "tiny.yaml").write_text(TABLE.replace("small: ", "tiny: "))
@@ -321,3 +335,39 @@ def test_a_table_that_is_killed_goes_on_to_the_same_digits(tmp_path):
         outcomes.append({name: (run["valid"], run["test"]) for name, run in found.items()})
         assert set(found) == {"sasrec-seed1", "teacher-base-seed1", "student-base-seed1"}
     assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.pipeline
+def test_the_commands_for_the_papers_own_cells(tmp_path):
+    """As docs/reproduce.md prints them, on a small raw file, with a tiny LLaMA of 8 layers and fewer steps."""
+    checkout = checkout_at(tmp_path / "checkout")
+    base = tiny_sources(tmp_path, layers=8) / "base"
+    recipe = checkout / "recipes" / "cloth.yaml"
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("max_steps: 1500", "max_steps: 4"), encoding="utf-8")
+    runs = checkout / "recipes" / "paper" / "runs.yaml"
+    runs.write_text(runs.read_text(encoding="utf-8").replace("num_epochs: 50", "num_epochs: 2"), encoding="utf-8")
+    rng = np.random.default_rng(0)
+    lines = [
+        {"overall": 5.0, "reviewerID": f"U{user}", "asin": f"I{item}", "unixReviewTime": 86400 * int(day)}
+        for user in range(60)
+        for day, item in enumerate(rng.permutation(20)[:10])
+    ]
+    with gzip.open(checkout / "Clothing_Shoes_and_Jewelry_5.json.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8").split("## The paper's own cells")[1]
+    commands = [
+        shlex.split(line, comments=True) for line in re.search(r"```bash\n(.*?)```", page, re.S)[1].splitlines()
+    ]
+    assert len(commands) == 7
+    printed = ""
+    for words in commands:
+        if words[2:4] in (["run", "table6"], ["run", "figure2"]):
+            continue  # the same scripts with other flags, which another test checks
+        words = [*words, "--base_model", str(base)] if words[1] == "reproduce.py" else words
+        found = subprocess.run([sys.executable, *words[1:]], cwd=checkout, capture_output=True, encoding="utf-8")
+        assert found.returncode == 0, found.stderr
+        printed += found.stdout
+    for row, paper in {"SASRec": "15.01", "E4SRec": "18.09", "E4SRec_8": "16.91", "E4SRec_4": "16.32"}.items():
+        assert re.search(rf"^\| {row} +\| +1 \|( +\d+\.\d\d \|)+.* {paper} ", printed, re.M), row
+    assert re.search(r"^\| SLMRec_4<-8 +\| +1 \|.* 18\.07 ", printed, re.M)
+    assert re.search(r"^\| E4SRec +\| +\d+\.\d \(\d+\.\d\d\) .* 3\.95 \(6\.58\)", printed, re.M)

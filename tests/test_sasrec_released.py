@@ -11,6 +11,7 @@ from models.sr import MODELS
 from models.sr.sasrec_released import SASRecReleased
 from utils import cli
 from utils.data import training_examples
+from utils.experiments import Experiment
 
 HISTORIES = torch.tensor([[0, 0, 0, 7, 2], [0, 9, 8, 7, 6], [3, 1, 4, 5, 9]])  # trimmed to five of seven
 
@@ -135,8 +136,8 @@ def test_it_starts_as_the_release_does():
     assert model.input_proj.weight.abs().max() <= 1 / 128**0.5 and not model.item_vectors()[0].any()
 
 
-def test_flags_and_recipe_hold_the_released_values():
-    argv = ["--dataset", "beauty", "--model", "sasrec_released"]
+def test_flags_and_the_protocol_hold_the_released_values():
+    argv = Experiment("beauty", "released", "SASRec", 1).command(lambda: 30)[1:]
     values = cli.resolve(train_sr_trad.main, "sr", argv, models=MODELS)
     assert values["model_config"] == SASRecReleased.Config(30, 128, 32, 2, 0.5)
     wanted = {"train_targets": "last", "batch_size": 1024, "num_epochs": 50, "learning_rate": 1e-4, "weight_decay": 0}

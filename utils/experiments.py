@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -123,8 +123,8 @@ class Experiment:
         what = [self.spec.script, self.flags(), values, self.seed, [parent.fingerprint() for parent in self.parents()]]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
-    def command(self, depth: int) -> list[str]:
-        """The command line. depth: number of layers of the base model, for `num_layers: full`."""
+    def command(self, depth: Callable[[], int]) -> list[str]:
+        """The command line. depth: tells the number of layers of the base model, where the run's flags ask for it."""
         words = [f"{self.spec.script}.py", "--dataset", self.dataset, "--output_dir", str(self.folder)]
         if self.spec.script in TRAINING:
             words += ["--seed", str(self.seed), "--resume", "auto"]
@@ -133,9 +133,11 @@ class Experiment:
             read = [",".join(read)]
         words += [word for pair in zip(READS[self.spec.script], read, strict=False) for word in pair]
         for name, value in self.flags().items():
-            # runs.yaml knows no base model
-            of_base = {("num_layers", "full"): depth, ("layer_selection", "0,1,2,last"): f"0,1,2,{depth - 1}"}
-            words += [f"--{name}", str(of_base.get((name, value), value))]
+            if (name, value) == ("num_layers", "full"):
+                value = depth()
+            elif (name, value) == ("layer_selection", "0,1,2,last"):
+                value = f"0,1,2,{depth() - 1}"
+            words += [f"--{name}", str(value)]
         return words
 
     # --- what is there ---
@@ -220,7 +222,7 @@ def with_parents(wanted: list[Experiment]) -> Iterator[Experiment]:
         yield from visit(experiment, False)
 
 
-def execute(experiment: Experiment, depth: int, seconds_left: float) -> str:
+def execute(experiment: Experiment, depth: Callable[[], int], seconds_left: float) -> str:
     """Run or continue one run; returns its state: finished, failed, or interrupted when the time is over."""
     path = cli.ROOT / f"{experiment.folder}.json"
     kept = experiment.kept()

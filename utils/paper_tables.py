@@ -104,6 +104,12 @@ def printed(names: list[str]) -> dict[str, dict[str, dict[str, float]]]:
     return {method: {d: v for name in names for d, v in tables[name].get(method, {}).items()} for method in methods}
 
 
+def printed_value(of_domain: dict | None, metric: str) -> str:
+    """A value of the paper; a dash where it prints none."""
+    value = (of_domain or {}).get(metric)
+    return "-" if value is None else f"{value:.2f}"
+
+
 def mean(values: list[float], scale: float = 1.0, digits: int = 4) -> str:
     """Mean, with the standard deviation of several; a dash for none."""
     if not values:
@@ -143,9 +149,9 @@ def metric_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
         ]
         theirs = paper.get(row.paper, {})
         if domain in domains:
-            line += [f"{theirs[domain][m]:.2f}" if theirs.get(domain) else "-" for m in PRINTED]
+            line += [printed_value(theirs.get(domain), m) for m in PRINTED]
         else:
-            line += [f"{theirs[d]['NDCG@5']:.2f}" if theirs.get(d) else "-" for d in domains]
+            line += [printed_value(theirs.get(d), "NDCG@5") for d in domains]
         cells.append(line)
     header = [f"{dataset}, %", "seeds", *PRINTED, "full HR@10", "full NDCG@10", "rank"]
     header += [f"paper {m}" for m in PRINTED] if domain in domains else [f"paper NDCG@5, {d}" for d in domains]

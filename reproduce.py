@@ -35,12 +35,26 @@ from utils.experiments import (
 )
 from utils.files import atomic_file, write_json
 from utils.flags import suggest
+from utils.paper_claims import claim_table
 from utils.paper_figures import depth_figure
-from utils.paper_tables import Table, read_table, render, table_names
+from utils.paper_tables import (
+    Table,
+    data_table,
+    depth_table,
+    difference_table,
+    efficiency_table,
+    measured,
+    metric_table,
+    read_table,
+    table_names,
+    value_table,
+)
 from utils.recipes import read_recipe
 from utils.report import compare_ranks, markdown_table
 
 DEFAULT_SEED = 42
+PER_DATASET = {"metrics": metric_table, "efficiency": efficiency_table, "depth": depth_table}
+WHOLE = {"data": data_table, "values": value_table, "claims": claim_table}
 TABLES = cli.ROOT / "results" / "TABLES.md"
 HEADER = """# The paper's tables, printed beside measured
 
@@ -193,6 +207,22 @@ def run(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     print("\n\n".join(render(narrowed(table, args), args.base_model) for table in chosen_tables(args)))
+
+
+def render(table: Table, base_model: str | None = None) -> str:
+    """The whole table as Markdown, from the committed records alone."""
+    parts = [f"## {table.title}"]
+    if table.shape in WHOLE:
+        return "\n\n".join([*parts, WHOLE[table.shape](table)])
+    for dataset, of_protocols in table.seeds.items():
+        found = records(dataset, base_model)
+        for protocol in of_protocols:
+            if not any(measured(found, protocol, row) for row in table.rows.values()):
+                parts.append(f"{dataset}, protocol {protocol}: not measured yet.")
+                continue
+            parts += [f"### {dataset}, protocol {protocol}", PER_DATASET[table.shape](table, dataset, protocol, found)]
+            parts += [differences] if (differences := difference_table(table, protocol, found)) else []
+    return "\n\n".join(parts)
 
 
 def write_records(args: argparse.Namespace) -> None:

@@ -20,6 +20,8 @@ DOMAINS = {
 }
 PRINTED = ("HR@1", "HR@5", "NDCG@5", "MRR")  # by the paper, in percent
 PAPER = cli.ROOT / "results" / "paper_tables.json"
+SHAPES = ("metrics", "efficiency", "depth", "data", "values", "claims")
+VERDICTS = ("better", "as_good", "share")  # how a claim is judged: utils/paper_claims.py
 IN_FIGURE = ("HR@10", "NDCG@10", "MRR")
 
 
@@ -42,6 +44,7 @@ class Table:
     seeds: dict[str, dict[str, list[int]]]
     paper: list[str] = field(default_factory=list)
     pairs: list[list[str]] = field(default_factory=list)
+    claims: list[dict] = field(default_factory=list)
     shape: str = "metrics"
 
     def experiments(self, base_model: str | None = None) -> list[tuple[int, Experiment]]:
@@ -73,14 +76,16 @@ def read_table(name: str) -> Table:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: {error}") from error
     named = [run for row in table.rows.values() for run in (row.run, row.baseline) if run]
-    for run in [*named, *(run for pair in table.pairs for run in pair)]:
+    named += [run for pair in table.pairs for run in pair]
+    named += [run for claim in table.claims for kind in VERDICTS for run in claim.get(kind, ())[-2:]]
+    for run in named:
         if run not in specs():
             raise UserError(f"{path}: runs.yaml has no run {run!r}{suggest(run, specs(), '')}")
     for protocol in (protocol for of_protocols in table.seeds.values() for protocol in of_protocols):
         if protocol not in protocols():
             raise UserError(f"{path}: runs.yaml has no protocol {protocol!r}; it has {', '.join(protocols())}")
-    if table.shape not in PER_DATASET | WHOLE:
-        raise UserError(f"{path}: shape {table.shape!r} is none of {', '.join(PER_DATASET | WHOLE)}")
+    if table.shape not in SHAPES:
+        raise UserError(f"{path}: shape {table.shape!r} is none of {', '.join(SHAPES)}")
     return table
 
 
@@ -171,19 +176,27 @@ def ladder_table(table: Table, protocol: str, found: dict) -> str:
     return markdown_table(["NDCG@10", "seeds", "valid, full", "test, full", "test, sampled", "full HR@10"], cells)
 
 
+def difference(pair: list[str], protocol: str, kind: str, found: dict) -> tuple[list[int], tuple[float, float, float]]:
+    """Seeds that both runs of a pair have; mean difference of test NDCG@10 over their users, with its interval."""
+    seeds = [seed for of, name, seed in found if (of, name) == (protocol, pair[0]) and (of, pair[1], seed) in found]
+    if not seeds:
+        return [], (0.0, 0.0, 0.0)
+    ours, theirs = (
+        np.concatenate([unpack(found[protocol, name, seed]["ranks"][f"test_{kind}"]) for seed in seeds])
+        for name in pair
+    )
+    return seeds, paired_bootstrap(ours, theirs, clusters=len(seeds))
+
+
 def difference_table(table: Table, protocol: str, found: dict) -> str:
     """Mean differences of NDCG@10 between pairs of runs, over the users of all seeds that both have, with interval."""
     cells = []
     for pair in table.pairs:
-        seeds = [seed for of, name, seed in found if (of, name) == (protocol, pair[0]) and (of, pair[1], seed) in found]
-        for kind in ("sampled", "full") if seeds else ():
-            ours, theirs = (
-                np.concatenate([unpack(found[protocol, name, seed]["ranks"][f"test_{kind}"]) for seed in seeds])
-                for name in pair
-            )
-            difference, low, high = paired_bootstrap(ours, theirs, clusters=len(seeds))
-            interval = f"{low:+.4f} .. {high:+.4f}"
-            cells.append([" - ".join(pair), kind, str(len(seeds)), f"{difference:+.4f}", interval])
+        for kind in ("sampled", "full"):
+            seeds, (mean, low, high) = difference(pair, protocol, kind, found)
+            if seeds:
+                interval = f"{low:+.4f} .. {high:+.4f}"
+                cells.append([" - ".join(pair), kind, str(len(seeds)), f"{mean:+.4f}", interval])
     return markdown_table(["test NDCG@10", "ranking", "seeds", "difference", "95 % interval"], cells) if cells else ""
 
 
@@ -284,23 +297,3 @@ def depth_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
         cells.append(line + ["-" if at is None else f"{100 * printed[m][at]:.2f}" for m in IN_FIGURE])
     header = [f"layers, {dataset}, %", *IN_FIGURE, "full NDCG@10", "direct NDCG@10", "direct, full NDCG@10"]
     return markdown_table([*header, *(f"paper {m}, Cloth" for m in IN_FIGURE)], cells)
-
-
-PER_DATASET = {"metrics": metric_table, "efficiency": efficiency_table, "depth": depth_table}
-WHOLE = {"data": data_table, "values": value_table}
-
-
-def render(table: Table, base_model: str | None = None) -> str:
-    """The whole table as Markdown, from the committed records alone."""
-    parts = [f"## {table.title}"]
-    if table.shape in WHOLE:
-        return "\n\n".join([*parts, WHOLE[table.shape](table)])
-    for dataset, of_protocols in table.seeds.items():
-        found = records(dataset, base_model)
-        for protocol in of_protocols:
-            if not any(measured(found, protocol, row) for row in table.rows.values()):
-                parts.append(f"{dataset}, protocol {protocol}: not measured yet.")
-                continue
-            parts += [f"### {dataset}, protocol {protocol}", PER_DATASET[table.shape](table, dataset, protocol, found)]
-            parts += [differences] if (differences := difference_table(table, protocol, found)) else []
-    return "\n\n".join(parts)

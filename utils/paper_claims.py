@@ -1,0 +1,51 @@
+"""The paper's claims beside what was measured here: holds, does not, within noise, or not measured."""
+
+import statistics
+
+from utils.experiments import records
+from utils.paper_tables import VERDICTS, Table, difference
+from utils.report import markdown_table
+
+ENOUGH = 0.98  # of NDCG@10, for a model that is to be as good as another
+
+
+def claim_table(table: Table) -> str:
+    """Each claim on each dataset: the paper's figures, ours on test in the full ranking, and the verdict.
+
+    `better: [a, b]`: the interval of a - b over users is above zero. `as_good: [a, b]`: the mean of a is at least 98 %
+    of that of b. `share: [measure, a, b]`: a over b, a figure without a verdict, as it depends on the base model.
+    """
+    cells = []
+    for claim in table.claims:
+        kind = next((name for name in VERDICTS if name in claim), None)
+        for dataset in table.seeds if kind else ():
+            found = {key: run for key, run in records(dataset).items() if key[0] == "strong"}
+            ours, verdict = share(claim[kind], found) if kind == "share" else judged(kind, claim[kind], found)
+            cells.append([claim["claim"], str(claim["paper"]), dataset, ours, verdict])
+        if not kind:
+            cells.append([claim["claim"], str(claim["paper"]), "-", "-", "not tested here"])
+    return markdown_table(["claim", "paper", "data", "ours, test, full NDCG@10", "verdict"], cells)
+
+
+def judged(kind: str, pair: list[str], found: dict) -> tuple[str, str]:
+    seeds, values = difference(pair, "strong", "full", found)
+    if not seeds:
+        return "-", "not measured yet"
+    means = [
+        statistics.mean(found["strong", name, seed]["metrics"]["test"]["full"]["NDCG@10"] for seed in seeds)
+        for name in pair
+    ]
+    gain, low, high = values
+    ours = f"{means[0]:.4f} beside {means[1]:.4f}: {gain:+.4f} ({low:+.4f} .. {high:+.4f}), {len(seeds)} seeds"
+    if kind == "as_good":
+        return ours, f"{'holds' if means[0] >= ENOUGH * means[1] else 'does not hold'} ({means[0] / means[1]:.1%})"
+    return ours, "holds" if low > 0 else "does not hold" if high < 0 else "within noise"
+
+
+def share(wanted: list[str], found: dict) -> tuple[str, str]:
+    measure, *pair = wanted
+    part, name = measure.split("/")
+    values = [[run["metrics"][part][name] for (_, row, _), run in found.items() if row == of] for of in pair]
+    if not all(values):
+        return "-", "not measured yet"
+    return f"{statistics.mean(values[0]) / statistics.mean(values[1]):.2f}", "a figure of this base model"

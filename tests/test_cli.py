@@ -25,7 +25,7 @@ from utils.flags import FLAGS
 from utils.recipes import RECIPE_SECTIONS
 
 SCRIPTS = {"train_sr_trad": "sr", "extract_emb": "extract", "finetune": "teacher", "distill": "student"}
-EVERY = SCRIPTS | dict.fromkeys(("reproduce", "recommend", "evaluate"))
+EVERY = SCRIPTS | dict.fromkeys(("recommend", "evaluate"))
 CALLED = []
 
 

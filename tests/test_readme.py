@@ -145,7 +145,7 @@ def test_commands_use_flags_that_exist(page, script, arguments, monkeypatch):
 def test_flags_that_are_named_exist():
     """Of some script, those alone that stand in code spans without a command."""
     known = {flag for kind in MODELS.values() for flag in kind.Config.__dataclass_fields__} | set(FLAGS)
-    for path in (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("datasets/*.py")):
+    for path in (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("datasets/*.py"), ROOT / "reproduce.py"):
         known |= set(re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8")))
     for name, text in PAGES.items():
         spans = re.findall(r"`(?!python)([^`]*--[^`]*)`", FENCE.sub("", text)) if name != "datasets/README.md" else []

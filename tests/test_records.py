@@ -76,7 +76,8 @@ def test_with_dropout_the_metrics_differ_by_noise_alone():
 
 def mean(dataset: str, run: str, split: str = "test", kind: str = "full") -> float:
     """NDCG@10 over the seeds of a run, in the protocol strong."""
-    found = [r["metrics"][split][kind]["NDCG@10"] for (_, name, _), r in RECORDS[dataset].items() if name == run]
+    of = {key: r for key, r in RECORDS[dataset].items() if key[:2] == ("strong", run)}
+    found = [r["metrics"][split][kind]["NDCG@10"] for r in of.values()]
     return statistics.mean(found)
 
 

@@ -119,7 +119,6 @@ FLAGS: dict[str, tuple[str, str]] = {
     "exclude_seen": ("leave out the items of the history", ""),
     "candidates": ("file with the only items to rank, one per line (default: all)", ""),
     "output": ("write to this .jsonl or .csv file (default: print)", ""),
-    "record": ("also write a record of each run to results/runs/", ""),
     "mode": ("offline: a frozen teacher; online: one of its kind is trained anew, beside the student", ""),
 }
 # what a run did whose version did not have the flag yet

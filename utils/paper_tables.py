@@ -218,6 +218,8 @@ def data_table(table: Table) -> str:
 def efficiency_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
     """Seconds, parameters and memory of each row, as ratios to the last row, beside the paper's hours and ratios."""
     paper, cells = read_json(PAPER, "")[table.paper[0]]["rows"], []
+    seed = table.seeds[dataset][protocol][0]
+    found = {key: run for key, run in found.items() if key[-1] == seed}
     measures = {name: of[0] for name, row in table.rows.items() if (of := measured(found, protocol, row))}
     last_row = list(table.rows)[-1]
     last, theirs = measures.get(last_row), paper[table.rows[last_row].paper]

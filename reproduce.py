@@ -25,6 +25,7 @@ from utils.errors import RunError, UserError
 from utils.experiments import (
     Experiment,
     calibration,
+    check_unchanged,
     execute,
     expected_seconds,
     finished_experiments,
@@ -143,10 +144,8 @@ def wanted_runs(args: argparse.Namespace) -> list[Experiment]:
 def base_layers(experiment: Experiment) -> int:
     """How many layers the base model has that the dataset's teacher is cut from."""
     recipe = read_recipe(cli.ROOT / "recipes" / f"{experiment.dataset}.yaml")["teacher"]
-    default = assets.EMBEDDED_MODEL
-    return base_config(
-        assets.base_model_path(experiment.base_model or recipe.get("base_model", default))
-    ).num_hidden_layers
+    base = experiment.base_model or recipe.get("base_model", assets.EMBEDDED_MODEL)
+    return base_config(assets.base_model_path(base)).num_hidden_layers
 
 
 # --- verbs ---
@@ -165,7 +164,9 @@ def show_plan(args: argparse.Namespace) -> None:
     """Every run that is missing, with what it reads, in the order of `run`."""
     cells, total, missing = [], 0.0, list(with_parents(wanted_runs(args)))
     unknown = [calibration(experiment) for experiment in missing if expected_seconds(experiment) is None]
-    for experiment in with_parents(unknown) if args.calibrate else ():
+    calibrations = list(with_parents(unknown)) if args.calibrate else []
+    check_unchanged(calibrations)
+    for experiment in calibrations:
         execute(experiment, partial(base_layers, experiment), float("inf"))
     for experiment in missing:
         seconds = expected_seconds(experiment)
@@ -176,16 +177,15 @@ def show_plan(args: argparse.Namespace) -> None:
         )
     print(markdown_table(["run", "dataset", "protocol", "seed", "state", "hours"], cells))
     unknown = sum(row[-1] == "?" for row in cells)
-    print(
-        f"{len(cells)} runs, {total / 3600:.1f} hours"
-        + (f" and {unknown} runs of which no time is known: --calibrate" if unknown else "")
-    )
+    more = f" and {unknown} runs of which no time is known: --calibrate" if unknown else ""
+    print(f"{len(cells)} runs, {total / 3600:.1f} hours{more}")
 
 
 def run(args: argparse.Namespace) -> None:
     """Run what is missing, until the budget is used up; what failed is named at the end, with exit code 1."""
     begun, outcomes = time.monotonic(), {}
     missing = list(with_parents(wanted_runs(args)))
+    check_unchanged(missing)
     for at, experiment in enumerate(missing, 1):
         title = f"{experiment.name} on {experiment.dataset}, {experiment.protocol}, seed {experiment.seed}"
         left = 3600 * args.budget_hours - (time.monotonic() - begun)

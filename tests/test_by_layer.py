@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_sequences, tiny_llm_rec
 from kills import contents
+from test_fusion import refused
 from test_kill import sources, step  # noqa: F401
 from test_llm_rec import plain_states
 from test_logit_distillation import SMALL
@@ -203,11 +204,4 @@ def test_what_makes_no_sense_is_refused_in_one_line(words, told, place, sources,
     (place / "notes").mkdir(exist_ok=True)
     (place / "notes/notes.txt").touch()
     argv = words.format(place).split(" ") if words != "--layers= " else [words]
-    argv += [] if "--run" in argv else ["--run", str(place / "item")]
-    argv += [] if "--dataset" in argv else ["--dataset", str(sources / "data")]
-    before = contents(place)
-    with pytest.raises(SystemExit) as stop:
-        run(*argv)
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and contents(place) == before, lines
-    assert told.format(place) in lines[0], lines[0]
+    refused(place, sources, capsys, argv, "item", told.format(place))

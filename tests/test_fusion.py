@@ -4,6 +4,7 @@ import json
 import shutil
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,6 +250,18 @@ def test_a_fusion_of_runs_that_were_trained_anew_is_told(place, sources, capsys)
     assert "+ SASRec" in closing_table(place, "0" * 64).split("| test users")[1] and path.read_text() != text
 
 
+def refused(place: Path, sources: Path, capsys, argv: list[str], default: str, told: str) -> None:  # noqa: F811
+    """evaluate.py ends with one line, exit code 2 and untouched files; without --run it is given `default`."""
+    argv += [] if "--run" in argv else ["--run", str(place / default)]
+    argv += [] if "--dataset" in argv else ["--dataset", str(sources / "data")]
+    before = contents(place)
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and contents(place) == before, lines
+    assert told in lines[0], lines[0]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -288,12 +301,4 @@ def test_what_makes_no_sense_is_refused_in_one_line(words, told, place, sources,
     path.write_text(json.dumps(json.loads(path.read_text()) | {"selected_by": "valid by eye"}))
     (place / "damaged/model.safetensors").write_bytes(b"nonsense")
     [path.unlink() for path in (place / "strange").iterdir() if path.name != "config.json"]
-    argv = words.format(place).split()
-    argv += [] if "--run" in argv else ["--run", str(place / "llm")]
-    argv += [] if "--dataset" in argv else ["--dataset", str(sources / "data")]
-    before = contents(place)
-    with pytest.raises(SystemExit) as stop:
-        run(*argv)
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and contents(place) == before, lines
-    assert told.format(place) in lines[0], lines[0]
+    refused(place, sources, capsys, words.format(place).split(), "llm", told.format(place))

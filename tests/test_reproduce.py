@@ -184,8 +184,27 @@ def test_another_recipe_makes_another_run(place, monkeypatch):
     forget()
     assert Experiment("small", "strong", "student", 1).fingerprint() != before["student"]  # it reads SASRec's table
     assert Experiment("small", "strong", "student", 1).state() == "changed"
-    with pytest.raises(reproduce.UserError, match="sasrec-seed1 has other flags or another recipe; to run it again"):
+    with pytest.raises(reproduce.UserError, match=r"sasrec-seed1\.json are of other flags"):
         call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1")
+
+
+def test_hours_come_from_a_calibration_where_no_other_seed_was_run(place, monkeypatch, capsys):
+    """3 steps took 6 s of 40 s, an evaluation 4 s: 2 epochs of 10 steps take 34 s more, 3 more evaluations 12 s."""
+    short = experiments.calibration(Experiment("small", "strong", "SASRec", 1))
+    folder = place / short.folder
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"num_epochs": 2, "eval_steps": 5}))
+    seconds = {"train": 6.0, "score_test": 4.0}
+    (folder / "metrics.json").write_text(json.dumps({"steps": 3, "steps_per_epoch": 10, "seconds": seconds}))
+    kept = {"fingerprint": short.fingerprint(), "outcome": "finished", "seconds": 40.0}
+    (place / f"{short.folder}.json").write_text(json.dumps(kept))
+    assert experiments.expected_seconds(Experiment("small", "released", "SASRec", 1)) is None
+    for seed in (1, 7):
+        assert experiments.expected_seconds(Experiment("small", "strong", "SASRec", seed)) == pytest.approx(
+            40 + 34 + 12
+        )
+    call(monkeypatch, "plan", "table2", "--rows", "SASRec", "--seeds", "1", "--protocol", "strong")
+    assert "1 runs, 0.0 hours\n" in capsys.readouterr().out
 
 
 def test_records_stand_for_runs_and_make_the_tables(place, monkeypatch, capsys):
@@ -318,6 +337,10 @@ def test_a_table_that_is_killed_goes_on_to_the_same_digits(tmp_path):
         (checkout / "recipes" / "paper" / "tiny.yaml").write_text(TABLE.replace("small: ", "tiny: "))
         command = [sys.executable, "reproduce.py", "run", "tiny", "--protocol", "strong", "--seeds", "1"]
         command += ["--base_model", str(sources / "base")]
+        if not kill:  # the plan of the same runs, from three steps of each
+            plan = [word if word != "run" else "plan" for word in command] + ["--calibrate"]
+            found = subprocess.run(plan, cwd=checkout, check=True, capture_output=True, encoding="utf-8").stdout
+            assert re.search(r"^4 runs, \d+\.\d hours$", found, re.M), found
         if kill:
             started = subprocess.Popen(command, cwd=checkout, start_new_session=True)
             runs = checkout / "outputs" / "tiny" / "paper"

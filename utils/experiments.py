@@ -222,20 +222,19 @@ def with_parents(wanted: list[Experiment]) -> Iterator[Experiment]:
         yield from visit(experiment, False)
 
 
+def check_unchanged(experiments: list[Experiment]) -> None:
+    """UserError where a folder holds a run of other flags or another recipe, before anything is run."""
+    for experiment in experiments:
+        if experiment.state() == "changed":
+            here = f"{experiment.folder} and {experiment.folder.name}.json"
+            raise UserError(f"{here} are of other flags or another recipe; to run it again, move them away")
+
+
 def execute(experiment: Experiment, depth: Callable[[], int], seconds_left: float) -> str:
     """Run or continue one run; returns its state: finished, failed, or interrupted when the time is over."""
-    path = cli.ROOT / f"{experiment.folder}.json"
-    kept = experiment.kept()
-    if kept.get("fingerprint", experiment.fingerprint()) != experiment.fingerprint():
-        raise UserError(
-            f"{experiment.folder} has other flags or another recipe; to run it again, move it and {path.name} away"
-        )
-    kept = {
-        "experiment": asdict(experiment),
-        "fingerprint": experiment.fingerprint(),
-        "seconds": kept.get("seconds", 0.0),
-    }
-    kept["outcome"] = "started"
+    path, before = cli.ROOT / f"{experiment.folder}.json", experiment.kept()
+    kept = {"experiment": asdict(experiment), "fingerprint": experiment.fingerprint()}
+    kept |= {"seconds": before.get("seconds", 0.0), "outcome": "started"}
     write_json(kept, path)
     begun = time.monotonic()
     process = subprocess.Popen([sys.executable, *experiment.command(depth)], cwd=cli.ROOT)
@@ -263,7 +262,8 @@ def expected_seconds(experiment: Experiment) -> float | None:
         return 0.0
     others = [replace(experiment, seed=seed) for seed in seeds_seen(experiment.dataset)]
     known = [kept["seconds"] for other in others if (kept := other.kept()).get("outcome") == "finished"]
-    known += [read_json(other.record_file, "")["seconds"] for other in others if other.record_file.exists()]
+    recorded = [read_json(other.record_file, "") for other in others if other.record_file.exists()]
+    known += [run["seconds"] for run in recorded if "seconds" in run]  # those of an earlier version have none
     return known[0] if known else by_calibration(experiment)
 
 
@@ -289,7 +289,8 @@ def by_calibration(experiment: Experiment) -> float | None:
 
 
 def calibration(experiment: Experiment) -> Experiment:
-    return replace(experiment, max_steps=CALIBRATION_STEPS)
+    """The same run with a few steps: one for all seeds."""
+    return replace(experiment, seed=0, max_steps=CALIBRATION_STEPS)
 
 
 # --- records ---

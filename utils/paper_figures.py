@@ -12,14 +12,14 @@ from utils.files import atomic_file, read_json
 from utils.paper_tables import IN_FIGURE, PAPER, Table, depth_points, measured
 
 
-def depth_figure(table: Table, dataset: str, protocol: str, found: dict, path: Path) -> bool:
-    """Write the figure, one panel per metric; returns whether there was a run to draw.
+def depth_figure(table: Table, dataset: str, protocol: str, found: dict, path: Path) -> None:
+    """Write the figure, one panel per metric, once teachers of two depths are there.
 
     The paper's values, from other data and a base of 32 layers, are hollow markers on an axis of their own.
     """
     trained, direct = depth_points(table, protocol, found)
-    if not trained:
-        return False
+    if len(trained) < 2:
+        return
     base = measured(found, protocol, table.rows["SASRec"])
     printed = read_json(PAPER, "")[table.paper[0]]["trained_at_depth"]
     figure, panels = plt.subplots(1, len(IN_FIGURE), figsize=(4 * len(IN_FIGURE), 3.6), layout="constrained")
@@ -48,4 +48,3 @@ def depth_figure(table: Table, dataset: str, protocol: str, found: dict, path: P
     with atomic_file(path) as part:
         figure.savefig(part, format="png", dpi=110)
     plt.close(figure)
-    return True

@@ -316,7 +316,6 @@ class Run:
         for name, other in (baselines or {}).items():
             measured = {split: self.evaluate(other, split) for split in SPLITS}
             below[name] = {split: measured[split][0] for split in SPLITS} | {"score_test_seconds": measured["test"][1]}
-        epochs = state["step"] / state["steps_per_epoch"]
         if self.accelerator.is_main_process:
             metrics = {
                 "valid": chosen["metrics"],
@@ -324,11 +323,12 @@ class Run:
                 "best_step": state["best_step"],
                 "steps": state["step"],
                 "planned_steps": state["planned_steps"],
+                "steps_per_epoch": state["steps_per_epoch"],
                 "stopped_early": state["step"] < state["planned_steps"],
                 "selected_by": "valid " + self.config["select_by"].replace("/", " "),
                 "seconds": {
                     "train": state["train_seconds"],
-                    "train_epoch": state["train_seconds"] / epochs,
+                    "train_epoch": state["train_seconds"] * state["steps_per_epoch"] / state["step"],
                     "score_test": seconds,
                 },
                 "parameters": parameters,

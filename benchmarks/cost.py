@@ -39,7 +39,7 @@ from benchmarks.llm_step import (
     without,
 )
 from models.dropout import Dropout
-from models.sr import sasrec
+from models.sr import objectives, sasrec
 from utils.cli import ROOT
 from utils.data import Sequences, TrainingPart, shuffled_batches, training_examples
 from utils.files import write_json
@@ -173,7 +173,7 @@ def sasrec_groups(repeats: int, device) -> dict[str, float]:
     groups = training_step(model, ours_loss, batches)
 
     def one_piece() -> None:
-        with patch.object(sasrec, "GROUP", 256):
+        with patch.object(objectives, "GROUP", 256):
             groups()
 
     one_piece()

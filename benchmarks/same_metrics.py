@@ -37,7 +37,7 @@ import train_sr_trad
 from models import losses
 from models.dropout import Dropout
 from models.llm.recommender import PLAIN, LLMRec
-from models.sr import MODELS, sasrec
+from models.sr import MODELS, objectives
 from models.sr.sasrec import SASRec
 from utils import cli, metrics
 from utils.cli import ROOT
@@ -62,7 +62,7 @@ def switch_off(with_dropout: bool) -> ExitStack:
         return trimmed(self, F.pad(histories, (missing, 0)))[:, missing:]
 
     plain = [(SASRec, "states", sasrec_states), (LLMRec, "fast", PLAIN)]
-    plain += [(losses, "LOGITS_AT_ONCE", 2**62), (metrics, "SCORES_AT_ONCE", 2**62), (sasrec, "GROUP", 2**62)]
+    plain += [(losses, "LOGITS_AT_ONCE", 2**62), (metrics, "SCORES_AT_ONCE", 2**62), (objectives, "GROUP", 2**62)]
     if with_dropout:
         plain += [(Dropout, "forward", nn.Dropout.forward)]
     with ExitStack() as replaced:

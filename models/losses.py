@@ -201,6 +201,36 @@ def sampled_cross_entropy(
         return (torch.cat([positive, logits], 1).logsumexp(1) - positive[:, 0]).mean()
 
 
+def uniform_negatives(targets: torch.Tensor, number: int, num_items: int) -> torch.Tensor:
+    """(N, number) items, each uniform over the num_items - 1 that are not the target: targets (N,) in 1..num_items."""
+    drawn = torch.randint(1, num_items, (len(targets), number), device=targets.device)
+    return drawn + (drawn >= targets[:, None])
+
+
+def item_logits(vectors: torch.Tensor, items: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """(N, S) dot products of vectors (N, d) with the rows `ids` (N, S) of items (V + 1, d); in float32."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        return (items.float()[ids] @ vectors.float()[..., None])[..., 0]
+
+
+def binary_cross_entropy(logits: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
+    """L_gBCE, mean over N: -(beta log sigma(s+) + sum of log(1 - sigma(s-))) / (S + 1) (Petrov and Macdonald, 2023).
+
+    logits (N, 1 + S): of the target, then of its negatives. beta 1 is the plain binary cross-entropy.
+    """
+    return -torch.cat([beta * F.logsigmoid(logits[:, :1]), F.logsigmoid(-logits[:, 1:])], 1).mean()
+
+
+def gbce_beta(alpha: float, t: float) -> float:
+    """beta = alpha (t (1 - 1 / alpha) + 1 / alpha), of the sampling rate alpha = S / (V - 1) and the calibration t."""
+    return 1 - t * (1 - alpha)
+
+
+def bpr(logits: torch.Tensor) -> torch.Tensor:
+    """-log sigma(s+ - s-), mean over all negatives (Rendle et al., 2009); logits (N, 1 + S), the target's first."""
+    return -F.logsigmoid(logits[:, :1] - logits[:, 1:]).mean()
+
+
 def cosine_similarity(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     """D_cos of each block: mean over the batch of cos(h_t, h_s); both (B, K, h), result (K,)."""
     return F.cosine_similarity(teacher.float(), student.float(), dim=-1).mean(0)

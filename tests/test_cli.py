@@ -162,10 +162,9 @@ def unread_flags(source: str) -> set[str]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_flag_of_a_model_is_read(name):
-    tree = ast.parse(inspect.getsource(inspect.getmodule(MODELS[name])))
-    read = {
-        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "config"
-    }
+    modules = {inspect.getmodule(kind) for kind in MODELS[name].__mro__ if kind.__module__.startswith("models.sr.")}
+    nodes = [node for module in modules for node in ast.walk(ast.parse(inspect.getsource(module)))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "config"}
     assert {field.name for field in dataclasses.fields(MODELS[name].Config)} <= read
 
 

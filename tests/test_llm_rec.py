@@ -18,7 +18,7 @@ from models.llm import packing
 from models.llm.decoder import block_boundaries, layer_flags, select_layers
 from models.llm.recommender import PLAIN, LLMRec
 from models.llm.storage import count_parameters
-from models.sr import sasrec as sasrec_module
+from models.sr import objectives
 from utils import metrics
 from utils.errors import UserError
 
@@ -193,7 +193,7 @@ def test_adapters_are_not_merged_where_their_sum_would_be_rounded():
 
 def test_everything_off_is_the_plain_computation(monkeypatch, request):
     """What benchmarks/same_metrics.py compares is the same computation, and off is really off."""
-    monkeypatch.setattr(sasrec_module, "GROUP", 4)
+    monkeypatch.setattr(objectives, "GROUP", 4)
     histories = pad(mixed_histories()[:6])
     targets = torch.zeros_like(histories)
     targets[:, -1], targets[2, -3:] = 7, torch.tensor([3, 0, 9])
@@ -225,7 +225,7 @@ def test_everything_off_is_the_plain_computation(monkeypatch, request):
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and relative(found[1][1], found[0][1]) < 1e-5
     # through both layers, for each target: prefix 11, all places for items, three response tokens
     assert found[0][2] < found[1][2] == 2 * int((targets != 0).sum()) * (11 + width + 3)
-    assert losses.LOGITS_AT_ONCE == metrics.SCORES_AT_ONCE == sasrec_module.GROUP == 2**62
+    assert losses.LOGITS_AT_ONCE == metrics.SCORES_AT_ONCE == objectives.GROUP == 2**62
     assert Dropout.forward is torch.nn.Dropout.forward and LLMRec.fast == PLAIN
 
 

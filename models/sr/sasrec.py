@@ -7,14 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.dropout import Dropout
-from models.interface import Recommender, flag
-from models.losses import catalogue_cross_entropy, sampled_cross_entropy
+from models.interface import flag
+from models.sr.objectives import SequentialRecommender
 from utils.data import TrainingPart
 from utils.errors import UserError
-
-# A CPU runs the users of a training batch in groups of this size, sorted by length, which leaves little padding; an
-# accelerator would lose more to many small kernels.
-GROUP = 64
 
 
 class Block(nn.Module):
@@ -36,29 +32,20 @@ class Block(nn.Module):
         return x + self.dropout(self.feed(self.norm2(x)))
 
 
-class SASRec(Recommender):
+class SASRec(SequentialRecommender):
     """Histories are left-padded and may be trimmed: positions count back from the newest item."""
 
     @dataclass(frozen=True)
-    class Config(Recommender.Config):
-        item_dim: int = flag(128, "width d of the item table", ">= 1")
+    class Config(SequentialRecommender.Config):
         num_layers: int = flag(2, "blocks", ">= 1")
         num_heads: int = flag(2, "attention heads", ">= 1")
         dropout: float = flag(0.2, "dropout", "0..1")
-        num_negatives: int = flag(
-            0, "negatives per batch of the sampled softmax; 0: the cross-entropy over all items", ">= 0"
-        )
 
     def __init__(self, config: Config, data: TrainingPart) -> None:
         super().__init__(config, data)
         d, heads, dropout = config.item_dim, config.num_heads, config.dropout
         if d % heads:
             raise UserError(f"--num_heads {heads} does not divide --item_dim {d}")
-        self.max_length, self.num_negatives = config.max_seq_length, config.num_negatives
-        if self.num_negatives:  # drawn once per (micro-)batch, in proportion to (count + 1) ** 0.75
-            q = (torch.from_numpy(data.counts()).double() + 1) ** 0.75  # (V + 1,)
-            q[0] = 0
-            self.register_buffer("log_q", (q / q.sum()).log().float(), persistent=False)
         self.items = nn.Embedding(data.num_items + 1, d, padding_idx=0)
         self.positions = nn.Embedding(self.max_length, d)
         self.blocks = nn.ModuleList(Block(d, heads, dropout) for _ in range(config.num_layers))
@@ -79,29 +66,3 @@ class SASRec(Recommender):
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x)
-
-    def states_asked(self, histories: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """User vectors (N, d) where there is a target, and the targets (N,); on a CPU short histories come first."""
-        if histories.device.type != "cpu":
-            return self.states(histories)[targets != 0], targets[targets != 0]
-        lengths, found = (histories != 0).sum(1), []
-        for rows in lengths.argsort().split(GROUP):
-            T = int(lengths[rows[-1]])
-            wanted = targets[rows, -T:]
-            found.append((self.states(histories[rows, -T:])[wanted != 0], wanted[wanted != 0]))
-        vectors, targets = zip(*found, strict=True)
-        return torch.cat(vectors), torch.cat(targets)
-
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Loss terms of a batch: targets (B, T), 0 where there is none."""
-        vectors, targets = self.states_asked(batch["histories"], batch["targets"])
-        if not self.num_negatives:
-            return {"ce": catalogue_cross_entropy(vectors, self.items.weight, targets)}
-        negatives = self.log_q.exp().multinomial(self.num_negatives, replacement=True)  # (S,)
-        return {"sampled_ce": sampled_cross_entropy(vectors, self.items.weight, targets, negatives, self.log_q)}
-
-    def user_vectors(self, histories: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
-        return self.states(histories)[:, -1]  # (B, d)
-
-    def item_vectors(self) -> torch.Tensor:
-        return self.items.weight  # (V + 1, d)

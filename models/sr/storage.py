@@ -15,7 +15,9 @@ def new_recommender(config: dict, known: TrainingPart) -> Recommender:
     if config.get("model") not in MODELS:
         raise UserError(f"model {config.get('model')!r} is not known; it is one of {', '.join(MODELS)}")
     kind = MODELS[config["model"]]
-    names = [field.name for field in dataclasses.fields(kind.Config)]
+    # a flag that the run's own version did not have, and that is off, changes nothing in what it did
+    off = {field.name: field.default for field in dataclasses.fields(kind.Config) if not field.default}
+    names, config = [field.name for field in dataclasses.fields(kind.Config)], off | config
     lacking = [name for name in names if name not in config]
     if lacking:
         raise UserError(f"the run has no {lacking[0]}: it was made by another version; run train_sr_trad.py again")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import busy, cost, llm_step, order, same_metrics
+from benchmarks import busy, cost, llm_step, order
 from utils import cli
 from utils.cli import ROOT
 from utils.errors import UserError
@@ -111,8 +111,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": lambda: cost.measures_table(record("cost")),
     "single ratios": lambda: single_ratios(record("cost")),
     "catalogue": lambda: large_catalogues(record("catalogue")),
-    "same_metrics": lambda: same_metrics.table(record("same_metrics")),
-    "same_metrics_dropout": lambda: same_metrics.table(record("same_metrics_dropout")),
 }
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, tiny_llm_rec
 
-from benchmarks import busy, cost, llm_step, same_metrics
+from benchmarks import busy, cost, llm_step
 from models import losses
 from models.dropout import Dropout
 from models.llm.recommender import LLMRec
@@ -16,7 +16,6 @@ from utils import metrics
 
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 REPLACED = {name: lambda model, off=off: llm_step.without(model, *off) for name, (off, _) in cost.OFF.items() if off}
-REPLACED |= {"switch_off": lambda model: same_metrics.switch_off(with_dropout=True)}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,9 @@
 """Traditional recommenders by the name that --model takes: the only list of them."""
 
+from models.sr.caser import Caser
+from models.sr.gru4rec import GRU4Rec
+from models.sr.hgn import HGN
 from models.sr.sasrec import SASRec
 from models.sr.sasrec_released import SASRecReleased
 
-MODELS = {"sasrec": SASRec, "sasrec_released": SASRecReleased}
+MODELS = {"caser": Caser, "gru4rec": GRU4Rec, "hgn": HGN, "sasrec": SASRec, "sasrec_released": SASRecReleased}

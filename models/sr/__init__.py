@@ -1,9 +1,17 @@
 """Traditional recommenders by the name that --model takes: the only list of them."""
 
+from models.sr.bert4rec import BERT4Rec
 from models.sr.caser import Caser
 from models.sr.gru4rec import GRU4Rec
 from models.sr.hgn import HGN
 from models.sr.sasrec import SASRec
 from models.sr.sasrec_released import SASRecReleased
 
-MODELS = {"caser": Caser, "gru4rec": GRU4Rec, "hgn": HGN, "sasrec": SASRec, "sasrec_released": SASRecReleased}
+MODELS = {
+    "bert4rec": BERT4Rec,
+    "caser": Caser,
+    "gru4rec": GRU4Rec,
+    "hgn": HGN,
+    "sasrec": SASRec,
+    "sasrec_released": SASRecReleased,
+}

@@ -4,6 +4,7 @@ from models.sr.bert4rec import BERT4Rec
 from models.sr.caser import Caser
 from models.sr.gru4rec import GRU4Rec
 from models.sr.hgn import HGN
+from models.sr.lightsans import LightSANs
 from models.sr.sasrec import SASRec
 from models.sr.sasrec_released import SASRecReleased
 
@@ -12,6 +13,7 @@ MODELS = {
     "caser": Caser,
     "gru4rec": GRU4Rec,
     "hgn": HGN,
+    "lightsans": LightSANs,
     "sasrec": SASRec,
     "sasrec_released": SASRecReleased,
 }

@@ -2,6 +2,7 @@
 
 from models.sr.bert4rec import BERT4Rec
 from models.sr.caser import Caser
+from models.sr.duorec import DuoRec
 from models.sr.gru4rec import GRU4Rec
 from models.sr.hgn import HGN
 from models.sr.lightsans import LightSANs
@@ -11,6 +12,7 @@ from models.sr.sasrec_released import SASRecReleased
 MODELS = {
     "bert4rec": BERT4Rec,
     "caser": Caser,
+    "duorec": DuoRec,
     "gru4rec": GRU4Rec,
     "hgn": HGN,
     "lightsans": LightSANs,

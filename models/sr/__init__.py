@@ -6,6 +6,7 @@ from models.sr.duorec import DuoRec
 from models.sr.gru4rec import GRU4Rec
 from models.sr.hgn import HGN
 from models.sr.lightsans import LightSANs
+from models.sr.maerec import MAERec
 from models.sr.s3rec import S3Rec
 from models.sr.sasrec import SASRec
 from models.sr.sasrec_released import SASRecReleased
@@ -17,6 +18,7 @@ MODELS = {
     "gru4rec": GRU4Rec,
     "hgn": HGN,
     "lightsans": LightSANs,
+    "maerec": MAERec,
     "s3rec": S3Rec,
     "sasrec": SASRec,
     "sasrec_released": SASRecReleased,

@@ -14,7 +14,8 @@ from utils.data import Sequences, training_examples
 from utils.errors import UserError
 
 SMALL = {"max_seq_length": 12, "item_dim": 16, "hidden_dim": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.0}
-BOTH_WAYS = {"bert4rec"}  # trained to fill in masked items
+SMALL |= {"mask_seeds": 1, "mask_depth": 1, "last_prob": 0.5}
+BOTH_WAYS = {"bert4rec", "lightsans"}  # the state of an item depends on later ones too
 HISTORIES = torch.tensor([[0, 0, 0, 0, 4, 9], [3, 1, 4, 1, 5, 9], [0, 2, 6, 5, 3, 5], [0, 0, 0, 0, 0, 7]])
 USERS = torch.tensor([0, 3, 1, 2])
 

@@ -30,12 +30,19 @@ from utils.data import TrainingPart
 
 def transitions(data: TrainingPart, distance: int) -> np.ndarray:
     """Edges (2, E), both ways, each once, of items at most `distance` apart in a sequence; no item is its own."""
-    pairs = [np.empty((2, 0), np.int64)]
-    for apart in range(1, min(distance, len(data.items) - 1) + 1):
-        together = data.users[apart:] == data.users[:-apart]
-        pairs.append(np.stack([data.items[:-apart], data.items[apart:]])[:, together])
-    found = np.concatenate([*pairs, *(pair[::-1] for pair in pairs)], 1)
-    return np.unique(found[:, found[0] != found[1]].astype(np.int64), axis=1)
+    items, size, found = data.items.astype(np.int64), data.num_items + 1, []
+    for apart in range(1, distance + 1):
+        left, right = items[:-apart], items[apart:]
+        joined = (data.users[:-apart] == data.users[apart:]) & (left != right)
+        found += [(left * size + right)[joined], (right * size + left)[joined]]
+    return np.stack(np.divmod(np.unique(np.concatenate(found)), size))
+
+
+def product(edges: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A times rows (V + 1, d), A the matrix of these weights (E,) at sorted edges (2, E); in float32."""
+    with torch.autocast(rows.device.type, enabled=False):
+        A = torch.sparse_coo_tensor(edges, weights, (len(rows), len(rows)), is_coalesced=True, check_invariants=False)
+        return torch.sparse.mm(A, rows)
 
 
 class MAERec(SASRec):
@@ -54,7 +61,10 @@ class MAERec(SASRec):
 
     def __init__(self, config: Config, data: TrainingPart) -> None:
         super().__init__(config, data)
-        self.graph, self.table = config, None
+        self.graph_layers, self.table = config.graph_layers, None
+        self.mask_seeds, self.mask_depth, self.path_prob = config.mask_seeds, config.mask_depth, config.path_prob
+        self.recon_edges, self.recon_negatives = config.recon_edges, config.recon_negatives
+        self.recon_weight = config.recon_weight
         edges = torch.from_numpy(transitions(data, config.graph_distance))
         self.register_buffer("edges", edges, persistent=False)  # (2, E)
         d, pairs = config.item_dim, config.graph_layers**2
@@ -62,39 +72,39 @@ class MAERec(SASRec):
 
     def layers(self, edges: torch.Tensor) -> list[torch.Tensor]:
         """E_0 .. E_L, each (V + 1, d); in float32 also under autocast."""
-        found, V = [self.items.weight], len(self.items.weight) - 1
-        degree = torch.bincount(edges[0], minlength=V + 1) + 1.0  # (V + 1,), with the loop
-        loops = torch.arange(V + 1, device=edges.device).expand(2, -1)
-        u, v = torch.cat([edges, loops], 1)
-        A = torch.sparse_coo_tensor(torch.stack([u, v]), (degree[u] * degree[v]).rsqrt(), check_invariants=False)
-        with torch.autocast(edges.device.type, enabled=False):
-            for _ in range(self.graph.graph_layers):
-                found.append(torch.sparse.mm(A, found[-1]))
+        found, degree = [self.items.weight], self.degree(edges) + 1.0  # with the loop
+        weights = degree[edges].prod(0).rsqrt()  # (E,)
+        for _ in range(self.graph_layers):
+            found.append(product(edges, weights, found[-1]) + found[-1] / degree[:, None])
         return found
+
+    def degree(self, edges: torch.Tensor) -> torch.Tensor:
+        """(V + 1,): how many neighbours each item has."""
+        return torch.bincount(edges[0], minlength=len(self.items.weight))
 
     def relation(self) -> torch.Tensor:
         """gamma (V + 1,): the mean cosine of each item and its neighbours, 0 where it has none."""
-        unit, (u, v) = F.normalize(self.items.weight, dim=1), self.edges
-        cosines = torch.zeros(len(unit), device=unit.device).index_add(0, u, (unit[u] * unit[v]).sum(1))
-        return cosines / torch.bincount(u, minlength=len(unit)).clamp_min(1)
+        unit, degree = F.normalize(self.items.weight, dim=1), self.degree(self.edges)
+        near = product(self.edges, torch.ones(self.edges.shape[1], device=unit.device), unit)  # (V + 1, d)
+        return (unit * near).sum(1) / degree.clamp_min(1)
 
     def mask_paths(self, seeds: torch.Tensor) -> torch.Tensor:
         """Which edges (E,) lie on paths that begin at the items `seeds`."""
         u, v = self.edges
         masked = torch.zeros_like(u, dtype=torch.bool)
-        for hop in range(1, self.graph.mask_depth + 1):
-            at = torch.zeros(len(self.items.weight), dtype=torch.bool, device=u.device)
-            at[seeds] = True
+        at = torch.zeros(len(self.items.weight), dtype=torch.bool, device=u.device)
+        at[seeds] = True
+        for hop in range(1, self.mask_depth + 1):
             met = ~masked & (at[u] | at[v])
             masked |= met
-            reached = self.edges[:, met].unique()
-            seeds = reached[torch.rand(len(reached), device=u.device) < self.graph.path_prob**hop]
+            at = torch.zeros_like(at).index_fill_(0, self.edges[:, met].flatten(), True)
+            at &= torch.rand(at.shape, device=u.device) < self.path_prob**hop
         return masked
 
     def reconstruction(self, layers: list[torch.Tensor], edges: torch.Tensor) -> torch.Tensor:
         """L_recon of edges (2, N); 0 where there is none."""
         N, V, used = edges.shape[1], len(layers[0]) - 1, layers[:-1]
-        drawn = torch.randint(1, V + 1, (N, self.graph.recon_negatives), device=edges.device)
+        drawn = torch.randint(1, V + 1, (N, self.recon_negatives), device=edges.device)
         ends = torch.cat([edges[1][:, None], drawn], 1)  # (N, 1 + S)
         left = torch.stack([E[edges[0]] for E in used], 1)[:, None, :, None]  # (N, 1, L, 1, d)
         right = torch.stack([E[ends] for E in used], 2)[:, :, None]  # (N, 1 + S, 1, L, d)
@@ -122,12 +132,12 @@ class MAERec(SASRec):
         gamma = self.relation()
         uniform = torch.rand_like(gamma[1:]).clamp_min(1e-20)
         noisy = gamma[1:].detach() - torch.log(-torch.log(uniform))
-        seeds = noisy.topk(min(self.graph.mask_seeds, len(noisy))).indices + 1
+        seeds = noisy.topk(min(self.mask_seeds, len(noisy))).indices + 1
         masked = self.mask_paths(seeds)
         layers = self.layers(self.edges[:, ~masked])
         with self.holding(sum(layers)):
             terms = super().forward(batch)
         lost = masked.nonzero()[:, 0]
-        lost = lost[torch.randperm(len(lost), device=lost.device)[: self.graph.recon_edges]]
-        recon = self.graph.recon_weight * self.reconstruction(layers, self.edges[:, lost])
+        lost = lost[torch.randperm(len(lost), device=lost.device)[: self.recon_edges]]
+        recon = self.recon_weight * self.reconstruction(layers, self.edges[:, lost])
         return terms | {"recon": recon, "mask": -gamma[seeds].mean()}

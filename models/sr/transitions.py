@@ -7,8 +7,6 @@ import torch
 from models.interface import Recommender
 from utils.data import TrainingPart
 
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # torch.sparse.mm goes through it inside
-
 DECAY, REACH = 0.5, 5  # per step of distance; steps between two items of a user that are counted
 
 
@@ -38,7 +36,8 @@ class Transitions(Recommender):
         row, column = (histories != 0).nonzero(as_tuple=True)
         weights = DECAY ** (histories.shape[1] - 1 - column).float()
         read = sparse(torch.stack([row, histories[row, column]]), weights, len(histories), len(self.popularity))
-        scores = torch.sparse.mm(read, self.graph).to_dense() + self.popularity  # (B, V + 1)
+        with warnings.catch_warnings(action="ignore"):  # the product goes through a format that torch calls beta
+            scores = torch.sparse.mm(read, self.graph).to_dense() + self.popularity  # (B, V + 1)
         return scores if items is None else scores[:, items]
 
 

@@ -180,5 +180,9 @@ def test_the_transition_graph_counts_what_follows():
     expected = [sum(DECAY**age * shares[i] for age, i in enumerate(h[::-1]) if i) for h in HISTORIES.tolist()]
     model = Transitions(None, part)
     np.testing.assert_allclose(model.scores(HISTORIES), expected, atol=3e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_allclose(
+            model.scores(HISTORIES, items=torch.tensor([3, 7])), np.array(expected)[:, [3, 7]], atol=3e-6
+        )
     none = model.scores(torch.zeros(1, 3, dtype=torch.long))[0]
     assert none.argsort(descending=True)[0] == part.counts().argmax(), "what follows nothing is ranked by popularity"

@@ -132,6 +132,7 @@ def test_a_run_with_stages_continues_exactly_within_each(at, tmp_path):
         try:
             state = fit(run, model, training_examples(data, "all", 8))
             found[name] = model, state["evaluations"], rows_of(tmp_path / name)
+            finish(run, model, state)  # draws the terms of each stage
         except Interrupted:
             assert cut > 0
     whole, cut = found["whole"], found["cut"]

@@ -72,16 +72,14 @@ class Run:
         tracker = config.get("report_to", "none")
         if tracker != "none" and importlib.util.find_spec(tracker) is None:
             raise UserError(f"--report_to {tracker}: the package is not installed (pip install {tracker})")
+        stages = "pretrain_epochs" in config  # one may leave weights out; buffers never change
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision="bf16" if config["dtype"] == "bfloat16" else "no",
             log_with=None if tracker == "none" else tracker,
             project_dir=self.folder,
             kwargs_handlers=[
-                # the item table never changes, and a pre-training stage may leave weights out
-                DistributedDataParallelKwargs(
-                    broadcast_buffers=False, find_unused_parameters=bool(config.get("pretrain_epochs"))
-                ),
+                DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=stages),
                 InitProcessGroupKwargs(timeout=timedelta(days=1)),  # others wait for the first's teacher states
             ],
         )
@@ -250,8 +248,7 @@ class Run:
                 found = {key: moments[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in moments}
                 if found:
                     step = found.pop("step", torch.tensor(float(state["step"])))  # not there in older checkpoints
-                    on_device = {key: value.to(parameter.device) for key, value in found.items()}
-                    optimizer.state[parameter] = {"step": step} | on_device
+                    optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in found.items()} | {"step": step}
         self.print(f"continuing from step {state['step']} ({saved})")
         return state
 

@@ -250,31 +250,27 @@ def test_pre_training_hides_items_and_segments():
     assert foreign == set(range(1, 41))
 
 
-def test_the_losses_of_pre_training_are_those_of_the_equations():
+def test_the_losses_of_pre_training_are_those_of_the_equations(monkeypatch):
+    monkeypatch.setattr("models.sr.s3rec.uniform_negatives", lambda targets, number, V: targets[:, None] % V + 1)
     model, _, (batch,) = drawn("s3rec", stage="pretrain", item_dim=D)
-    torch.manual_seed(3)
-    terms = model(batch)
-    w, wanted, logits = weights_of(model), batch["items"] * batch["hidden"], {"segment": []}
+    terms, w, items, segments = model(batch), weights_of(model), [], []
 
     def states(ids):
         return encode(w, read(w, ids[ids != 0].tolist()), seeing(False))
 
-    for context, *segments in zip(*(batch[name] for name in ("context", "segment", "elsewhere")), strict=True):
+    def loss(right, wrong):
+        return -np.log(np.exp(sigma(right)) / (np.exp(sigma(right)) + np.exp(sigma(wrong))))
+
+    hidden = torch.where(batch["hidden"], MASK, batch["items"])
+    rows = [hidden, *(batch[name] for name in ("items", "hidden", "context", "segment", "elsewhere"))]
+    for ids, own, places, context, segment, other in zip(*rows, strict=True):
+        for state, item, place in zip(states(ids), own[own != 0].tolist(), places[own != 0].tolist(), strict=True):
+            a = linear(w, "maps.item", state)
+            items += [loss(a @ w["items.weight"][item], a @ w["items.weight"][item % 40 + 1])] * place
         a = linear(w, "maps.segment", states(context)[-1])
-        logits["segment"].append([sigma(a @ states(ids)[-1]) for ids in segments])
-    expected = np.mean([-np.log(np.exp(a) / (np.exp(a) + np.exp(b))) for a, b in logits["segment"]])
-    assert terms["segment"].item() == pytest.approx(0.5 * expected, rel=1e-5)
-    # of the item task the negatives are drawn: the loss lies between those of the best and the worst for each place
-    bounds = []
-    for ids, asked in zip(torch.where(batch["hidden"], MASK, batch["items"]), wanted, strict=True):
-        for state, item in zip(states(ids), asked[ids != 0].tolist(), strict=True):
-            if item:
-                f = sigma(w["items.weight"] @ linear(w, "maps.item", state))
-                losses = np.delete(-np.log(np.exp(f[item]) / (np.exp(f[item]) + np.exp(f))), [0, item])
-                bounds.append((losses.mean(), losses.std()))
-    means, spreads = np.array(bounds).T
-    off = np.sqrt((spreads**2).sum()) / len(means)
-    assert abs(terms["item"].item() - means.mean()) < 4 * off < 0.1 * means.mean()
+        segments.append(loss(a @ states(segment)[-1], a @ states(other)[-1]))
+    expected = {"item": np.mean(items), "segment": 0.5 * np.mean(segments)}
+    assert {name: value.item() for name, value in terms.items()} == pytest.approx(expected, rel=1e-5)
     sum(terms.values()).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
 

@@ -16,6 +16,7 @@ from typing import Literal
 from models.interface import Recommender
 from models.sr import MODELS
 from models.sr.popularity import Popularity
+from models.sr.transitions import Transitions
 from utils import assets, cli
 from utils.data import Sequences, training_examples
 from utils.files import save_tensors
@@ -74,7 +75,7 @@ def main(
             state,
             parameters={"total": size, "trained": size},
             save=lambda folder: save_tensors(recommender.state_dict(), folder / "model.safetensors"),
-            baselines={"Popularity": Popularity(None, known)},
+            baselines={kind.__name__: kind(None, known) for kind in (Popularity, Transitions)},
         )
     run.print(closing_table(run.folder.parent, data.fingerprint))
 

@@ -34,8 +34,8 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 README, EXTEND, DIFFERENCES = (PAGES[name] for name in ("README.md", "docs/extend.md", "docs/differences.md"))
 SECTIONS = {"train_sr_trad": "sr", "extract_emb": "extract", "finetune": "teacher", "distill": "student"}
 MADE = {
-    "models/sr/gru4rec.py",
-    "tests/test_gru4rec.py",
+    "models/sr/youtube_dnn.py",
+    "tests/test_youtube_dnn.py",
     "recipes/mine.yaml",
     "recipes/paper/relations.yaml",
 }  # by who follows a page
@@ -137,7 +137,7 @@ def test_commands_use_flags_that_exist(page, script, arguments, monkeypatch):
         spec.loader.exec_module(process)
         process.parse(arguments)
     else:
-        monkeypatch.setitem(MODELS, "gru4rec", SASRec)
+        monkeypatch.setitem(MODELS, "youtube_dnn", SASRec)
         name = script.removesuffix(".py")
         cli.resolve(importlib.import_module(name).main, SECTIONS.get(name), arguments, models=MODELS)
 
@@ -173,47 +173,47 @@ def test_what_the_readme_does_in_python_works(sources, tmp_path, monkeypatch, ca
 
 
 @pytest.fixture
-def gru4rec(monkeypatch) -> types.ModuleType:
+def youtube_dnn(monkeypatch) -> types.ModuleType:
     """The module and the test of docs/extend.md, registered as it says."""
     model, registry, test, *_ = blocks(EXTEND, "python")
-    module, registered = types.ModuleType("models.sr.gru4rec"), {}
+    module, registered = types.ModuleType("models.sr.youtube_dnn"), {"MODELS": dict(MODELS)}
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(model, module.__dict__)
     exec(registry, registered)
-    assert registered["MODELS"] == MODELS | {"gru4rec": module.GRU4Rec}
-    monkeypatch.setitem(MODELS, "gru4rec", module.GRU4Rec)
+    assert registered["MODELS"] == MODELS | {"youtube_dnn": module.YouTubeDNN}
+    monkeypatch.setitem(MODELS, "youtube_dnn", module.YouTubeDNN)
     exec(test, module.__dict__)
     return module
 
 
-def test_the_model_of_extend_trains_and_gives_its_table(gru4rec, sources, tmp_path):  # noqa: F811
-    gru4rec.test_padding_changes_no_user_vector()
-    flags = ["--model", "gru4rec", "--item_dim", 6, "--hidden_size", 5, "--learning_rate", 1, "--warmup_steps", 1]
+def test_the_model_of_extend_trains_and_gives_its_table(youtube_dnn, sources, tmp_path):  # noqa: F811
+    youtube_dnn.test_padding_changes_no_user_vector()
+    flags = ["--model", "youtube_dnn", "--item_dim", 6, "--hidden_dim", 5, "--learning_rate", 1, "--warmup_steps", 1]
     step(train_sr_trad, "sr", sources, *flags, "--output_dir", tmp_path / "run")
     assert 0 <= outcome(tmp_path / "run")[0]["test"]["full"]["HR@10"] <= 1
-    argv = ["--dataset", sources / "data", "--model", "gru4rec", "--sr_dir", tmp_path / "run"]
+    argv = ["--dataset", sources / "data", "--model", "youtube_dnn", "--sr_dir", tmp_path / "run"]
     argv = [*map(str, argv), "--output_dir", str(tmp_path / "table")]
     extract_emb.main(**cli.resolve(extract_emb.main, "extract", argv, models=MODELS))
     table = load_tensors(tmp_path / "table" / "item_embeddings.safetensors")["item_table"]
     assert torch.equal(table, load_tensors(tmp_path / "run" / "model.safetensors")["items.weight"])
 
 
-def test_the_states_of_the_model_of_extend_are_those_of_each_history_alone(gru4rec):
-    config = gru4rec.GRU4Rec.Config(item_dim=8, hidden_size=6, num_layers=2)
-    model = gru4rec.GRU4Rec(config, make_sequences().training_part()).eval()
+def test_the_states_of_the_model_of_extend_are_those_of_each_history_alone(youtube_dnn):
+    config = youtube_dnn.YouTubeDNN.Config(item_dim=8, hidden_dim=6)
+    model = youtube_dnn.YouTubeDNN(config, make_sequences().training_part()).eval()
     histories = torch.tensor([[0, 0, 3, 1, 2], [9, 8, 7, 6, 5], [0, 0, 0, 0, 4]])
     found = model.states(histories)
     for row, history in enumerate(histories):
         own = history[history != 0]
         for t in range(len(own)):
-            expected = model.out(model.gru(model.items(own[None, : t + 1]))[0][0, -1])
+            expected = model.network(model.items(own[: t + 1]).mean(0))
             assert torch.allclose(found[row, len(history) - len(own) + t], expected, atol=1e-6)
 
 
-def test_the_recipe_of_extend_names_flags_of_its_model(gru4rec):
+def test_the_recipe_of_extend_names_flags_of_its_model(youtube_dnn):
     text = blocks(EXTEND, "yaml")[0]
-    flags = flags_of(train_sr_trad.main, MODELS, "gru4rec")
-    assert set(yaml.safe_load(text)["sr"]["gru4rec"]) <= set(flags)
+    flags = flags_of(train_sr_trad.main, MODELS, "youtube_dnn")
+    assert set(yaml.safe_load(text)["sr"]["youtube_dnn"]) <= set(flags)
 
 
 def test_the_table_of_extend_is_read(tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ from utils.data import Sequences, training_examples
 from utils.errors import UserError
 
 SMALL = {"max_seq_length": 12, "item_dim": 16, "hidden_dim": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.0}
-BOTH_WAYS = {"bert4rec"}  # trained to fill in masked items
+SMALL |= {"mask_seeds": 1, "mask_depth": 1, "last_prob": 0.5}
+BOTH_WAYS = {"bert4rec", "lightsans"}  # the state of an item depends on later ones too
 HISTORIES = torch.tensor([[0, 0, 0, 0, 4, 9], [3, 1, 4, 1, 5, 9], [0, 2, 6, 5, 3, 5], [0, 0, 0, 0, 0, 7]])
 USERS = torch.tensor([0, 3, 1, 2])
 
@@ -179,5 +180,9 @@ def test_the_transition_graph_counts_what_follows():
     expected = [sum(DECAY**age * shares[i] for age, i in enumerate(h[::-1]) if i) for h in HISTORIES.tolist()]
     model = Transitions(None, part)
     np.testing.assert_allclose(model.scores(HISTORIES), expected, atol=3e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_allclose(
+            model.scores(HISTORIES, items=torch.tensor([3, 7])), np.array(expected)[:, [3, 7]], atol=3e-6
+        )
     none = model.scores(torch.zeros(1, 3, dtype=torch.long))[0]
     assert none.argsort(descending=True)[0] == part.counts().argmax(), "what follows nothing is ranked by popularity"

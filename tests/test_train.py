@@ -103,6 +103,56 @@ def test_an_interrupted_run_continues_exactly(at, tmp_path):
     assert rows[0] == rows[1]
 
 
+class Staged(Model):
+    """Two epochs of pre-training, which uses weights of its own, and leaves one to the training."""
+
+    def __init__(self, raise_at: int = -1):
+        super().__init__(raise_at=raise_at)
+        self.early, self.late = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+
+    def stages(self):
+        return [("pretrain", 1.6)]
+
+    def batch(self, examples, index, rng):
+        return super().batch(examples, index, rng) | {"noise": torch.from_numpy(rng.random((3, 3))).float()}
+
+    def forward(self, batch):
+        self.seen = [*getattr(self, "seen", []), self.stage]
+        weights = self.early if self.stage == "pretrain" else self.late
+        return super().forward(batch) | {self.stage: (batch["noise"] @ weights).square().sum()}
+
+
+@pytest.mark.parametrize("at", [2, 7, 10, 14, 20])  # pre-training is steps 1 to 8
+def test_a_run_with_stages_continues_exactly_within_each(at, tmp_path):
+    """Adam counts the steps of each weight by itself: `late` has none before the ninth."""
+    data, options, found = make_sequences(users=80), CONFIG | {"num_epochs": 3.0}, {}
+    for name, cut in (("whole", -1), ("cut", at), ("cut", -1)):
+        resume = {"output_dir": str(tmp_path / name), "resume": "auto" if name in found else "never"}
+        found[name], run, model = None, Run(options | resume, data, "unused"), Staged(cut)
+        try:
+            state = fit(run, model, training_examples(data, "all", 8))
+            found[name] = model, state["evaluations"], rows_of(tmp_path / name)
+            finish(run, model, state)  # draws the terms of each stage
+        except Interrupted:
+            assert cut > 0
+    whole, cut = found["whole"], found["cut"]
+    assert same(whole[0], cut[0]) and whole[1:] == cut[1:]
+    assert whole[0].seen == ["pretrain"] * 8 + ["train"] * 15 and min(e["step"] for e in whole[1]) > 8
+    rates = [row["lr"] for row in whole[2] if "lr" in row]
+    assert rates[0] == rates[8] == 0 and rates[3] == rates[11] == CONFIG["learning_rate"]  # a warm-up each
+
+
+def rows_of(folder) -> list[dict]:
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) | {"samples_per_second": 0} for line in lines]
+
+
+def test_max_steps_bounds_each_stage(tmp_path):
+    run = Run(CONFIG | {"output_dir": str(tmp_path / "a"), "max_steps": 3}, make_sequences(users=80), "unused")
+    examples = training_examples(make_sequences(users=80), "all", 8)
+    assert [count for _, count, _ in Loop(run, Staged(), examples).stages] == [3, 3]
+
+
 def test_a_kill_between_checkpoint_and_evaluation_loses_nothing(tmp_path, monkeypatch):
     _, whole, expected = train(tmp_path / "whole")
     with monkeypatch.context() as patch:

@@ -285,6 +285,7 @@ def by_calibration(experiment: Experiment) -> float | None:
     steps = most if most > 0 else int(np.ceil(config["num_epochs"] * metrics["steps_per_epoch"]))
     train, score = metrics["seconds"]["train"], metrics["seconds"]["score_test"]
     evaluations = int(np.ceil(steps / config["eval_steps"]))
+    steps += int(np.ceil(config.get("pretrain_epochs", 0) * metrics["steps_per_epoch"]))  # as --max_steps bounds both
     return wall + train * (steps / metrics["steps"] - 1) + score * (evaluations - 1)
 
 

@@ -71,7 +71,10 @@ FLAGS: dict[str, tuple[str, str]] = {
     "micro_batch_size": ("examples at once on a device (default: all of them); the rest is accumulated", ">= 1"),
     "eval_batch_size": ("users scored at once", ">= 1"),
     "num_epochs": ("passes over the training examples", "> 0"),
-    "max_steps": ("optimiser steps, instead of num_epochs; -1: by num_epochs", "-1 or >= 1"),
+    "max_steps": (
+        "optimiser steps, instead of num_epochs, and the most of a pre-training stage; -1: by epochs",
+        "-1 or >= 1",
+    ),
     "learning_rate": ("peak learning rate of AdamW", "> 0"),
     "head_learning_rate": (
         "the same for what is around the decoder (default: learning_rate)",

@@ -27,10 +27,11 @@ IN_FIGURE = ("HR@10", "NDCG@10", "MRR")
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: our run (or the baseline in its record), and the paper's row; None shows a dash."""
+    """A row of a table: our run (or a model without training in its record), and the paper's; None shows a dash."""
 
     run: str | None = None
-    baseline: str | None = None
+    baseline: str | None = None  # the run whose record has it
+    model: str = "Popularity"  # which one that is
     paper: str | None = None
 
 
@@ -98,7 +99,7 @@ def measured(found: dict, protocol: str, row: Row) -> list[dict]:
         run["metrics"] for (of, name, _), run in found.items() if of == protocol and name == (row.run or row.baseline)
     ]
     if row.baseline:  # without training: the same for every seed
-        return [run["baselines"]["Popularity"] for run in runs[:1]]
+        return [run["baselines"][row.model] for run in runs if row.model in run["baselines"]][:1]
     return runs
 
 

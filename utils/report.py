@@ -100,12 +100,14 @@ def plot_curve(folder: Path, select_by: str) -> None:
     evaluations = [row for row in rows if "valid" in row]
     figure, (left, right) = plt.subplots(1, 2, sharex=True, figsize=(10, 4), layout="constrained")
     skipped = {"step", "grad_norm", "lr", "head_lr", "samples_per_second"}
-    names = [name for name in (steps[0] if steps else {}) if name not in skipped]
+    names = [name for name in dict.fromkeys(name for row in steps for name in row) if name not in skipped]
     names = [name for name in names if len(names) > 2 or name == "loss"]  # a single term is the loss itself
     window = max(1, len(steps) // 50)
     for name in names:
-        smooth = np.convolve([row[name] for row in steps], np.ones(window) / window, "valid")
-        left.plot([row["step"] for row in steps[window - 1 :]], smooth, label=name)
+        own = [row for row in steps if name in row]  # a pre-training stage has terms of its own
+        width = min(window, len(own))
+        smooth = np.convolve([row[name] for row in own], np.ones(width) / width, "valid")
+        left.plot([row["step"] for row in own[width - 1 :]], smooth, label=name)
     left.set(xlabel="step", ylabel=f"loss, mean of {window} steps")
     for metric in dict.fromkeys(("sampled/HR@10", "sampled/NDCG@10", select_by)):
         kind, name = metric.split("/")

@@ -47,6 +47,7 @@ from utils.report import card, flatten, git_commit, peak_memory, plot_curve, pro
 # beside config.json
 RUN_FILES = ("metrics.json", "checkpoints", "log.jsonl", "curve.png", "README.md", CATALOGUE_FILE, RANKS_FILE)
 WEIGHTS = ("model.safetensors", "rec_heads.safetensors", "decoder.safetensors", "adapter", "states")
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW, per weight: a stage may leave weights out
 LOCK = ".slmrec.lock"  # the first file of a run folder, held while a process trains in it
 # what does not change what is trained: these may differ when a run is continued
 NOT_COMPARED = ("resume", "report_to", "output_dir", "micro_batch_size", "eval_batch_size", "run_id", "num_users")
@@ -71,13 +72,14 @@ class Run:
         tracker = config.get("report_to", "none")
         if tracker != "none" and importlib.util.find_spec(tracker) is None:
             raise UserError(f"--report_to {tracker}: the package is not installed (pip install {tracker})")
+        stages = "pretrain_epochs" in config  # one may leave weights out; buffers never change
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision="bf16" if config["dtype"] == "bfloat16" else "no",
             log_with=None if tracker == "none" else tracker,
             project_dir=self.folder,
             kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False),  # the item table never changes
+                DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=stages),
                 InitProcessGroupKwargs(timeout=timedelta(days=1)),  # others wait for the first's teacher states
             ],
         )
@@ -223,7 +225,7 @@ class Run:
         moments = {
             f"{key}.{name}": optimizer.state[p][key]
             for name, p in trained.items()
-            for key in ("exp_avg", "exp_avg_sq")
+            for key in MOMENTS
             if key in optimizer.state[p]
         }
         with atomic_folder(folder) as part:
@@ -243,12 +245,10 @@ class Run:
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(weights[name])
-                found = {
-                    key: moments[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq") if f"{key}.{name}" in moments
-                }
+                found = {key: moments[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in moments}
                 if found:
-                    on_device = {key: value.to(parameter.device) for key, value in found.items()}
-                    optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]))} | on_device
+                    step = found.pop("step", torch.tensor(float(state["step"])))  # not there in older checkpoints
+                    optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in found.items()} | {"step": step}
         self.print(f"continuing from step {state['step']} ({saved})")
         return state
 

@@ -49,9 +49,9 @@ class Loop:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(parameter_groups(model, self.trained, self.config))
         self.per_epoch = math.ceil(len(examples) / self.config["batch_size"])
-        steps = math.ceil(self.config["num_epochs"] * self.per_epoch)
-        steps = self.config["max_steps"] if self.config["max_steps"] > 0 else steps
-        before = [(name, math.ceil(epochs * self.per_epoch)) for name, epochs in model.stages()]
+        most = self.config["max_steps"] if self.config["max_steps"] > 0 else None
+        steps = most or math.ceil(self.config["num_epochs"] * self.per_epoch)
+        before = [(name, min(math.ceil(n * self.per_epoch), most or math.inf)) for name, n in model.stages()]
         kind, warmup = SCHEDULES[self.config["lr_scheduler"]], self.config["warmup_steps"]
         self.stages = []  # name, steps, and learning rate as a function of the step alone
         for name, count in [*before, ("train", steps)]:

@@ -88,6 +88,13 @@ class SequentialRecommender(Recommender):
         vectors, targets = zip(*found, strict=True)
         return torch.cat(vectors), torch.cat(targets)
 
+    def newest_states(self, histories: torch.Tensor) -> torch.Tensor:
+        """User vectors (B, d) after the newest items, computed as in `states_asked`."""
+        places = torch.zeros_like(histories)
+        places[:, -1] = torch.arange(1, len(histories) + 1, device=histories.device)
+        vectors, places = self.states_asked(histories, places)
+        return vectors[places.argsort()]
+
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Loss terms of a batch: targets (B, T), 0 where there is none."""
         return self.objective(*self.states_asked(batch["histories"], batch["targets"]))

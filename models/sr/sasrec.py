@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 
 class Block(nn.Module):
-    """Pre-norm causal self-attention and feed-forward."""
+    """Pre-norm self-attention and feed-forward, on x (B, T, d)."""
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
@@ -23,12 +23,14 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.feed = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), Dropout(dropout), nn.Linear(dim, dim))
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def attend(self, qkv: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What each position attends to: qkv (3, B, heads, T, d / heads), mask (B, 1, T, T) of what may be seen."""
+        return F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=self.dropout.p if self.training else 0.0)
+
+    def forward(self, x: torch.Tensor, *seen: torch.Tensor) -> torch.Tensor:
         B, T, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, d/heads)
-        dropout = self.dropout.p if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        x = x + self.dropout(self.out(attended.transpose(1, 2).reshape(B, T, d)))
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, d/heads)
+        x = x + self.dropout(self.out(self.attend(qkv, *seen).transpose(1, 2).reshape(B, T, d)))
         return x + self.dropout(self.feed(self.norm2(x)))
 
 
@@ -54,15 +56,22 @@ class SASRec(SequentialRecommender):
             nn.init.trunc_normal_(table.weight, std=0.02)
         nn.init.zeros_(self.items.weight[0])
 
-    def states(self, histories: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Item vectors that are read: (B, T) -> (B, T, d)."""
+        return self.items(ids)
+
+    def ages(self, histories: torch.Tensor) -> torch.Tensor:
+        """(T,) rows of the position table, of which the last is the newest item's."""
+        return torch.arange(self.max_length - histories.shape[1], self.max_length, device=histories.device)
+
+    def states(self, histories: torch.Tensor, causal: bool = True) -> torch.Tensor:
         """User vectors after every position: histories (B, T), T <= max_length -> (B, T, d)."""
         T = histories.shape[1]
-        age = torch.arange(self.max_length - T, self.max_length, device=histories.device)
-        x = self.dropout(self.items(histories) + self.positions(age))  # (B, T, d)
+        x = self.dropout(self.embed(histories) + self.positions(self.ages(histories)))  # (B, T, d)
         # The mask comes from the ids. A padded position sees itself only, which keeps its softmax defined.
-        causal = torch.ones(T, T, dtype=torch.bool, device=histories.device).tril()
+        every = torch.ones(T, T, dtype=torch.bool, device=histories.device)
         itself = torch.eye(T, dtype=torch.bool, device=histories.device)
-        mask = (causal & (histories != 0)[:, None, None, :]) | itself  # (B, 1, T, T)
+        mask = ((every.tril() if causal else every) & (histories != 0)[:, None, None, :]) | itself  # (B, 1, T, T)
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x)

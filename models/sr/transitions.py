@@ -1,5 +1,7 @@
 """The baseline without training that knows what follows what: next-item counts, decayed by distance."""
 
+import warnings
+
 import torch
 
 from models.interface import Recommender
@@ -21,18 +23,24 @@ class Transitions(Recommender):
         counts, found = torch.from_numpy(data.counts()).float(), []
         for distance in range(1, REACH + 1):
             same = users[distance:] == users[:-distance]
-            pairs = torch.stack([items[distance:][same], items[:-distance][same]])  # (2, pairs): to, from
+            pairs = torch.stack([items[:-distance][same], items[distance:][same]])  # (2, pairs): from, to
             found.append((pairs, torch.full((pairs.shape[1],), DECAY ** (distance - 1))))
         pairs, weights = (torch.cat(part, -1) for part in zip(*found, strict=True))
-        weights = weights / torch.zeros(size).index_add_(0, pairs[1], weights)[pairs[1]]
-        self.register_buffer("graph", torch.sparse_coo_tensor(pairs, weights, (size, size)).coalesce())  # to, from
+        weights = weights / torch.zeros(size).index_add_(0, pairs[0], weights)[pairs[0]]
+        self.register_buffer("graph", sparse(pairs, weights, size, size))  # P(to | from)
         self.register_buffer("popularity", counts / counts.sum() * 1e-6)  # (V + 1,)
 
     def scores(
         self, histories: torch.Tensor, users: torch.Tensor | None = None, items: torch.Tensor | None = None
     ) -> torch.Tensor:
-        ages = torch.arange(histories.shape[1] - 1, -1, -1, device=histories.device)  # (T,)
-        weights = (DECAY ** ages.float() * (histories != 0)).float()  # (B, T)
-        read = torch.zeros(len(histories), len(self.popularity), device=histories.device)  # (B, V + 1)
-        scores = torch.sparse.mm(self.graph, read.scatter_add_(1, histories, weights).T).T + self.popularity
+        row, column = (histories != 0).nonzero(as_tuple=True)
+        weights = DECAY ** (histories.shape[1] - 1 - column).float()
+        read = sparse(torch.stack([row, histories[row, column]]), weights, len(histories), len(self.popularity))
+        with warnings.catch_warnings(action="ignore"):  # the product goes through a format that torch calls beta
+            scores = torch.sparse.mm(read, self.graph).to_dense() + self.popularity  # (B, V + 1)
         return scores if items is None else scores[:, items]
+
+
+def sparse(places: torch.Tensor, values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """A matrix (rows, columns) with `values` (n,) added at `places` (2, n)."""
+    return torch.sparse_coo_tensor(places, values, (rows, columns), check_invariants=False).coalesce()

@@ -1,0 +1,340 @@
+"""The models that attend, against their papers' equations in NumPy, loop by loop, in float64."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_sequences
+from test_sr_models import HISTORIES, small
+
+from models.sr.duorec import info_nce
+from models.sr.maerec import transitions
+from utils.data import training_examples
+
+D, HEADS, MASK = 6, 2, 41
+OWN = [[item for item in row if item] for row in HISTORIES.tolist()]
+Weights = dict[str, np.ndarray]
+
+
+def weights_of(model) -> Weights:
+    return {name: value.double().numpy() for name, value in model.state_dict().items()}
+
+
+def sigma(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax(x):
+    return np.exp(x) / np.exp(x).sum()
+
+
+def gelu(x):
+    return x * np.vectorize(lambda v: torch.special.ndtr(torch.tensor(v)).item())(x)
+
+
+def linear(w: Weights, name: str, x):
+    return w[f"{name}.weight"] @ x + w[f"{name}.bias"]
+
+
+def norm(w: Weights, name: str, x):
+    return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def over_heads(attend):
+    """attend (queries, keys, values) of each head, (T, d / heads) each, side by side."""
+    return lambda qkv: np.concatenate(
+        [attend(h, *(part[:, h * D // HEADS : (h + 1) * D // HEADS] for part in qkv)) for h in range(HEADS)], 1
+    )
+
+
+def seeing(causal: bool):
+    @over_heads
+    def attend(head, q, k, v):
+        rows = [slice(0, t + 1 if causal else None) for t in range(len(q))]
+        return np.stack([softmax(k[r] @ x / np.sqrt(D // HEADS)) @ v[r] for x, r in zip(q, rows, strict=True)])
+
+    return attend
+
+
+def encode(w: Weights, vectors, attend, position: bool = True):
+    """The encoder's states of vectors (T, d), which stand at the newest positions."""
+    x = [v + p for v, p in zip(vectors, w["positions.weight"][-len(vectors) :] * position, strict=True)]
+    qkv = [linear(w, "blocks.0.qkv", norm(w, "blocks.0.norm1", v)) for v in x]
+    for t, found in enumerate(attend(np.split(np.stack(qkv), 3, 1))):
+        x[t] = x[t] + linear(w, "blocks.0.out", found)
+        inner = gelu(linear(w, "blocks.0.feed.0", norm(w, "blocks.0.norm2", x[t])))
+        x[t] = norm(w, "norm", x[t] + linear(w, "blocks.0.feed.3", inner))
+    return np.stack(x)
+
+
+def read(w: Weights, ids):
+    return np.stack([w["mask"] if item == MASK else w["items.weight"][item] for item in ids])
+
+
+def sasrec(w: Weights, history):
+    return w["items.weight"] @ encode(w, read(w, history), seeing(True))[-1]
+
+
+def bert4rec(w: Weights, history):
+    return w["items.weight"] @ gelu(linear(w, "out", encode(w, read(w, [*history, MASK]), seeing(False))[-1]))
+
+
+def lightsans(w: Weights, history):
+    positions = [norm(w, "blocks.0.position_norm", p) for p in w["positions.weight"][-len(history) :]]
+    of_positions = np.split(np.stack([linear(w, "blocks.0.position", p) for p in positions]), 2, 1)
+
+    def attend(qkv):
+        q, *kv = qkv
+        interests = []
+        for theta, y in zip(w["blocks.0.theta"], kv, strict=True):
+            interests.append(np.stack([softmax(y @ row) @ y for row in theta]))  # (k, d)
+        items, places = seeing(False)([q, *interests]), seeing(False)([*of_positions, kv[1]])
+        return items + places
+
+    return w["items.weight"] @ encode(w, read(w, history), attend, position=False)[-1]
+
+
+def graph(distance: int) -> np.ndarray:
+    data, A = make_sequences(), np.zeros((41, 41))
+    for user in data.users:
+        items = data.items[data.offsets[user] : data.offsets[user + 1] - 2]
+        for i in range(len(items)):
+            for j in range(i + 1, min(i + distance + 1, len(items))):
+                A[items[i], items[j]] = A[items[j], items[i]] = 1
+    return A
+
+
+def propagate(E: np.ndarray, A: np.ndarray, layers: int = 2) -> list[np.ndarray]:
+    found = [E]
+    for _ in range(layers):
+        new = np.zeros_like(E)
+        for u in range(len(E)):
+            for v in range(len(E)):
+                new[u] += (A[u, v] + (u == v)) / np.sqrt((A[u].sum() + 1) * (A[v].sum() + 1)) * found[-1][v]
+        found.append(new)
+    return found
+
+
+def maerec(w: Weights, history):
+    table = sum(propagate(w["items.weight"], graph(2)))
+    return table @ encode(w, table[history], seeing(True))[-1]
+
+
+@pytest.mark.parametrize("name", ["sasrec", "bert4rec", "lightsans", "duorec", "s3rec", "maerec"])
+def test_scores_are_those_of_the_papers_equations(name):
+    model = small(name, noise=0.5, item_dim=D, num_interests=3, graph_distance=2)
+    equations = {"duorec": sasrec, "s3rec": sasrec}.get(name) or globals()[name]
+    for history, found in zip(OWN, model.scores(HISTORIES).detach().numpy(), strict=True):
+        expected = equations(weights_of(model), history)
+        np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-4, atol=1e-4 * abs(expected).max())
+
+
+def drawn(name: str, rounds: int = 1, data=None, train_targets: str = "all", stage: str = "train", **flags):
+    """The model, the examples, and batches of all of them."""
+    data = data or make_sequences(users=40, high=15)
+    model, examples = small(name, data, noise=0.3, **flags), training_examples(data, train_targets, 12)
+    model.stage = stage
+    every, rng = np.arange(len(examples)), np.random.default_rng(0)
+    return model, examples, [model.batch(examples, every, rng) for _ in range(rounds)]
+
+
+# --- BERT4Rec ---
+
+
+@pytest.mark.parametrize(("train_targets", "last_prob"), [("all", 0.0), ("all", 0.3), ("last", 0.0)])
+def test_masks_hide_what_is_asked_for(train_targets, last_prob):
+    _, examples, batches = drawn("bert4rec", 200, None, train_targets, mask_prob=0.3, last_prob=last_prob)
+    before, share, alone = examples.batch(np.arange(len(examples))), 0, 0
+    whole = torch.cat([before["histories"], before["targets"][:, -1:]], 1)
+    for batch in batches:
+        hidden = batch["histories"] == MASK
+        assert torch.equal(batch["targets"] != 0, hidden) and hidden.any(1).all()
+        assert torch.equal(torch.where(hidden, batch["targets"], batch["histories"]), whole)
+        assert not (hidden[:, 1:] & (before["targets"] == 0)).any() and not hidden[:, 0].any()
+        long = examples.num_targets > 7
+        alone += (hidden[long].sum(1) == 1)[hidden[long, -1]].sum().item() / max(1, long.sum())
+        share += hidden[long].sum().item() / max(1, examples.num_targets[long].sum())
+    if train_targets == "all":
+        assert share / 200 == pytest.approx(0.3 * (1 - last_prob) + 0.11 * last_prob, abs=0.03)
+        assert last_prob - 0.05 < alone / 200 < last_prob + 0.1
+
+
+def test_the_loss_of_a_mask_is_that_of_what_both_sides_say():
+    model, _, (batch,) = drawn("bert4rec", item_dim=D)
+    w, expected = weights_of(model), []
+    for ids, targets in zip(batch["histories"].tolist(), batch["targets"].tolist(), strict=True):
+        first = next(t for t, item in enumerate(ids) if item)
+        for state, target in zip(encode(w, read(w, ids[first:]), seeing(False)), targets[first:], strict=True):
+            if target:
+                expected.append(-np.log(softmax(w["items.weight"][1:] @ gelu(linear(w, "out", state)))[target - 1]))
+    assert model(batch)["ce"].item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+# --- LightSANs ---
+
+
+def test_each_target_has_the_history_before_it():
+    data = make_sequences(users=20, high=15)
+    _, examples, (batch,) = drawn("lightsans", data=data)
+    one = examples.single_targets(data.offsets, 12)
+    expected = one.batch(np.arange(len(one)))
+    found, wanted = (
+        {(*h[h != 0].tolist(), t.item()) for h, t in zip(of["histories"], of["targets"][:, -1], strict=True)}
+        for of in (batch, expected)
+    )
+    assert found == wanted and (batch["targets"][:, :-1] == 0).all() and len(batch["histories"]) == len(one)
+
+
+# --- DuoRec ---
+
+
+@pytest.mark.parametrize("B", [1, 4])
+def test_info_nce_is_that_of_a_loop(B):
+    views = torch.randn(2, B, 3)
+    z, expected = views.double().flatten(0, 1).numpy(), []
+    for i in range(2 * B):
+        pair = z[i] @ z[(i + B) % (2 * B)] / 0.7
+        expected.append(np.log(sum(np.exp(z[i] @ z[j] / 0.7) for j in range(2 * B) if j != i)) - pair)
+    assert info_nce(*views, 0.7).item() == pytest.approx(np.mean(expected), rel=1e-5, abs=1e-6)
+
+
+def test_both_views_lead_to_the_same_target():
+    data = make_sequences(users=40, high=15)
+    model, _, batches = drawn("duorec", 100, data, item_dim=D)
+    lead: dict[tuple, set] = {}
+    for user in data.users:
+        items = data.items[data.offsets[user] : data.offsets[user + 1] - 2].tolist()
+        for t in range(1, len(items)):
+            lead.setdefault(tuple(items[max(0, t - 12) : t]), set()).add(items[t])
+    seen: dict[int, set] = {}
+    for batch in batches:
+        for history, view, other in zip(batch["histories"], batch["prefixes"], batch["positives"], strict=True):
+            views = [tuple(rows[rows != 0].tolist()) for rows in (view, other)]
+            assert lead[views[0]] & lead[views[1]] and set(views[0]) <= set(history.tolist())
+            for target in lead[views[1]]:
+                seen.setdefault(target, set()).add(views[1])
+    wanted = {target: {h for h, targets in lead.items() if target in targets} for target in seen}
+    assert seen == wanted, "every history of a target is drawn, at some time"
+    terms, w = model(batches[0]), weights_of(model)
+    views = [
+        np.stack([encode(w, read(w, row[row != 0].tolist()), seeing(True))[-1] for row in batches[0][name]])
+        for name in ("prefixes", "positives")
+    ]
+    expected = info_nce(*map(torch.from_numpy, views), 1.0).item()
+    assert terms.keys() == {"ce", "contrast"} and terms["contrast"].item() == pytest.approx(0.1 * expected, rel=1e-4)
+
+
+# --- S3-Rec ---
+
+
+def test_pre_training_hides_items_and_segments():
+    model, _, batches = drawn("s3rec", 300, stage="pretrain")
+    share, lengths, starts, foreign = 0, set(), set(), set()
+    pairs = {(a, b) for a, b in zip(model.known[:-1].tolist(), model.known[1:].tolist(), strict=True)}
+    for batch in batches:
+        items, hidden = batch["items"], batch["hidden"]
+        assert hidden[:, -1].all() and not (hidden & (items == 0)).any() and items.shape[1] <= 12
+        share += hidden[:, :-1].sum().item() / (items[:, :-1] != 0).sum().item()
+        for ids, context, segment, other in zip(
+            *(batch[n].numpy() for n in ("items", "context", "segment", "elsewhere")), strict=True
+        ):
+            n, inside = (ids != 0).sum(), segment != np.where(ids != 0, MASK, 0)
+            at = inside.nonzero()[0]
+            assert (segment[at] == ids[at]).all() and (np.diff(at) == 1).all() and 1 <= len(at) <= max(1, n // 2)
+            assert (context == np.where(inside, MASK, ids)).all() and (other[~inside] == segment[~inside]).all()
+            assert all((a, b) in pairs for a, b in zip(other[at][:-1].tolist(), other[at][1:].tolist(), strict=True))
+            if n == 8:
+                lengths.add(len(at))
+                starts.add(n - (len(ids) - at[0]))
+            foreign |= set(other[at].tolist())
+    assert share / 300 == pytest.approx(0.2, abs=0.02) and lengths == {1, 2, 3, 4} and starts == set(range(8))
+    assert foreign == set(range(1, 41))
+
+
+def test_the_losses_of_pre_training_are_those_of_the_equations(monkeypatch):
+    monkeypatch.setattr("models.sr.s3rec.uniform_negatives", lambda targets, number, V: targets[:, None] % V + 1)
+    model, _, (batch,) = drawn("s3rec", stage="pretrain", item_dim=D)
+    terms, w, items, segments = model(batch), weights_of(model), [], []
+
+    def states(ids):
+        return encode(w, read(w, ids[ids != 0].tolist()), seeing(False))
+
+    def loss(right, wrong):
+        return -np.log(np.exp(sigma(right)) / (np.exp(sigma(right)) + np.exp(sigma(wrong))))
+
+    hidden = torch.where(batch["hidden"], MASK, batch["items"])
+    rows = [hidden, *(batch[name] for name in ("items", "hidden", "context", "segment", "elsewhere"))]
+    for ids, own, places, context, segment, other in zip(*rows, strict=True):
+        for state, item, place in zip(states(ids), own[own != 0].tolist(), places[own != 0].tolist(), strict=True):
+            a = linear(w, "maps.item", state)
+            items += [loss(a @ w["items.weight"][item], a @ w["items.weight"][item % 40 + 1])] * place
+        a = linear(w, "maps.segment", states(context)[-1])
+        segments.append(loss(a @ states(segment)[-1], a @ states(other)[-1]))
+    expected = {"item": np.mean(items), "segment": 0.5 * np.mean(segments)}
+    assert {name: value.item() for name, value in terms.items()} == pytest.approx(expected, rel=1e-5)
+    sum(terms.values()).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+
+
+# --- MAERec ---
+
+
+def test_the_graph_and_its_relation_scores_are_those_of_loops():
+    model = small("maerec", noise=0.3, item_dim=D, graph_distance=2)
+    A, E = graph(2), model.items.weight.detach().double().numpy()
+    u, v = transitions(make_sequences().training_part(), 2)
+    assert len(u) == A.sum() and A[u, v].all()
+    cosine = [
+        [E[i] @ E[j] / np.linalg.norm(E[i]) / np.linalg.norm(E[j]) if i and j else 0 for j in range(41)]
+        for i in range(41)
+    ]
+    expected = (A * cosine).sum(1) / np.maximum(A.sum(1), 1)
+    np.testing.assert_allclose(model.relation().detach().numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("depth", "prob"), [(1, 0.5), (2, 0.5), (3, 0.999999)])
+def test_masked_paths_begin_at_the_seeds(depth, prob):
+    model = small("maerec", graph_distance=1, mask_depth=depth, path_prob=prob)
+    torch.manual_seed(1)
+    masked, seeds = model.mask_paths(torch.tensor([3, 7])).numpy(), {3, 7}
+    u, v = model.edges.numpy()
+    found, reach = np.zeros(len(u), bool), seeds
+    for hop in range(depth):
+        all_met = np.isin(u, list(reach)) | np.isin(v, list(reach))
+        reach = set(u[all_met]) | set(v[all_met])
+        if hop == 0:
+            assert masked[all_met].all(), "every edge of a seed"
+        found |= all_met
+    both = {(a, b) for a, b in model.edges.T[masked].tolist()}
+    assert not masked[~found].any() and both == {(b, a) for a, b in both}
+    assert (masked.sum() == found.sum()) == (depth == 1 or prob > 0.9)
+
+
+def test_reconstruction_is_that_of_the_equations():
+    model = small("maerec", noise=0.3, item_dim=D)
+    layers, edges, w = model.layers(model.edges), model.edges[:, :5], weights_of(model)
+    torch.manual_seed(2)
+    found = model.reconstruction(layers, edges).item()
+    torch.manual_seed(2)
+    drawn, E, expected = torch.randint(1, 41, (5, 20)), [E.detach().double().numpy() for E in layers], []
+
+    def s(u, v):
+        e = np.concatenate([E[left][u] * E[right][v] for left in range(2) for right in range(2)])
+        return sigma(linear(w, "decoder.2", np.maximum(0, linear(w, "decoder.0", e))))[0]
+
+    for (u, v), others in zip(edges.T.tolist(), drawn.tolist(), strict=True):
+        expected.append(np.log(np.exp(s(u, v)) + sum(np.exp(s(u, other)) for other in others)) - s(u, v))
+    assert found == pytest.approx(np.mean(expected), rel=1e-5) and not model.reconstruction(layers, edges[:, :0])
+
+
+def test_training_reads_what_the_mask_leaves_and_inference_the_whole_graph():
+    model, _, (batch,) = drawn("maerec", item_dim=D, mask_seeds=3)
+    whole, read_tables = model.item_vectors(), []
+    model.blocks[0].register_forward_pre_hook(lambda *args: read_tables.append(model.table.detach()))
+    terms = model(batch)
+    assert terms.keys() == {"ce", "recon", "mask"} and not torch.allclose(read_tables[0], whole) and model.table is None
+    sum(terms.values()).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not model.items.weight.grad[0].any(), "the padding is no item"
+    with model.for_inference():
+        torch.testing.assert_close(model.scores(batch["histories"]), model.scores(batch["histories"]))
+        assert torch.equal(model.table, whole)

@@ -40,7 +40,7 @@ FLAGS: dict[str, tuple[str, str]] = {
         ">= 1",
     ),
     "sr_dir": ("run folder of train_sr_trad.py (default: this dataset's)", ""),
-    "teacher": ("run folder of finetune.py (default: this dataset's teacher-8)", ""),
+    "teacher": ("run folder of finetune.py, or of distill.py (default: this dataset's teacher-8)", ""),
     "output_dir": ("where this run is written (default: under outputs/<dataset>/)", ""),
     "num_layers": (
         "layers kept of the base model (default: 8, of a student 4; or as many as --layer_selection lists)",

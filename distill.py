@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from models.llm.decoder import block_boundaries, layer_flags, listed_layers, select_layers
+from models.llm.influence import explicit_selection
 from models.llm.kl_teacher import find_kl_teacher, give_logits, weights_sha256
 from models.llm.recommender import LLMRec
 from models.llm.storage import (
@@ -128,6 +129,8 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
         raise UserError(f"--max_seq_length {given}: the teacher reads {taught['max_seq_length']} items")
     if config["lambda_ms"] and blocks == 1:
         raise UserError("--num_blocks 1 leaves no block before the last for L_ms: add --lambda_ms 0, or more blocks")
+    base = recorded_base(taught)
+    config["layer_selection"] = explicit_selection(config, base)
     check_student_layers(config["num_layers"], config["layer_selection"], taught)
     check_mode(config)
     if config["teacher_states"] != "stored" and not (config["lambda_cos"] or config["lambda_norm"]):
@@ -139,7 +142,7 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     depths = taught["title"].removeprefix("SLMRec-").partition(",")[0] if taught["kind"] == "student" else depth
     title = f"SLMRec-{config['num_layers']}<-{depths}" + ", online" * (config["mode"] == "online")
     config |= {"title": title, "teacher_sha256": weights_sha256(source)}
-    config["base_model"] = assets.record_base_model(taught["base_model"], recorded_base(taught))
+    config["base_model"] = assets.record_base_model(taught["base_model"], base)
     find_kl_teacher(config, source, data)
     return source, taught
 

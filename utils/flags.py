@@ -47,7 +47,8 @@ FLAGS: dict[str, tuple[str, str]] = {
         ">= 1",
     ),
     "layer_selection": (
-        "which layers of the base are kept: first, interval (at an even one), or their numbers, as in 0,1,2,5",
+        "which layers of the base are kept: first, interval (at an even one), influence (those that change their input "
+        "most), or their numbers, as in 0,1,2,5",
         "",
     ),
     "train_strategy": (

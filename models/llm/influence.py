@@ -24,7 +24,7 @@ def block_influence(decoder: nn.Module, token_ids: list[int]) -> list[float]:
 
 
 def explicit_selection(config: dict, base_model: str | Path) -> str:
-    """`--layer_selection` of resolved flags, where `influence` is replaced by the list of the layers with the highest."""
+    """`--layer_selection` of resolved flags, with the layers of the highest influence listed if asked for."""
     if config["layer_selection"] != "influence":
         return config["layer_selection"]
     depth = base_config(base_model).num_hidden_layers

@@ -5,6 +5,7 @@ python distill.py --lambda_ms 0 --output_dir outputs/ml-100k/student-cos-norm
 python distill.py --norm_form squared --block_reduction mean      the loss as the paper prints it
 python distill.py --lambda_kl 1 --kl_teacher outputs/ml-100k/sasrec   logits of SASRec beside the teacher's states
 python distill.py --mode online                       a teacher built as that one is trained beside the student
+python distill.py --teacher outputs/ml-100k/student-4from8 --num_layers 2 --num_blocks 2      a student of a student
 """
 
 import utils.threads  # noqa: F401  before torch is imported
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from models.llm.decoder import block_boundaries, layer_flags, listed_layers, select_layers
+from models.llm.influence import explicit_selection
 from models.llm.kl_teacher import find_kl_teacher, give_logits, weights_sha256
 from models.llm.recommender import LLMRec
 from models.llm.storage import (
@@ -104,20 +106,20 @@ def main(
     data = Sequences.load(assets.dataset_folder(dataset))
     source, taught = find_teacher(config, data)
     examples = training_examples(data, config["train_targets"], config["max_seq_length"])
-    run = Run(config, data, f"student-{num_layers}from{taught['num_layers']}" + "-online" * (mode == "online"))
+    run = Run(config, data, config["title"].replace("SLMRec", "student").replace("<-", "from").replace(", ", "-"))
     if not run.finished:
         train_student(run, config, source, taught, examples)
     run.print(closing_table(run.folder.parent, data.fingerprint))
 
 
 def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
-    """The teacher's folder and configuration; what the student inherits from it goes into `config`."""
+    """The teacher's folder and configuration, of a teacher or a student; what is inherited goes into `config`."""
     source = Path(config["teacher"] or cli.ROOT / "outputs" / data.name / "teacher-8")
     make = f"python finetune.py --dataset {config['dataset']} --num_layers 8"
     taught, _ = finished_run(source, f"{source} holds no finished teacher; make it: {make}")
-    if taught.get("kind") != "teacher":
+    if taught.get("kind") not in ("teacher", "student"):
         instead = f"; its logits alone can be learned: --kl_teacher {source}" if taught.get("kind") == "sr" else ""
-        raise UserError(f"--teacher {source} is no run of finetune.py{instead}")
+        raise UserError(f"--teacher {source} is no run of finetune.py or distill.py{instead}")
     check_same_dataset(data, taught.get("dataset_fingerprint"), source)
     given, depth, blocks = config["max_seq_length"], taught["num_layers"], config["num_blocks"]
     cli.inherit(config, taught, INHERITED, cli.portable_path(source))
@@ -127,6 +129,8 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
         raise UserError(f"--max_seq_length {given}: the teacher reads {taught['max_seq_length']} items")
     if config["lambda_ms"] and blocks == 1:
         raise UserError("--num_blocks 1 leaves no block before the last for L_ms: add --lambda_ms 0, or more blocks")
+    base = recorded_base(taught)
+    config["layer_selection"] = explicit_selection(config, base)
     check_student_layers(config["num_layers"], config["layer_selection"], taught)
     check_mode(config)
     if config["teacher_states"] != "stored" and not (config["lambda_cos"] or config["lambda_norm"]):
@@ -135,9 +139,10 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     for stack in (config["num_layers"], depth):
         block_boundaries(stack, blocks)
     config |= {"teacher": cli.portable_path(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
-    title = f"SLMRec-{config['num_layers']}<-{depth}" + ", online" * (config["mode"] == "online")
+    depths = taught["title"].removeprefix("SLMRec-").partition(",")[0] if taught["kind"] == "student" else depth
+    title = f"SLMRec-{config['num_layers']}<-{depths}" + ", online" * (config["mode"] == "online")
     config |= {"title": title, "teacher_sha256": weights_sha256(source)}
-    config["base_model"] = assets.record_base_model(taught["base_model"], recorded_base(taught))
+    config["base_model"] = assets.record_base_model(taught["base_model"], base)
     find_kl_teacher(config, source, data)
     return source, taught
 
@@ -206,6 +211,8 @@ def start_of_student(config: dict, base: Base, source: Path) -> LLMRec:
 
 def train_student(run: Run, config: dict, source: Path, taught: dict, examples: Examples) -> None:
     """Train and save the student."""
+    if run.folder.resolve() == source.resolve():
+        raise UserError(f"--teacher {source} is where this run is written; choose another --output_dir")
     base = recorded_base(taught)
     fingerprint = load_base(taught, base).fingerprint
     check_base(taught, fingerprint, base, source)

@@ -3,6 +3,7 @@
 python finetune.py                                    8 layers of SmolLM2-135M on MovieLens-100K
 python finetune.py --base_model Qwen/Qwen3-0.6B --num_layers 8 --dtype bfloat16
 python finetune.py --num_layers 4 --output_dir outputs/ml-100k/teacher-4
+python finetune.py --num_layers 4 --layer_selection influence    the layers that change hidden states most
 python finetune.py --item_embeddings item_embeddings-sasrec,item_embeddings-titles
 python finetune.py --lambda_kl 1                      learns the logits of the SASRec whose table it reads too
 """
@@ -17,6 +18,7 @@ import torch
 
 from models.interface import Recommender
 from models.llm.decoder import base_config, base_shape, layer_flags, select_layers
+from models.llm.influence import explicit_selection
 from models.llm.kl_teacher import find_kl_teacher, give_logits
 from models.llm.recommender import LLMRec
 from models.llm.storage import build_llm_rec, count_parameters, load_base, save_llm_rec
@@ -105,6 +107,7 @@ def find_base(config: dict) -> str:
     """Where the base model is, which has the layers that are asked for; what is recorded of it goes into `config`."""
     base = assets.base_model_path(config["base_model"])
     shape = base_config(base)
+    config["layer_selection"] = explicit_selection(config, base)
     select_layers(config["num_layers"], shape.num_hidden_layers, config["layer_selection"])
     config |= {"base_model": assets.record_base_model(config["base_model"], base), "base_shape": base_shape(shape)}
     return base

@@ -29,7 +29,6 @@ from utils.experiments import (
     execute,
     expected_seconds,
     finished_experiments,
-    protocols,
     record,
     records,
     with_parents,
@@ -38,6 +37,7 @@ from utils.files import atomic_file, write_json
 from utils.flags import suggest
 from utils.paper_claims import claim_table
 from utils.paper_figures import depth_figure
+from utils.paper_runs import protocols
 from utils.paper_tables import (
     Table,
     data_table,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import busy, cost, llm_step, order
+from benchmarks import busy, cost, efficiency, llm_step, order
 from utils import cli
 from utils.cli import ROOT
 from utils.errors import UserError
@@ -110,6 +110,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "hours of the paper": lambda: llm_step.paper_table(record("llm_step")),
     "cost": lambda: cost.measures_table(record("cost")),
     "single ratios": lambda: single_ratios(record("cost")),
+    "efficiency": lambda: efficiency.table(record("efficiency")),
     "catalogue": lambda: large_catalogues(record("catalogue")),
 }
 

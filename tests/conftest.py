@@ -18,8 +18,9 @@ from transformers import AutoModel, LlamaConfig, PreTrainedTokenizerFast
 from models.llm.decoder import keep_layers
 from models.llm.recommender import LLMRec
 from models.sr.sasrec import SASRec
-from utils import files
+from utils import files, paper_runs
 from utils.data import Sequences
+from utils.experiments import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
@@ -56,6 +57,13 @@ def tiny_llm_rec(num_layers: int = 4, max_length: int = 30, seed: int = 0, **kwa
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def forget() -> None:
+    """What reproduce.py has read of recipes/, where a test writes its own."""
+    cached = (paper_runs.book, paper_runs.recipe, Experiment.fingerprint, Experiment.configuration, Experiment.equals)
+    for function in cached:
+        function.cache_clear()
 
 
 def sasrec(data: Sequences, **flags) -> SASRec:

@@ -2,17 +2,19 @@
 
 import ast
 import importlib
+import json
 import sys
 
 import pytest
-from conftest import ROOT, tiny_llm_rec
+from conftest import ROOT, tiny_llm_rec, tiny_sources
 
-from benchmarks import busy, cost, llm_step
+from benchmarks import busy, cost, efficiency, llm_step
 from models import losses
 from models.dropout import Dropout
 from models.llm.recommender import LLMRec
 from models.sr import sasrec
 from utils import metrics
+from utils.data import Sequences
 
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 REPLACED = {name: lambda model, off=off: llm_step.without(model, *off) for name, (off, _) in cost.OFF.items() if off}
@@ -77,3 +79,26 @@ def test_a_setting_of_busy_reaches_the_process_and_others_do_not(monkeypatch):
     assert busy.measure("default", 2) == busy.measure("OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1", 2) == 1.5
     found = [{name: value for name, value in env.items() if "OMP_" in name} for env in seen]
     assert found == [{}, {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}] and "PATH" in seen[0]
+
+
+def test_efficiency_scales_a_few_steps_to_an_epoch_and_compares_with_full_depth(tmp_path, monkeypatch):
+    """Every step and pass takes 2 s here: an epoch takes 2 s per batch's share of its targets."""
+    place = tiny_sources(tmp_path, layers=6)
+    monkeypatch.setattr(efficiency, "dataset_folder", lambda name: place / "data")
+    monkeypatch.setattr(efficiency, "base_model_path", lambda name: place / "base")
+    monkeypatch.setattr(efficiency, "released_ranks", lambda *args: None)  # its 999 negatives are not there
+    monkeypatch.setattr(efficiency, "seconds", lambda work: (work(), 2.0)[1])
+    monkeypatch.setattr(efficiency, "RELEASED_BATCH", 10)
+    argv = ["efficiency.py", "--depths", "2", "--repeats", "1", "--out", str(tmp_path / "found.json")]
+    monkeypatch.setattr("sys.argv", argv)
+    efficiency.main()
+    record = json.loads((tmp_path / "found.json").read_text())
+    rows = record["rows"]
+    assert list(rows) == ["SASRec", "E4SRec, released", "E4SRec", "E4SRec_2", "SLMRec_4"]
+    users = len(Sequences.load(place / "data").users)  # all of them in one batch; of the released one in three
+    assert users == 30 and rows["E4SRec, released"]["score_seconds"] == 6
+    assert {rows[name]["train_seconds"] for name in ("SASRec", "E4SRec", "SLMRec_4")} == {2}
+    assert rows["E4SRec"]["total"] > rows["SLMRec_4"]["total"] > rows["E4SRec_2"]["total"]
+    rows["SLMRec_4"]["train_seconds"] = 0.5
+    cells = [cell.strip() for cell in efficiency.table(record).splitlines()[-1].split("|")]
+    assert cells[1:4] == ["SLMRec_4", "0.5 (4.0)", "2.0 (1.0)"]

@@ -15,7 +15,7 @@ from itertools import product
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TITLES, make_sequences
+from conftest import ROOT, TITLES, forget, make_sequences
 from test_kill import outcome, sources, step  # noqa: F401
 
 import extract_emb
@@ -25,7 +25,7 @@ import train_sr_trad
 from models.llm.decoder import select_layers
 from models.sr import MODELS
 from models.sr.sasrec import SASRec
-from utils import cli, experiments
+from utils import cli
 from utils.files import load_tensors
 from utils.flags import FLAGS, coerce, flags_of
 
@@ -224,11 +224,11 @@ def test_the_table_of_extend_is_read(tmp_path, monkeypatch):
     (place / "runs.yaml").write_text(runs + textwrap.indent(run, "  "), encoding="utf-8")
     (place / "relations.yaml").write_text(table, encoding="utf-8")
     monkeypatch.setattr(cli, "ROOT", tmp_path)
-    experiments.book.cache_clear()
+    forget()
     try:
         found = [(e.name, e.seed) for _, e in reproduce.read_table("relations").experiments()]
     finally:
-        experiments.book.cache_clear()
+        forget()
     assert found == [(name, seed) for seed in (42, 1, 2) for name in ("student", "student, relations")]
 
 

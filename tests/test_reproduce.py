@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_sources
+from conftest import ROOT, forget, tiny_sources
 from safetensors.torch import load_file, save_file
 
 import reproduce
-from utils import cli, experiments, paper_tables
+from utils import cli, experiments, paper_runs, paper_tables
 from utils.experiments import Experiment
 from utils.metrics import metrics_from_ranks, paired_bootstrap
 
@@ -63,11 +63,6 @@ def place(tmp_path, monkeypatch) -> Path:
     forget()
     yield tmp_path
     forget()
-
-
-def forget() -> None:
-    experiments.book.cache_clear()
-    experiments.Experiment.fingerprint.cache_clear()
 
 
 class Process:
@@ -159,6 +154,59 @@ def test_what_reads_a_failed_run_is_left_out_and_the_rest_goes_on(place, monkeyp
     ran.failing = ()
     call(monkeypatch, "run", "table2")
     assert [words[0] for words in ran.commands[-2:]] == ["finetune.py", "distill.py"]
+
+
+EQUAL = """
+  again: {script: distill, reads: [teacher], flags: {num_epochs: 3, lambda_cos: 1, lambda_ms: 0}}
+  alone: {script: distill, reads: [teacher], terms: [cos], flags: {num_epochs: 3}}
+  of again: {script: distill, reads: [again]}
+  last: {script: distill, reads: [alone]}
+  as in the recipe: {script: train_sr_trad, flags: {num_epochs: 2}}
+  longer: {script: train_sr_trad, flags: {num_epochs: 3}}
+"""
+
+
+@pytest.fixture
+def named_twice(place) -> Path:
+    """A table of runs of which some resolve to the same: by terms or flags, by recipe or flags, by what they read."""
+    names = ["alone", "again", "SASRec", "longer", "as in the recipe", "last", "of again"]
+    (place / "recipes" / "paper" / "runs.yaml").write_text(RUNS + EQUAL)
+    table = f"title: Twice\nseeds: {{small: {{strong: [1]}}}}\nrows: {json.dumps(names)}\n"
+    (place / "recipes" / "paper" / "twice.yaml").write_text(table)
+    return place
+
+
+def test_what_resolves_to_the_same_is_run_once_and_shown_by_each_name(named_twice, monkeypatch, capsys):
+    ran = process(monkeypatch, named_twice)
+    call(monkeypatch, "run", "twice")
+    named = [Path(words[words.index("--output_dir") + 1]).name.removesuffix("-seed1") for words in ran.commands]
+    assert named == ["sasrec", "item-table", "teacher", "again", "longer", "of-again"]
+    found = {Experiment("small", "strong", name, 1).fingerprint() for name in ("SASRec", "as in the recipe")}
+    assert len(found) == 2  # what decides is what they resolve to
+    last = ran.commands[-1]
+    assert last[last.index("--teacher") + 1] == "outputs/small/paper/again-seed1"
+    ran.commands.clear()
+    call(monkeypatch, "run", "twice", "--rows", "last", "alone", "as in the recipe")
+    call(monkeypatch, "record")
+    shutil.rmtree(named_twice / "outputs")
+    call(monkeypatch, "run", "twice", "--rows", "last", "alone", "as in the recipe")
+    assert not ran.commands
+    capsys.readouterr()
+    call(monkeypatch, "show", "twice")
+    rows = [line.split("|")[1:] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    cells = {name.strip(): values for name, *values in rows}
+    assert cells["alone"] == cells["again"] != cells["SASRec"] == cells["as in the recipe"] != cells["longer"]
+    assert cells["last"] == cells["of again"] != cells["again"]
+
+
+def test_a_run_that_is_there_counts_by_whichever_name(named_twice, monkeypatch):
+    """The one that is finished is taken, though another one of the same comes first in runs.yaml."""
+    ran = process(monkeypatch, named_twice)
+    experiments.execute(Experiment("small", "strong", "alone", 1), lambda: 30, float("inf"))
+    ran.commands.clear()
+    call(monkeypatch, "run", "twice", "--rows", "again", "of again")
+    assert len(ran.commands) == 1
+    assert ran.commands[0][ran.commands[0].index("--teacher") + 1] == "outputs/small/paper/alone-seed1"
 
 
 def test_a_run_stops_when_the_budget_is_used_up_and_goes_on_later(place, monkeypatch, capsys):
@@ -293,13 +341,11 @@ def test_the_committed_recipes_name_flags_that_scripts_have():
     forget()
     for table in paper_tables.table_names():
         paper_tables.read_table(table)
-    for protocol in experiments.protocols():
-        for name, spec in experiments.specs().items():
+    for protocol in paper_runs.protocols():
+        for name, spec in paper_runs.specs().items():
             command = Experiment("beauty", protocol, name, 42).command(lambda: 30)
             models = None if spec.script == "evaluate" else MODELS
-            cli.resolve(
-                scripts[spec.script].main, experiments.SECTIONS[spec.script] or None, command[1:], models=models
-            )
+            cli.resolve(scripts[spec.script].main, paper_runs.SECTIONS[spec.script] or None, command[1:], models=models)
 
 
 TINY = """

@@ -1,7 +1,8 @@
 """The runs behind the tables: what recipes/paper/ says of them, which are there, and running those that are not.
 
 A run is a script with the dataset's recipe, the flags of recipes/paper/runs.yaml, a protocol and a seed. It stands in
-outputs/<dataset>/paper/, once, whichever tables show it. Its record, results/runs/<dataset>/<run>.json, counts as the
+outputs/<dataset>/paper/, once, whichever tables show it and by whichever name: of several that compute the same, one
+stands for all. Its record, results/runs/<dataset>/<run>.json, counts as the
 run where nothing that is still to run reads its folder.
 """
 
@@ -15,53 +16,26 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from utils import cli
 from utils.errors import UserError
 from utils.files import load_tensors, read_json, write_json
-from utils.flags import suggest
 from utils.metrics import RANKS_FILE
-from utils.recipes import OneOfEachKey, read_recipe
+from utils.paper_runs import SECTIONS, Spec, protocols, recipe, specs
 from utils.report import finished_run
 
-SECTIONS = {
-    "train_sr_trad": "sr",
-    "extract_emb": "extract",
-    "finetune": "teacher",
-    "distill": "student",
-    "evaluate": "",
-}
 READS = {"train_sr_trad": ["--init_items"], "extract_emb": ["--sr_dir"], "finetune": ["--item_embeddings"]}
 READS |= {"distill": ["--teacher", "--kl_teacher"], "evaluate": ["--run", "--fuse"]}
 TRAINING = ("train_sr_trad", "finetune", "distill")
 CALIBRATION_STEPS = 3
+STATES = ("finished", "recorded", "interrupted", "failed", "to run", "changed")
 PATIENCE = 120  # seconds that an interrupted run is given to end
 BEYOND = 255  # what a rank of 10 or more is recorded as: no metric at 10 tells it from others
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A run of runs.yaml: its script, the runs whose folders it reads, its flags, and the terms of a student's loss."""
-
-    script: str
-    reads: tuple[str, ...] = ()
-    flags: dict[str, object] = field(default_factory=dict)
-    terms: list[str] | None = None
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """Flags by script, weights by term of a student's loss, and the terms that students have if not told otherwise."""
-
-    weights: dict[str, float | dict[str, float]]
-    flags: dict[str, dict] = field(default_factory=dict)
-    terms: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +72,10 @@ class Experiment:
         return cli.ROOT / "results" / "runs" / self.dataset / f"{self.slug}.json"
 
     def parents(self) -> list["Experiment"]:
+        """Those whose folders it reads."""
+        return [parent.stand_in() for parent in self.named_parents()]
+
+    def named_parents(self) -> list["Experiment"]:
         return [replace(self, name=name) for name in self.spec.reads]
 
     def flags(self) -> dict[str, object]:
@@ -116,12 +94,32 @@ class Experiment:
     @cache  # noqa: B019  as many as there are runs
     def fingerprint(self) -> str:
         """Of all that decides what the run computes: equal where flags, recipe, seed and what it reads are equal."""
-        recipe = read_recipe(cli.ROOT / "recipes" / f"{self.dataset}.yaml")
-        own, model = recipe.get(SECTIONS[self.spec.script], {}), self.flags().get("model", "sasrec")
-        own = {name: value for name, value in own.items() if not isinstance(value, dict) or name == model}
-        values = [recipe["data"], own]
-        what = [self.spec.script, self.flags(), values, self.seed, [parent.fingerprint() for parent in self.parents()]]
+        values = [recipe(self.dataset)["data"], self.of_recipe()]
+        read = [parent.fingerprint() for parent in self.named_parents()]
+        what = [self.spec.script, self.flags(), values, self.seed, read]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def of_recipe(self) -> dict[str, object]:
+        """The recipe's values for this script and this model."""
+        own, model = recipe(self.dataset).get(SECTIONS[self.spec.script], {}), self.flags().get("model", "sasrec")
+        return {name: value for name, value in own.items() if not isinstance(value, dict) or name == model}
+
+    @cache  # noqa: B019
+    def configuration(self) -> str:
+        """As the fingerprint, but of resolved values: equal, whether the recipe or the run's flags give them."""
+        resolved = self.of_recipe() | self.flags()
+        read = [parent.configuration() for parent in self.named_parents()]
+        return json.dumps([self.spec.script, resolved, self.seed, read], sort_keys=True)
+
+    @cache  # noqa: B019
+    def equals(self) -> list["Experiment"]:
+        """All runs of runs.yaml, of whichever protocol, that compute the same, in its order; itself is one of them."""
+        named = [replace(self, name=name, protocol=protocol) for protocol in protocols() for name in specs()]
+        return [other for other in named if other.configuration() == self.configuration()]
+
+    def stand_in(self) -> "Experiment":
+        """The one of its equals that is run and read for all: the one that is nearest to being there."""
+        return min(self.equals(), key=lambda other: STATES.index(other.state()))
 
     def command(self, depth: Callable[[], int]) -> list[str]:
         """The command line. depth: tells the number of layers of the base model, where the run's flags ask for it."""
@@ -161,48 +159,6 @@ class Experiment:
 
 def plain(name: str) -> str:
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def read_yaml(path: Path) -> dict:
-    try:
-        found = yaml.load(path.read_text(encoding="utf-8"), OneOfEachKey)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected name: value lines")
-    return found
-
-
-@cache
-def book() -> tuple[dict[str, Protocol], dict[str, Spec]]:
-    """Protocols and runs of recipes/paper/runs.yaml; UserError where they do not fit together."""
-    path = cli.ROOT / "recipes" / "paper" / "runs.yaml"
-    found = read_yaml(path)
-    try:
-        runs = {name: Spec(**entry | {"reads": tuple(entry.get("reads", ()))}) for name, entry in found["runs"].items()}
-        by_name = {name: Protocol(**entry) for name, entry in found["protocols"].items()}
-        for name, spec in runs.items():
-            if spec.script not in SECTIONS:
-                raise UserError(f"{path}: {name}: unknown script {spec.script}{suggest(spec.script, SECTIONS, '')}")
-            order = list(runs)
-            for read in spec.reads:
-                if read not in runs or order.index(read) >= order.index(name):
-                    raise UserError(f"{path}: {name} reads {read!r}, which does not stand before it")
-        for terms in (of.terms or [] for of in (*runs.values(), *by_name.values())):
-            for protocol in by_name.values():
-                if unknown := set(terms) - set(protocol.weights):
-                    raise UserError(f"{path}: no weight of the term {sorted(unknown)[0]!r}")
-        return by_name, runs
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def protocols() -> dict[str, Protocol]:
-    return book()[0]
-
-
-def specs() -> dict[str, Spec]:
-    return book()[1]
 
 
 def with_parents(wanted: list[Experiment]) -> Iterator[Experiment]:
@@ -280,8 +236,7 @@ def by_calibration(experiment: Experiment) -> float | None:
     if short.kept().get("outcome") != "finished" or experiment.spec.script not in TRAINING:
         return wall
     config, metrics = read_json(path.with_name("config.json"), ""), read_json(path, "")
-    recipe = read_recipe(cli.ROOT / "recipes" / f"{experiment.dataset}.yaml")[SECTIONS[experiment.spec.script]]
-    most = experiment.flags().get("max_steps", recipe.get("max_steps", -1))
+    most = (experiment.of_recipe() | experiment.flags()).get("max_steps", -1)
     steps = most if most > 0 else int(np.ceil(config["num_epochs"] * metrics["steps_per_epoch"]))
     train, score = metrics["seconds"]["train"], metrics["seconds"]["score_test"]
     evaluations = int(np.ceil(steps / config["eval_steps"]))
@@ -325,8 +280,12 @@ def unpack(text: str) -> np.ndarray:
 
 
 def records(dataset: str, base_model: str | None = None) -> dict[tuple[str, str, int], dict]:
-    """The committed records of a dataset by protocol, run and seed."""
+    """The committed records of a dataset by protocol, run and seed; also by the names of runs that compute the same."""
     found = [read_json(path, "") for path in sorted((cli.ROOT / "results" / "runs" / dataset).glob("*.json"))]
     of = [Experiment(**run["experiment"]) for run in found]
     pairs = [(e, run) for e, run in zip(of, found, strict=True) if e == replace(e, base_model=base_model)]
-    return {(e.protocol, e.name, e.seed): run for e, run in pairs}
+    found = {(e.protocol, e.name, e.seed): run for e, run in pairs}
+    for experiment, run in pairs:
+        for other in experiment.equals() if run.get("fingerprint") == experiment.fingerprint() else []:
+            found.setdefault((other.protocol, other.name, other.seed), run)
+    return found

@@ -40,14 +40,15 @@ FLAGS: dict[str, tuple[str, str]] = {
         ">= 1",
     ),
     "sr_dir": ("run folder of train_sr_trad.py (default: this dataset's)", ""),
-    "teacher": ("run folder of finetune.py (default: this dataset's teacher-8)", ""),
+    "teacher": ("run folder of finetune.py, or of distill.py (default: this dataset's teacher-8)", ""),
     "output_dir": ("where this run is written (default: under outputs/<dataset>/)", ""),
     "num_layers": (
         "layers kept of the base model (default: 8, of a student 4; or as many as --layer_selection lists)",
         ">= 1",
     ),
     "layer_selection": (
-        "which layers of the base are kept: first, interval (at an even one), or their numbers, as in 0,1,2,5",
+        "which layers of the base are kept: first, interval (at an even one), influence (those that change their input "
+        "most), or their numbers, as in 0,1,2,5",
         "",
     ),
     "train_strategy": (

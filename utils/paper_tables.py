@@ -7,10 +7,11 @@ import numpy as np
 
 from utils import cli
 from utils.errors import UserError
-from utils.experiments import Experiment, protocols, read_yaml, records, specs, unpack
+from utils.experiments import Experiment, records, unpack
 from utils.files import read_json
 from utils.flags import suggest
 from utils.metrics import paired_bootstrap
+from utils.paper_runs import protocols, read_yaml, specs
 from utils.report import markdown_table
 
 DOMAINS = {
@@ -56,7 +57,8 @@ class Table:
                 for place, seed in enumerate(seeds):
                     for row in self.rows.values():
                         for name in (row.run or row.baseline,):
-                            found += [(place, Experiment(dataset, protocol, name, seed, base_model))] if name else []
+                            run = Experiment(dataset, protocol, name, seed, base_model) if name else None
+                            found += [(place, run.stand_in())] if run else []
         return found
 
 
@@ -274,9 +276,9 @@ def depth_points(table: Table, protocol: str, found: dict) -> tuple[dict[int, li
     """Test metrics by depth: of teachers trained at it, one per seed; and of each layer of the full model."""
     trained: dict[int, list[dict]] = {}
     direct: dict[int, dict] = {}
-    for (of, name, _), run in sorted(found.items()):
-        if of != protocol or name not in [row.run for row in table.rows.values()]:
-            continue
+    rows = table.rows.values()
+    shown = {key: run for key, run in found.items() if key[0] == protocol and key[1] in {row.run for row in rows}}
+    for run in {id(run): run for _, run in sorted(shown.items(), key=lambda pair: pair[0])}.values():  # each once
         if run["config"]["kind"] == "teacher":
             trained.setdefault(run["config"]["num_layers"], []).append(run["metrics"]["test"])
         elif run["config"]["kind"] == "layers" and not direct:

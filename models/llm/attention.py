@@ -124,6 +124,22 @@ def what_lacks(layer: nn.Module) -> str | None:
     return lacking[0] if lacking else None if hasattr(layer.self_attn, "layer_idx") else "layer_idx"
 
 
+@torch.inference_mode()
+def layer_states(decoder: nn.Module, token_ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Hidden states before and after each layer, float64, (1, T, h) each, of token ids (1, T)."""
+    states = []
+
+    def keep(layer: nn.Module, args: tuple, options: dict, output: torch.Tensor | tuple) -> None:
+        before, after = args[0] if args else options["hidden_states"], output if torch.is_tensor(output) else output[0]
+        states.append((before.double(), after.double()))
+
+    hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in decoder.layers]
+    decoder(input_ids=token_ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return states
+
+
 class ReadSome:
     """Lets the top layer compute at the positions that are read; `positions` None: at all.
 

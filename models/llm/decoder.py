@@ -26,10 +26,10 @@ RESPONSE = "\n### Response:\n"
 
 
 def listed_layers(layer_selection: str) -> list[int] | None:
-    """The layers that a `--layer_selection` lists, counted from 0; None where it is `first` or `interval`."""
-    if layer_selection in ("first", "interval"):
+    """The layers that a `--layer_selection` lists, counted from 0; None where it lists none."""
+    if layer_selection in ("first", "interval", "influence"):
         return None
-    expected = "first, interval, or numbers of layers from 0, as in 0,1,2,5"
+    expected = "first, interval, influence, or numbers of layers from 0, as in 0,1,2,5"
     return layer_numbers(f"--layer_selection {layer_selection}", layer_selection, expected)
 
 

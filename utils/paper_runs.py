@@ -1,0 +1,87 @@
+"""recipes/paper/runs.yaml: the runs and the protocols that tables are made of, as read and checked."""
+
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from utils import cli
+from utils.errors import UserError
+from utils.flags import suggest
+from utils.recipes import OneOfEachKey, read_recipe
+
+SECTIONS = {
+    "train_sr_trad": "sr",
+    "extract_emb": "extract",
+    "finetune": "teacher",
+    "distill": "student",
+    "evaluate": "",
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A run of runs.yaml: its script, the runs whose folders it reads, its flags, and the terms of a student's loss."""
+
+    script: str
+    reads: tuple[str, ...] = ()
+    flags: dict[str, object] = field(default_factory=dict)
+    terms: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Flags by script, weights by term of a student's loss, and the terms that students have if not told otherwise."""
+
+    weights: dict[str, float | dict[str, float]]
+    flags: dict[str, dict] = field(default_factory=dict)
+    terms: list[str] | None = None
+
+
+def read_yaml(path: Path) -> dict:
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), OneOfEachKey)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected name: value lines")
+    return found
+
+
+@cache
+def book() -> tuple[dict[str, Protocol], dict[str, Spec]]:
+    """Protocols and runs of recipes/paper/runs.yaml; UserError where they do not fit together."""
+    path = cli.ROOT / "recipes" / "paper" / "runs.yaml"
+    found = read_yaml(path)
+    try:
+        runs = {name: Spec(**entry | {"reads": tuple(entry.get("reads", ()))}) for name, entry in found["runs"].items()}
+        by_name = {name: Protocol(**entry) for name, entry in found["protocols"].items()}
+        for name, spec in runs.items():
+            if spec.script not in SECTIONS:
+                raise UserError(f"{path}: {name}: unknown script {spec.script}{suggest(spec.script, SECTIONS, '')}")
+            order = list(runs)
+            for read in spec.reads:
+                if read not in runs or order.index(read) >= order.index(name):
+                    raise UserError(f"{path}: {name} reads {read!r}, which does not stand before it")
+        for terms in (of.terms or [] for of in (*runs.values(), *by_name.values())):
+            for protocol in by_name.values():
+                if unknown := set(terms) - set(protocol.weights):
+                    raise UserError(f"{path}: no weight of the term {sorted(unknown)[0]!r}")
+        return by_name, runs
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def protocols() -> dict[str, Protocol]:
+    return book()[0]
+
+
+def specs() -> dict[str, Spec]:
+    return book()[1]
+
+
+@cache
+def recipe(dataset: str) -> dict[str, dict]:
+    """The sections of the dataset's recipe."""
+    return read_recipe(cli.ROOT / "recipes" / f"{dataset}.yaml")

@@ -35,11 +35,12 @@ SECTIONS = {
     "extract_emb": "extract",
     "finetune": "teacher",
     "distill": "student",
+    "train_open_p5": "open_p5",
     "evaluate": "",
 }
 READS = {"train_sr_trad": ["--init_items"], "extract_emb": ["--sr_dir"], "finetune": ["--item_embeddings"]}
-READS |= {"distill": ["--teacher", "--kl_teacher"], "evaluate": ["--run", "--fuse"]}
-TRAINING = ("train_sr_trad", "finetune", "distill")
+READS |= {"distill": ["--teacher", "--kl_teacher"], "train_open_p5": [], "evaluate": ["--run", "--fuse"]}
+TRAINING = ("train_sr_trad", "finetune", "distill", "train_open_p5")
 CALIBRATION_STEPS = 3
 PATIENCE = 120  # seconds that an interrupted run is given to end
 BEYOND = 255  # what a rank of 10 or more is recorded as: no metric at 10 tells it from others
@@ -109,7 +110,7 @@ class Experiment:
             for term, weight in protocol.weights.items():
                 of_dataset = weight.get(self.dataset, weight["others"]) if isinstance(weight, dict) else weight
                 found[f"lambda_{term}"] = of_dataset if term in terms else 0
-        if self.spec.script == "finetune" and self.base_model:
+        if self.spec.script in ("finetune", "train_open_p5") and self.base_model:
             found |= {"base_model": self.base_model}
         return found | ({"max_steps": self.max_steps} if self.max_steps and self.spec.script in TRAINING else {})
 

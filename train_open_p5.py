@@ -60,7 +60,7 @@ def main(
 ) -> None:
     num_layers, layer_selection = layer_flags(num_layers, layer_selection, default=8)
     config = dict(locals()) | {"kind": "open_p5", "title": f"Open-P5-{num_layers}"}
-    config |= {"train_strategy": "lora", "read_out": "item"}  # no flags here, but what a base is loaded for
+    config["train_strategy"] = "lora"  # no flag: the adapter and the new tokens train
     data = Sequences.load(assets.dataset_folder(dataset))
     base = find_base(config)
     examples = training_examples(data, train_targets, max_seq_length)

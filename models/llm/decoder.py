@@ -221,7 +221,9 @@ def load_head(base_model: str | Path, decoder: nn.Module, prompt: list[int]) -> 
             f"--base_model {base_model}: its language-model head cannot be read ({first_line(error)}); choose another"
         ) from error
     if loading["missing_keys"]:
-        raise UserError(f"--base_model {base_model}: its weights lack {min(loading['missing_keys'])}; choose another base")
+        raise UserError(
+            f"--base_model {base_model}: its weights lack {min(loading['missing_keys'])}; choose another base"
+        )
     if not plain:
         raise UserError(f"--base_model {base_model}: it scales its embeddings or logits; choose another base")
     return embedding if torch.equal(head, embedding) else head

@@ -79,7 +79,8 @@ class OpenP5(Recommender):
         self.beam_width = min(beam_width or self.num_firsts, self.num_firsts)
         self.head = head.requires_grad_(False)
         decoder.requires_grad_(False)
-        self.tokens = nn.Parameter(torch.randn(int(item_tokens.max()) + 1, head.shape[1]) * head.float().std())
+        spread, mean = torch.std_mean(head.float(), dim=0)  # new tokens start as draws from the old ones'
+        self.tokens = nn.Parameter(mean + spread * torch.randn(int(item_tokens.max()) + 1, len(mean)))
         self.register_buffer("item_tokens", item_tokens)
         self.register_buffer("prefix_ids", torch.tensor([prefix_ids]), persistent=False)
         self.decoder = add_adapters(decoder, lora)
@@ -103,9 +104,7 @@ class OpenP5(Recommender):
         position = (mask.cumsum(1) - 1)[:, prefix.shape[1] :]
         return self.decode(tokens, cache, mask.long(), position), cache, mask
 
-    def decode(
-        self, tokens: torch.Tensor, cache: object, mask: torch.Tensor, position: torch.Tensor
-    ) -> torch.Tensor:
+    def decode(self, tokens: torch.Tensor, cache: object, mask: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """States (B, S, h) of new tokens (B, S) behind what the cache holds; the cache grows by them."""
         embeds = self.tokens[tokens].to(self.head.dtype)
         given = {"attention_mask": mask, "position_ids": position, "past_key_values": cache, "use_cache": True}

@@ -42,7 +42,7 @@ class Base:
 
 
 def load_base(config: dict, base_model: str | Path) -> Base:
-    """What resolved flags keep of the base at `base_model`; UserError where it is not what LLMRec can compute with."""
+    """What resolved flags keep of the base at `base_model`; UserError where it is not what can be computed with."""
     prompt = prompt_ids(base_model)
     dtype = torch.float32 if config["train_strategy"] == "full" else getattr(torch, config["dtype"])
     decoder = load_decoder(base_model, config["num_layers"], config["layer_selection"], dtype)
@@ -57,7 +57,8 @@ def load_base(config: dict, base_model: str | Path) -> Base:
             "rows; give it the tokenizer that belongs to it"
         )
     found = fingerprint(decoder, prompt)
-    check_packing(decoder, prompt, config["max_seq_length"], base_model, config["read_out"])
+    if config.get("kind") != "open_p5":  # which packs nothing
+        check_packing(decoder, prompt, config["max_seq_length"], base_model, config["read_out"])
     return Base(decoder, prompt, found)
 
 

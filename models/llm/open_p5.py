@@ -2,8 +2,8 @@
 
 Items are numbered in the order of their first appearance, user after user (sequential indexing). Item number n is two
 new tokens, n // W and n % W with W = ceil(sqrt(V)): neighbours in the order share the first one. The text is the prompt
-and the history's tokens, and goes on with the tokens of the next item; the loss is the cross-entropy of a language model,
-over its vocabulary and the new tokens, at the tokens of the targets.
+and the history's tokens, and goes on with those of the next item; the loss is the cross-entropy of a language model, over
+its vocabulary and the new tokens, at the tokens of the targets.
 
 A prefix tree of the existing items constrains what is written. With two tokens per item it has two levels, so a beam
 search reads the prompt once, and then each first token that it follows, all at once behind the same keys and values.

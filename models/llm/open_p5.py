@@ -2,8 +2,8 @@
 
 Items are numbered in the order of their first appearance, user after user (sequential indexing). Item number n is two
 new tokens, n // W and n % W with W = ceil(sqrt(V)): neighbours in the order share the first one. The text is the prompt
-and the history's tokens, and goes on with those of the next item; the loss is the cross-entropy of a language model, over
-its vocabulary and the new tokens, at the tokens of the targets.
+and the tokens of the history, and goes on with those of the next item. The loss is the cross-entropy of a language
+model, over its vocabulary and the new tokens, at the tokens of the targets.
 
 A prefix tree of the existing items constrains what is written. With two tokens per item it has two levels, so a beam
 search reads the prompt once, and then each first token that it follows, all at once behind the same keys and values.
@@ -79,8 +79,8 @@ class OpenP5(Recommender):
         self.beam_width = min(beam_width or self.num_firsts, self.num_firsts)
         self.head = head.requires_grad_(False)
         decoder.requires_grad_(False)
-        spread, mean = torch.std_mean(head.float(), dim=0)  # new tokens start as draws from the old ones'
-        self.tokens = nn.Parameter(mean + spread * torch.randn(int(item_tokens.max()) + 1, len(mean)))
+        new = torch.randn(int(item_tokens.max()) + 1, head.shape[1])
+        self.tokens = nn.Parameter(new * head.float().std())  # as long as the base's own tokens
         self.register_buffer("item_tokens", item_tokens)
         self.register_buffer("prefix_ids", torch.tensor([prefix_ids]), persistent=False)
         self.decoder = add_adapters(decoder, lora)

@@ -210,7 +210,7 @@ def fuse_runs(run: str, fuse: str, dataset: str | None, batch_size: int, output_
 def single_run(flag: str, folder: Path) -> tuple[dict, dict]:
     """config.json and metrics.json of a run that can be fused."""
     config, metrics = finished_run(folder, f"{flag} {folder} holds no finished run: give the folder of one")
-    if config.get("kind") not in ("sr", "teacher", "student"):
+    if config.get("kind") not in ("sr", "open_p5", "teacher", "student"):
         raise UserError(f"{flag} {folder} is a {config.get('kind')}: give a run of a training script")
     if metrics["selected_by"] not in CRITERIA:
         raise UserError(f"{folder}: metrics.json has selected_by {metrics['selected_by']!r}; train the run again")

@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from models.fusion import Fusion
+from models.llm.open_p5 import load_open_p5
 from models.llm.storage import load_llm_rec
 from models.sr.storage import load_recommender
 from utils import cli
@@ -134,7 +135,7 @@ def load(folder: str | Path) -> Trained:
     elif config.get("kind") == "fusion":
         model = load_fusion(config)
     else:
-        model = load_llm_rec(folder)
+        model = (load_open_p5 if config.get("kind") == "open_p5" else load_llm_rec)(folder)
     return Trained(model, config, catalogue)
 
 

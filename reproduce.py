@@ -132,7 +132,10 @@ def narrowed(table: Table, args: argparse.Namespace) -> Table:
     for name in names:
         if name not in table.rows:
             raise UserError(f"--rows {name!r}: {table.name} has no such row{suggest(name, table.rows, '')}")
-    return replace(table, seeds=on, rows={name: table.rows[name] for name in names})
+    rows = {name: table.rows[name] for name in names}
+    if args.rows:  # asked for by name: on whatever dataset
+        rows = {name: replace(row, datasets=None) for name, row in rows.items()}
+    return replace(table, seeds=on, rows=rows)
 
 
 def wanted_runs(args: argparse.Namespace) -> list[Experiment]:

@@ -100,7 +100,7 @@ def tiny_sources(place: Path, layers: int = 2) -> Path:
     config["table_sha256"] = files.sha256(place / "table" / "item_embeddings.safetensors")
     (place / "table" / "config.json").write_text(json.dumps(config))
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": layers}
-    AutoModel.from_config(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(place / "base")
+    AutoModel.from_config(LlamaConfig(vocab_size=8, tie_word_embeddings=True, **sizes)).save_pretrained(place / "base")
     words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "a": 2}, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(place / "base")

@@ -25,6 +25,7 @@ from utils.flags import FLAGS
 from utils.recipes import RECIPE_SECTIONS
 
 SCRIPTS = {"train_sr_trad": "sr", "extract_emb": "extract", "finetune": "teacher", "distill": "student"}
+SCRIPTS |= {"train_open_p5": "open_p5"}
 EVERY = SCRIPTS | dict.fromkeys(("recommend", "evaluate"))
 CALLED = []
 

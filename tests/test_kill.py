@@ -9,6 +9,7 @@ from conftest import tiny_sources
 from kills import contents, snapshots
 
 import finetune
+import train_open_p5
 import train_sr_trad
 from models.sr import MODELS
 from utils import cli, report
@@ -30,6 +31,7 @@ EARLY = "--max_steps 6 --patience 1 --learning_rate 1 --warmup_steps 0"  # too h
 STEPS = {
     "train_sr_trad": (train_sr_trad, "sr", f"--item_dim 8 --num_layers 1 {EARLY}"),
     "finetune": (finetune, "teacher", "--base_model {0}/base --item_embeddings {0}/table --num_layers 2 --lora_r 2"),
+    "train_open_p5": (train_open_p5, "open_p5", "--base_model {0}/base --num_layers 2 --lora_r 2"),
 }
 
 

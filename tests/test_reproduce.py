@@ -111,6 +111,14 @@ def process(monkeypatch, place: Path, **options) -> Process:
     return found
 
 
+def test_a_row_may_be_of_some_datasets_until_it_is_asked_for(place, monkeypatch, capsys):
+    text = TABLE.replace("{run: student,", "{run: student, datasets: [large],")
+    (place / "recipes" / "paper" / "table2.yaml").write_text(text)
+    for asked, there in (([], False), (["--dataset", "large"], True), (["--rows", "ours"], True)):
+        call(monkeypatch, "plan", "table2", *asked)
+        assert ("student" in capsys.readouterr().out) == there
+
+
 def test_every_run_comes_once_after_those_that_it_reads_and_first_seeds_come_first(place, monkeypatch):
     ran = process(monkeypatch, place)
     call(monkeypatch, "run", "table2")
@@ -334,10 +342,11 @@ def test_the_committed_recipes_name_flags_that_scripts_have():
     import evaluate
     import extract_emb
     import finetune
+    import train_open_p5
     import train_sr_trad
     from models.sr import MODELS
 
-    scripts = {m.__name__: m for m in (distill, evaluate, extract_emb, finetune, train_sr_trad)}
+    scripts = {m.__name__: m for m in (distill, evaluate, extract_emb, finetune, train_open_p5, train_sr_trad)}
     forget()
     for table in paper_tables.table_names():
         paper_tables.read_table(table)

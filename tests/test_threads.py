@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from utils import threads
 
-SCRIPTS = ["train_sr_trad", "extract_emb", "finetune", "distill", "recommend", "evaluate"]
+SCRIPTS = ["train_sr_trad", "extract_emb", "finetune", "distill", "train_open_p5", "recommend", "evaluate"]
 
 
 @pytest.mark.parametrize(

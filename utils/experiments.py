@@ -30,8 +30,8 @@ from utils.paper_runs import SECTIONS, Spec, protocols, recipe, specs
 from utils.report import finished_run
 
 READS = {"train_sr_trad": ["--init_items"], "extract_emb": ["--sr_dir"], "finetune": ["--item_embeddings"]}
-READS |= {"distill": ["--teacher", "--kl_teacher"], "evaluate": ["--run", "--fuse"]}
-TRAINING = ("train_sr_trad", "finetune", "distill")
+READS |= {"distill": ["--teacher", "--kl_teacher"], "train_open_p5": [], "evaluate": ["--run", "--fuse"]}
+TRAINING = ("train_sr_trad", "finetune", "distill", "train_open_p5")
 CALIBRATION_STEPS = 3
 STATES = ("finished", "recorded", "interrupted", "failed", "to run", "changed")
 PATIENCE = 120  # seconds that an interrupted run is given to end
@@ -87,7 +87,7 @@ class Experiment:
             for term, weight in protocol.weights.items():
                 of_dataset = weight.get(self.dataset, weight["others"]) if isinstance(weight, dict) else weight
                 found[f"lambda_{term}"] = of_dataset if term in terms else 0
-        if self.spec.script == "finetune" and self.base_model:
+        if self.spec.script in ("finetune", "train_open_p5") and self.base_model:
             found |= {"base_model": self.base_model}
         return found | ({"max_steps": self.max_steps} if self.max_steps and self.spec.script in TRAINING else {})
 

@@ -113,6 +113,10 @@ FLAGS: dict[str, tuple[str, str]] = {
     "block_reduction": ("over blocks: sum as in the released code, or mean as printed", ""),
     "run": ("run folder of a trained recommender", ""),
     "fuse": ("also weigh in the scores of this run folder; the weight is chosen on validation", ""),
+    "beam_width": (
+        "first tokens of items that a beam search follows (default: all, so that the scores of all items are exact)",
+        ">= 1",
+    ),
     "layers": ("also rank by the states after these layers of the run, as in 1,8,30, or after all of them", ""),
     "split": ("users' held-out items that are ranked", ""),
     "negatives": ("sampled candidates per user beside the held-out item", ">= 1"),

@@ -16,6 +16,7 @@ SECTIONS = {
     "extract_emb": "extract",
     "finetune": "teacher",
     "distill": "student",
+    "train_open_p5": "open_p5",
     "evaluate": "",
 }
 

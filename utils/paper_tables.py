@@ -28,12 +28,19 @@ IN_FIGURE = ("HR@10", "NDCG@10", "MRR")
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: our run (or a model without training in its record), and the paper's; None shows a dash."""
+    """A row of a table: our run (or a model without training in its record), and the paper's; None shows a dash.
+
+    datasets: where it is run, None for all of the table's.
+    """
 
     run: str | None = None
     baseline: str | None = None  # the run whose record has it
     model: str = "Popularity"  # which one that is
     paper: str | None = None
+    datasets: list[str] | None = None
+
+    def on(self, dataset: str) -> bool:
+        return self.datasets is None or dataset in self.datasets
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,8 @@ class Table:
             for protocol, seeds in of_protocols.items():
                 for place, seed in enumerate(seeds):
                     for row in self.rows.values():
-                        for name in (row.run or row.baseline,):
-                            run = Experiment(dataset, protocol, name, seed, base_model) if name else None
-                            found += [(place, run.stand_in())] if run else []
+                        if (name := row.run or row.baseline) and row.on(dataset):
+                            found.append((place, Experiment(dataset, protocol, name, seed, base_model).stand_in()))
         return found
 
 

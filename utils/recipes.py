@@ -9,7 +9,7 @@ import yaml
 from utils.errors import UserError
 from utils.flags import FLAGS, Flag, Models, coerce, suggest
 
-RECIPE_SECTIONS = ("data", "sr", "teacher", "student")
+RECIPE_SECTIONS = ("data", "sr", "teacher", "student", "open_p5")
 
 
 class OneOfEachKey(yaml.SafeLoader):

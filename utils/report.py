@@ -36,7 +36,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy")
-ORDER = ("sr", "teacher", "student", "fusion")
+ORDER = ("sr", "open_p5", "teacher", "student", "fusion")
 
 
 def git_commit() -> str:

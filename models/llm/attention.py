@@ -109,6 +109,11 @@ def keys_values(decoder: nn.Module, embeds: torch.Tensor) -> KeyValues:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
+def cache_of(known: KeyValues, copies: int) -> DynamicCache:
+    """A cache that `copies` samples go on from, made of the keys and values of one."""
+    return DynamicCache([tuple(part.expand(copies, -1, -1, -1) for part in layer) for layer in known])
+
+
 # --- layers ---
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from models.llm.attention import has_adapters, renumber, what_lacks
@@ -198,6 +198,37 @@ def keep_layers(decoder: nn.Module, layers: list[int]) -> nn.Module:
     return decoder
 
 
+@torch.no_grad()
+def load_head(base_model: str | Path, decoder: nn.Module, prompt: list[int]) -> nn.Parameter:
+    """The base's language-model head (vocabulary, h), in the type of `decoder`; its embedding where both are one.
+
+    UserError where logits are not the states times this matrix, or what is read is not a row of the embedding: tried
+    on the tokens `prompt` with the first layer alone.
+    """
+    embedding = decoder.get_input_embeddings().weight
+    first = cut(copy.deepcopy(base_config(base_model)), [0])
+    how = {"config": first, "dtype": embedding.dtype, "use_safetensors": True, "output_loading_info": True}
+    try:
+        with quiet_transformers():
+            model, loading = AutoModelForCausalLM.from_pretrained(**source(base_model), **how)
+            head = model.get_output_embeddings().weight
+            output = model(torch.tensor([prompt]), output_hidden_states=True)
+        states, read = output.hidden_states[-1].float(), output.hidden_states[0]
+        plain = torch.allclose(output.logits.float(), states @ head.float().T, rtol=1e-2, atol=1e-2)
+        plain = plain and torch.equal(read[0], embedding[prompt])
+    except Exception as error:  # what another architecture does is anybody's guess
+        raise UserError(
+            f"--base_model {base_model}: its language-model head cannot be read ({first_line(error)}); choose another"
+        ) from error
+    if loading["missing_keys"]:
+        raise UserError(
+            f"--base_model {base_model}: its weights lack {min(loading['missing_keys'])}; choose another base"
+        )
+    if not plain:
+        raise UserError(f"--base_model {base_model}: it scales its embeddings or logits; choose another base")
+    return embedding if torch.equal(head, embedding) else head
+
+
 def prompt_ids(base_model: str | Path) -> dict[str, list[int]]:
     """Token ids of the prompt, as released: the texts alone, without what a tokenizer adds at their start or end."""
     try:
@@ -221,15 +252,16 @@ def fingerprint(decoder: nn.Module, prompt: dict[str, list[int]]) -> str:
     return digest.hexdigest()
 
 
-def check_length(config: AutoConfig, max_length: int, prompt: int) -> None:
+def check_length(config: AutoConfig, max_length: int, prompt: int, tokens_per_item: int = 1) -> None:
     """UserError where a history of `max_length` items and `prompt` tokens are more than the base can look back on."""
     limits = {"max_position_embeddings": "positions"}
     if set(getattr(config, "layer_types", None) or []) != {"full_attention"}:
         limits |= {"sliding_window": "window", "attention_chunk_size": "chunk"}
     for name, what in limits.items():
         limit = getattr(config, name, None)
-        if limit and limit < max_length + prompt:
-            advice = f"at most {limit - prompt}" if limit > prompt else "another base"
+        if limit and limit < max_length * tokens_per_item + prompt:
+            most = (limit - prompt) // tokens_per_item
+            advice = f"at most {most}" if most > 0 else "another base"
             raise UserError(
                 f"--max_seq_length {max_length}: history and prompt ({prompt} tokens) exceed the base's "
                 f"{what} of {limit}; choose {advice}"

@@ -42,7 +42,7 @@ class Base:
 
 
 def load_base(config: dict, base_model: str | Path) -> Base:
-    """What resolved flags keep of the base at `base_model`; UserError where it is not what LLMRec can compute with."""
+    """What resolved flags keep of the base at `base_model`; UserError where it is not what can be computed with."""
     prompt = prompt_ids(base_model)
     dtype = torch.float32 if config["train_strategy"] == "full" else getattr(torch, config["dtype"])
     decoder = load_decoder(base_model, config["num_layers"], config["layer_selection"], dtype)
@@ -57,7 +57,8 @@ def load_base(config: dict, base_model: str | Path) -> Base:
             "rows; give it the tokenizer that belongs to it"
         )
     found = fingerprint(decoder, prompt)
-    check_packing(decoder, prompt, config["max_seq_length"], base_model, config["read_out"])
+    if config.get("kind") != "open_p5":  # which packs nothing
+        check_packing(decoder, prompt, config["max_seq_length"], base_model, config["read_out"])
     return Base(decoder, prompt, found)
 
 
@@ -195,28 +196,46 @@ def load_llm_rec(folder: str | Path, base_model: str | Path | None = None) -> LL
     weights than the one that the run was trained on.
     """
     folder = Path(folder)
+    config, base_model = recorded_run(folder, base_model)
+    saved = load_tensors(folder / HEADS_FILE)
+    base = load_base(config, base_model)
+    model = build_llm_rec(config, base, saved.pop("item_table"))
+    if model.train_strategy == "lora":
+        saved |= read_adapter(folder)
+    elif model.train_strategy == "full":
+        saved |= {f"decoder.{name}": value for name, value in load_tensors(folder / DECODER_FILE).items()}
+    check_weights(model, saved, config, base_model, folder)
+    check_base(config, base.fingerprint, base_model, folder)
+    model.load_state_dict(saved, strict=False)
+    return model.eval()
+
+
+def recorded_run(folder: Path, base_model: str | Path | None = None) -> tuple[dict, str]:
+    """config.json of a run folder, and where its base is; UserError where that has another shape now."""
     config = read_json(folder / "config.json", f"{folder} is no run folder: it has no config.json")
     base_model = recorded_base(config, base_model)
     shape, found = config["base_shape"], base_shape(base_config(base_model))
     if shape != found:
         raise UserError(f"{folder} was trained on a base with {shape}, but {base_model} has {found}")
-    saved = load_tensors(folder / HEADS_FILE)
-    base = load_base(config, base_model)
-    model = build_llm_rec(config, base, saved.pop("item_table"))
-    if model.train_strategy == "lora":
-        adapter = load_tensors(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
-        for name, value in adapter.items():  # PEFT writes lora_A.weight for what it holds as lora_A.default.weight
-            saved["decoder." + re.sub(r"(lora_[AB])", r"\1.default", name)] = value
-    elif model.train_strategy == "full":
-        saved |= {f"decoder.{name}": value for name, value in load_tensors(folder / DECODER_FILE).items()}
+    return config, base_model
+
+
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter of a run folder, by the names that its weights have in the model."""
+    adapter = load_tensors(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
+    # PEFT writes lora_A.weight for what it holds as lora_A.default.weight
+    return {"decoder." + re.sub(r"(lora_[AB])", r"\1.default", name): value for name, value in adapter.items()}
+
+
+def check_weights(
+    model: nn.Module, saved: dict[str, torch.Tensor], config: dict, base_model: str, folder: Path
+) -> None:
+    """UserError unless `saved` are the weights of `model` that train."""
     trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     found = {name: value.shape for name, value in saved.items()}
     if trained != found:
         odd = min(name for name in trained.keys() | found.keys() if trained.get(name) != found.get(name))
         raise UserError(f"{folder}: its weights do not fit {config['num_layers']} layers of {base_model}: {odd}")
-    check_base(config, base.fingerprint, base_model, folder)
-    model.load_state_dict(saved, strict=False)
-    return model.eval()
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

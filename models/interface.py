@@ -123,6 +123,9 @@ class Recommender(nn.Module):
 
     stage = "train"
 
+    def resize(self, weights: dict[str, torch.Tensor]) -> None:
+        """Make room for saved `weights` in the buffers whose shape the training data decides."""
+
     def for_inference(self) -> AbstractContextManager[None]:
         """Inside, while no weight changes, the model may keep what it computes."""
         return nullcontext()

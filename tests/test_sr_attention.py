@@ -9,6 +9,7 @@ from test_sr_models import HISTORIES, small
 from models.sr.duorec import info_nce
 from models.sr.maerec import transitions
 from utils.data import training_examples
+from utils.errors import UserError
 
 D, HEADS, MASK = 6, 2, 41
 OWN = [[item for item in row if item] for row in HISTORIES.tolist()]
@@ -338,3 +339,15 @@ def test_training_reads_what_the_mask_leaves_and_inference_the_whole_graph():
     with model.for_inference():
         torch.testing.assert_close(model.scores(batch["histories"]), model.scores(batch["histories"]))
         assert torch.equal(model.table, whole)
+
+
+def test_the_graph_travels_with_the_weights_and_a_damaged_one_is_refused():
+    data = make_sequences()
+    one, other = small("maerec", noise=0.3), small("maerec", make_sequences(users=8), noise=0.5)
+    assert one.edges.shape != other.edges.shape
+    other.resize(one.state_dict())
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other.item_table(), one.item_table())
+    for edges in (torch.tensor([[1, 0], [2, 3]]), torch.tensor([[1], [data.num_items + 1]]), torch.rand(2, 3) + 1):
+        with pytest.raises(UserError, match="damaged: train it again"):
+            other.resize({"edges": edges})

@@ -41,7 +41,7 @@ def test_a_dozen_users_can_be_learnt_by_heart(name):
     model, rng = small(name, data), np.random.default_rng(0)
     examples, optimizer = training_examples(data, "all", 12), torch.optim.Adam(model.parameters(), lr=0.01)
     whole = examples.batch(np.arange(len(examples)))
-    for _ in range(150):
+    for _ in range(250):
         loss = sum(model.train()(model.batch(examples, np.arange(len(examples)), rng)).values())
         optimizer.zero_grad()
         loss.backward()

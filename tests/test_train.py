@@ -21,7 +21,7 @@ from utils.data import training_examples
 from utils.errors import RunError, UserError
 from utils.files import check_space, load_tensors, save_tensors
 from utils.metrics import SelectBy, draw_negatives
-from utils.report import closing_table, comparison, finished_runs, protocol
+from utils.report import closing_table, comparison, finished_runs, git_commit, protocol
 from utils.run import LOCK, Run
 from utils.train import Loop, fit, gradient_shares
 
@@ -509,6 +509,29 @@ def test_sizes_that_only_cost_memory_may_change_on_resume(tmp_path):
     assert state["starts"][-1]["step"] == 8 and run.config["micro_batch_size"] == 3
     with pytest.raises(UserError, match="batch_size=16, not 8"):
         Run(CONFIG | {"output_dir": str(tmp_path / "a"), "resume": "auto", "batch_size": 8}, run.data, "")
+
+
+def test_a_commit_is_dirty_where_tracked_code_differs_and_not_where_records_do(tmp_path, monkeypatch):
+    def git(*arguments):
+        named = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *named, *arguments], check=True, capture_output=True, text=True
+        )
+
+    monkeypatch.setattr("utils.report.ROOT", tmp_path)
+    assert git_commit() == "unknown"
+    for name in ("a.py", "results/runs.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "Begin")
+    commit = git("rev-parse", "HEAD").stdout.strip()
+    (tmp_path / "results" / "runs.json").write_text("2")
+    (tmp_path / "new.py").write_text("2")
+    assert git_commit() == commit
+    (tmp_path / "a.py").write_text("2")
+    assert git_commit() == f"{commit}-dirty"
 
 
 def test_every_start_of_a_run_is_recorded(tmp_path, monkeypatch):

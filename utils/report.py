@@ -40,10 +40,18 @@ ORDER = ("sr", "open_p5", "teacher", "student", "fusion")
 
 
 def git_commit() -> str:
-    """The checkout's commit, marked -dirty if tracked files differ from it; 'unknown' outside a git checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
+    """The checkout's commit, marked -dirty if tracked files outside results/ differ; 'unknown' outside a git checkout.
+
+    What reproduce.py records in results/ between two runs changes nothing that a run computes.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

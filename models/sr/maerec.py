@@ -26,6 +26,7 @@ from torch import nn
 from models.interface import flag
 from models.sr.sasrec import SASRec
 from utils.data import TrainingPart
+from utils.errors import UserError
 
 
 def transitions(data: TrainingPart, distance: int) -> np.ndarray:
@@ -66,9 +67,16 @@ class MAERec(SASRec):
         self.recon_edges, self.recon_negatives = config.recon_edges, config.recon_negatives
         self.recon_weight = config.recon_weight
         edges = torch.from_numpy(transitions(data, config.graph_distance))
-        self.register_buffer("edges", edges, persistent=False)  # (2, E)
+        self.register_buffer("edges", edges)  # (2, E), kept with the weights: a run folder does not have the data
         d, pairs = config.item_dim, config.graph_layers**2
         self.decoder = nn.Sequential(nn.Linear(pairs * d, d), nn.ReLU(), nn.Linear(d, 1), nn.Sigmoid())
+
+    def resize(self, weights: dict[str, torch.Tensor]) -> None:
+        edges = weights.get("edges")
+        if edges is not None and edges.ndim == 2 and len(edges) == 2:
+            if edges.is_floating_point() or ((edges < 1) | (edges >= len(self.items.weight))).any():
+                raise UserError("the edges of its graph are not items; the file is damaged: train it again")
+            self.edges = torch.empty_like(edges, dtype=torch.int64)
 
     def layers(self, edges: torch.Tensor) -> list[torch.Tensor]:
         """E_0 .. E_L, each (V + 1, d); in float32 also under autocast."""

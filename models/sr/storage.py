@@ -27,6 +27,7 @@ def new_recommender(config: dict, known: TrainingPart) -> Recommender:
 def load_recommender(folder: Path, config: dict, known: TrainingPart) -> Recommender:
     """The trained recommender of a run folder, in eval mode; UserError where its weights do not fit."""
     recommender, weights = new_recommender(config, known), load_tensors(folder / "model.safetensors")
+    recommender.resize(weights)
     wanted, found = ({n: tuple(v.shape) for n, v in part.items()} for part in (recommender.state_dict(), weights))
     if wanted != found:
         odd = min(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from models.llm.decoder import base_config
 from utils import assets, cli
-from utils.errors import RunError, UserError
+from utils.errors import RunError, UserError, describe_error, end_output
 from utils.experiments import (
     Experiment,
     calibration,
@@ -271,5 +271,11 @@ if __name__ == "__main__":
         cli.stop("reproduce.py", str(error), 2)
     except RunError as error:
         cli.stop("reproduce.py", str(error), 1)
+    except BrokenPipeError:  # `show | head`
+        pass
+    except OSError as error:
+        cli.stop("reproduce.py", describe_error(error), 2)
     except KeyboardInterrupt:
         cli.stop("reproduce.py", "interrupted; the same command goes on", 130)
+    finally:
+        end_output()

@@ -4,16 +4,19 @@
 
 Measures: switched off one at a time, alternately with everything on, medians of five; the prefix shared by
 micro-batches; SASRec's users in groups of like lengths; torch.compile, which the scripts do not use; several targets of
-a user at once. Growth, medians of three: with depth and history length, a training step and inference of the language
-model, batch 32, ours beside the released computation; with the catalogue, a SASRec training step with the whole softmax
-and with 2,048 negatives; with the users, drawing candidates, and ranking by vectors that cost nothing.
+a user at once; the teacher's states stored, and computed in each batch. Growth, medians of three: with depth and
+history length, a training step and inference of the language model, batch 32, ours beside the released computation;
+with the catalogue, a SASRec training step with the whole softmax and with 2,048 negatives; with the users, drawing
+candidates, and ranking by vectors that cost nothing.
 """
 
 import argparse
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -39,6 +42,8 @@ from benchmarks.llm_step import (
     without,
 )
 from models.dropout import Dropout
+from models.llm.decoder import block_boundaries
+from models.slmrec import SLMRec
 from models.sr import objectives, sasrec
 from utils.cli import ROOT
 from utils.data import Sequences, TrainingPart, shuffled_batches, training_examples
@@ -181,6 +186,52 @@ def sasrec_groups(repeats: int, device) -> dict[str, float]:
     return alternate(repeats, groups=(groups, number), one_piece=(one_piece, number))
 
 
+def teachers_states(repeats: int, device) -> dict[str, float]:
+    """Targets per second of a student of 4 layers that learns the states of 8, all positions read at items, L_cos.
+
+    Stored in a file, as float32 and as the bits of bfloat16, or computed by the teacher in each batch of 128 users;
+    once: of computing them all before training.
+    """
+    data = make_data(None, 256)
+    examples = training_examples(data, "all", MAX_ITEMS)
+    index = shuffled_batches(len(examples), 128, seed=0, epoch=0)
+    teacher, base = (
+        make_model("smollm2-135m", layers, data.num_items, device, torch.float32, read_out="item") for layers in (8, 4)
+    )
+    weights = {"lambda_cos": 1.0, "lambda_norm": 0.0, "lambda_ms": 0.0}
+    student = SLMRec(base, num_blocks=4, norm_form="l2", block_reduction="sum", **weights).to(device)
+    batches = [{k: v.to(device) for k, v in examples.batch(part).items()} for part in index]
+    number, boundaries = int(examples.num_targets.sum()), block_boundaries(8, 4)
+    step = training_step(student, ours_loss, batches)
+    with tempfile.TemporaryDirectory() as folder, teacher.eval().for_inference():
+        files = {
+            name: np.lib.format.open_memmap(f"{folder}/{name}.npy", "w+", kind, (number, 4, teacher.hidden_size))
+            for name, kind in (("float32", np.float32), ("bfloat16", np.int16))
+        }
+
+        def once() -> None:
+            for part, batch in zip(index, batches, strict=True):
+                with torch.inference_mode():
+                    states = teacher.states(batch["histories"], batch["targets"] != 0, boundaries).float()
+                files["float32"][examples.target_rows(part)] = states.cpu().numpy()
+                files["bfloat16"][examples.target_rows(part)] = states.bfloat16().view(torch.int16).cpu().numpy()
+
+        def stored(states: np.ndarray) -> None:
+            for part, batch in zip(index, batches, strict=True):
+                batch["teacher_states"] = torch.from_numpy(states[examples.target_rows(part)]).to(device)
+            step()
+
+        def per_batch() -> None:
+            student.teacher = (teacher, boundaries)
+            step()
+            student.teacher = None
+
+        once()
+        stored(files["float32"])
+        work = {name: (partial(stored, states), number) for name, states in files.items()}
+        return alternate(repeats, **work, per_batch=(per_batch, number), once=(once, number))
+
+
 def compiled(work: Workload, repeats: int) -> dict[str, float]:
     """Samples per second of training with and without torch.compile, and the seconds of the first, compiling pass.
 
@@ -295,6 +346,9 @@ def main() -> None:
     for name, speeds in targets.items():
         ratio = speeds["shared"] / speeds["copies"]
         print(f"8 targets of a user at once, {name}: {ratio:.2f} x the targets per second of copies", flush=True)
+    states = teachers_states(repeats, device)
+    speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in states.items())
+    print(f"targets per second of a student, by the teacher's states: {speeds}", flush=True)
     panels = {
         "layers, ms a sample": {n: language_model(n, None, device) for n in DEPTHS},
         "items of history (4 layers), ms a sample": {n: language_model(4, n, device) for n in LENGTHS},
@@ -302,7 +356,7 @@ def main() -> None:
         "users, seconds": {n: users(n) for n in USERS},
     }
     found = {"one_off": measures, "micro_batches": micro, "compile": compiling, "many_targets": targets}
-    found["sasrec_groups"] = grouped
+    found |= {"sasrec_groups": grouped, "teacher_states": states}
     write_json(found | {"panels": panels, "repeats": repeats, "environment": environment(accelerator)}, args.out)
     for title, sizes in panels.items():
         for name in next(iter(sizes.values())):

@@ -449,3 +449,15 @@ def test_the_commands_for_the_papers_own_cells(tmp_path):
         assert re.search(rf"^\| {row} +\| +1 \|( +\d+\.\d\d \|)+.* {paper} ", printed, re.M), row
     assert re.search(r"^\| SLMRec_4<-8 +\| +1 \|.* 18\.07 ", printed, re.M)
     assert re.search(r"^\| E4SRec +\| +\d+\.\d \(\d+\.\d\d\) .* 3\.95 \(6\.58\)", printed, re.M)
+
+
+def test_output_that_nobody_reads_or_that_has_no_room_is_no_traceback():
+    words = [sys.executable, "reproduce.py", "list"]
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, encoding="utf-8")
+    assert found.returncode == 2 and found.stderr.startswith("reproduce.py: No space left on device")
+    read, write = os.pipe()
+    os.close(read)
+    found = subprocess.run(words, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, encoding="utf-8")
+    os.close(write)
+    assert found.returncode == 0 and not found.stderr

@@ -17,6 +17,7 @@ from finetune import find_base
 from models.llm.decoder import layer_flags
 from models.llm.open_p5 import build_open_p5, save_open_p5, sequential_index
 from models.llm.storage import count_parameters, load_base
+from models.sr import MODELS
 from utils import assets, cli
 from utils.data import Sequences, training_examples
 from utils.metrics import DEFAULT_SELECTION, SelectBy
@@ -76,4 +77,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(main, section="open_p5")
+    cli.run(main, section="open_p5", models=MODELS)

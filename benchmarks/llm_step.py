@@ -210,11 +210,13 @@ class Workload:
         device,
         infer_batch_size: int | None = None,
         data: Sequences | None = None,
+        users: int | None = None,
     ):
+        """users: how many are ranked; a real run ranks so many that what is done once per ranking does not count."""
         self.batch_size, self.infer_batch_size, self.device = batch_size, infer_batch_size or batch_size, device
         self.data = data or make_data(dataset, 16 * max(self.batch_size, self.infer_batch_size))
         self.examples = training_examples(self.data, "last", MAX_ITEMS)
-        self.ranked = replace(self.data, users=self.data.users[: max(512, 2 * self.infer_batch_size)])
+        self.ranked = replace(self.data, users=self.data.users[: users or max(512, 2 * self.infer_batch_size)])
         self.tests = split_examples(self.ranked, "test", MAX_ITEMS)
 
     def index(self) -> list[np.ndarray]:
@@ -503,7 +505,7 @@ def main() -> None:
         benchmark.equal_depth(Workload(args.dataset, batch_size, **more))
     for depth in args.student_layers:
         benchmark.student(Workload(args.dataset, args.student_batch_size, **more), depth)
-    benchmark.read_outs(Workload(args.dataset, max(args.batch_sizes), **more))
+    benchmark.read_outs(Workload(args.dataset, max(args.batch_sizes), users=2048, **more))
     summary = benchmark.summary()
     record = {"summary": summary, "rows": benchmark.rows, "read_outs": benchmark.read_out_rows}
     settings = {name: str(value) for name, value in vars(args).items() if name != "out"}

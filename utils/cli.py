@@ -36,7 +36,8 @@ def run(
 
     section: of the recipe, None where a script has none. inherits: flags that come from an earlier step's run unless
     this step is given its own.
-    models: the registry that --model chooses from; `main` gets its Config as `model_config` if it takes one.
+    models: the registry that --model chooses from, whose names a recipe may hold; `main` gets the Config of the chosen
+    one as `model_config` if it takes one.
     """
     script = Path(sys.modules[main.__module__].__file__).name
     argv = sys.argv[1:] if argv is None else argv
@@ -144,7 +145,7 @@ def help_text(main: Callable, script: str, argv: list[str], models: Models) -> s
     model = next((argv[at + 1] for at, word in enumerate(argv[:-1]) if word == "--model"), None)
     flags = flags_of(main, models, model if model in (models or {}) else None)
     lines = [inspect.getdoc(sys.modules[main.__module__]) or ""]
-    if models:
+    if "model" in inspect.signature(main).parameters:
         lines += [f"Models: {', '.join(models)}. Each has flags of its own: --model NAME --help."]
     lines += ["", "Args:"]
     for name, flag in flags.items():

@@ -19,7 +19,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from models.llm.decoder import base_config
 from utils import assets, cli
 from utils.errors import RunError, UserError, describe_error, end_output
 from utils.experiments import (
@@ -146,6 +145,8 @@ def wanted_runs(args: argparse.Namespace) -> list[Experiment]:
 
 def base_layers(experiment: Experiment) -> int:
     """How many layers the base model has that the dataset's teacher is cut from."""
+    from models.llm.decoder import base_config  # transformers takes seconds to import, which most verbs do not need
+
     recipe = read_recipe(cli.ROOT / "recipes" / f"{experiment.dataset}.yaml")["teacher"]
     base = experiment.base_model or recipe.get("base_model", assets.EMBEDDED_MODEL)
     return base_config(assets.base_model_path(base)).num_hidden_layers

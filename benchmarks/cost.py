@@ -58,7 +58,8 @@ BATCH = 32
 
 def full_width(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
     """Every history padded to 30 items."""
-    return [{k: F.pad(v, (MAX_ITEMS - v.shape[1], 0)) for k, v in batch.items()} for batch in batches]
+    padded = ("histories", "targets")
+    return [batch | {k: F.pad(batch[k], (MAX_ITEMS - batch[k].shape[1], 0)) for k in padded} for batch in batches]
 
 
 OFF = {  # the measures of `Fast` that are switched off, and what that is called

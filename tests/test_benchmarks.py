@@ -5,7 +5,9 @@ import importlib
 import json
 import sys
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, tiny_llm_rec, tiny_sources
 
 from benchmarks import busy, cost, efficiency, llm_step
@@ -102,3 +104,21 @@ def test_efficiency_scales_a_few_steps_to_an_epoch_and_compares_with_full_depth(
     rows["SLMRec_4"]["train_seconds"] = 0.5
     cells = [cell.strip() for cell in efficiency.table(record).splitlines()[-1].split("|")]
     assert cells[1:4] == ["SLMRec_4", "0.5 (4.0)", "2.0 (1.0)"]
+
+
+def test_the_measures_of_cost_run(monkeypatch):
+    """With tiny models, on users of different lengths; their speeds say nothing."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(4, 20, 128)
+    offsets = np.append(0, lengths.cumsum())
+    data = Sequences("tiny", rng.integers(1, 41, offsets[-1]).astype(np.int32), offsets, 40, np.arange(128), "0" * 64)
+    for module in (cost, llm_step):
+        monkeypatch.setattr(module, "make_data", lambda *_: data)
+    monkeypatch.setattr(cost, "make_model", lambda _, layers, *__, **options: tiny_llm_rec(layers, **options))
+    device = torch.device("cpu")
+    work = llm_step.Workload(None, cost.BATCH, device)
+    found = cost.one_off(work, 1)
+    assert [row["off"] for row in found] == [*cost.TRAINING, *cost.INFERENCE]
+    states, many = cost.teachers_states(1, device), cost.many_targets(None, 1, device)
+    for speeds in ({row["off"]: row["per_s"] for row in found}, states, many, cost.micro_batches(work, 1)):
+        assert min(speeds.values()) > 0

@@ -22,10 +22,8 @@ WHILE_RECORDING = {
     for switch in (
         "input_map mlp",
         "item_output residual",
-        "item_output trained",
         "LoRA on all linear maps",
         "LoRA on down_proj alone",
-        "weight_decay .1",
     )
 }
 

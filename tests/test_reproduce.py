@@ -302,6 +302,40 @@ def test_average_ranks_share_a_place_where_values_are_equal():
     assert found == {"a": "1.8", "b": "2.2", "c": "2.0"}
 
 
+def test_ours_stands_beside_what_others_published():
+    def run(ndcg: float, parameters: int = 2_500_000, seconds: float = 7.25) -> dict:
+        trained = {
+            "parameters": {"total": parameters},
+            "seconds": {"train_epoch": seconds},
+            "environment": {"threads": 1},
+        }
+        return {"metrics": {"test": {"full": {"NDCG@10": ndcg}}, "baselines": {}} | trained}
+
+    published = {"ndcg": 0.04, "loss": "ce", "source": "a paper"}
+    names = {"near": (0.0376, 0.0384), "far": (0.0379,), "above": (0.05,), "ours alone": (0.02,)}
+    rows = {name: paper_tables.Row(name, published=None if name == "ours alone" else published) for name in names}
+    rows["to come"] = paper_tables.Row("to come", published=published)
+    found = {("strong", name, seed): run(v) for name, values in names.items() for seed, v in enumerate(values)}
+    table = paper_tables.Table("baselines", "", rows, {"beauty": {"strong": [0, 1]}}, shape="published")
+    lines = paper_tables.published_table(table, "beauty", "strong", found).splitlines()
+    cells = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in (text.split("|") for text in lines[2:])}
+    assert cells["near"] == [
+        "0.0400",
+        "ce",
+        "2",
+        "0.0380 ± 0.0006",
+        "-5.0 %",
+        "yes",
+        "2.50",
+        "7.2 ± 0.0",
+        "1",
+        "a paper",
+    ]
+    assert cells["far"][3:6] == ["0.0379", "-5.2 %", "no"] and cells["above"][4:6] == ["+25.0 %", "yes"]
+    assert cells["ours alone"] == ["-", "-", "1", "0.0200", "-", "-", "2.50", "7.2", "1", "-"]
+    assert cells["to come"] == ["0.0400", "ce", *"-------", "a paper"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -327,6 +361,7 @@ def test_what_is_not_there_is_refused(place, monkeypatch, words, message):
         ("table2", TABLE.replace("released: [1]", "loose: [1]"), "no protocol 'loose'"),
         ("table2", TABLE + "shape: round", "shape 'round' is none of metrics"),
         ("table2", TABLE.replace("title:", "tilte:"), "tilte"),
+        ("table2", TABLE.replace("{run: student,", "{run: student, published: {nccg: 1},"), "nccg"),
         ("table2", "just text", "expected name: value lines"),
     ],
 )

@@ -120,10 +120,14 @@ def maerec(w: Weights, history):
     return table @ encode(w, table[history], seeing(True))[-1]
 
 
+@pytest.mark.parametrize("scale_items", [False, True])
 @pytest.mark.parametrize("name", ["sasrec", "bert4rec", "lightsans", "duorec", "s3rec", "maerec"])
-def test_scores_are_those_of_the_papers_equations(name):
-    model = small(name, noise=0.5, item_dim=D, num_interests=3, graph_distance=2)
+def test_scores_are_those_of_the_papers_equations(name, scale_items, monkeypatch):
+    model = small(name, noise=0.5, item_dim=D, num_interests=3, graph_distance=2, scale_items=scale_items)
     equations = {"duorec": sasrec, "s3rec": sasrec}.get(name) or globals()[name]
+    if scale_items:  # as Kang and McAuley's code does
+        plain = encode
+        monkeypatch.setitem(globals(), "encode", lambda w, vectors, *a, **k: plain(w, D**0.5 * vectors, *a, **k))
     for history, found in zip(OWN, model.scores(HISTORIES).detach().numpy(), strict=True):
         expected = equations(weights_of(model), history)
         np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-4, atol=1e-4 * abs(expected).max())

@@ -21,16 +21,25 @@ DOMAINS = {
 }
 PRINTED = ("HR@1", "HR@5", "NDCG@5", "MRR")  # by the paper, in percent
 PAPER = cli.ROOT / "results" / "paper_tables.json"
-SHAPES = ("metrics", "efficiency", "depth", "data", "values", "claims")
+SHAPES = ("metrics", "published", "efficiency", "depth", "data", "values", "claims")
 VERDICTS = ("better", "as_good", "share")  # how a claim is judged: utils/paper_claims.py
 IN_FIGURE = ("HR@10", "NDCG@10", "MRR")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What others report of a model: NDCG@10 of the full ranking, the loss it was trained with, and where it stands."""
+
+    ndcg: float
+    loss: str
+    source: str
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of a table: our run (or a model without training in its record), and the paper's; None shows a dash.
 
-    datasets: where it is run, None for all of the table's.
+    datasets: where it is run, None for all of the table's. published: what others report, on those datasets.
     """
 
     run: str | None = None
@@ -38,6 +47,11 @@ class Row:
     model: str = "Popularity"  # which one that is
     paper: str | None = None
     datasets: list[str] | None = None
+    published: Published | dict | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.published, dict):
+            object.__setattr__(self, "published", Published(**self.published))
 
     def on(self, dataset: str) -> bool:
         return self.datasets is None or dataset in self.datasets
@@ -170,6 +184,24 @@ def metric_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
     header = [f"{dataset}, %", "seeds", *PRINTED, "full HR@10", "full NDCG@10", "rank"]
     header += [f"paper {m}" for m in PRINTED] if domain in domains else [f"paper NDCG@5, {d}" for d in domains]
     return markdown_table(header, cells)
+
+
+def published_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
+    """Test NDCG@10 of the full ranking beside what others report, and whether it is at least 95 % of that."""
+    cells = []
+    for name, row in table.rows.items():
+        theirs, of = row.published, measured(found, protocol, row)
+        values = [run["test"]["full"]["NDCG@10"] for run in of]
+        line = [name, *((f"{theirs.ndcg:.4f}", theirs.loss) if theirs else "--"), str(len(of) or "-"), mean(values)]
+        ratio = statistics.mean(values) / theirs.ndcg if theirs and values else None
+        line += ["-", "-"] if ratio is None else [f"{100 * (ratio - 1):+.1f} %", "yes" if ratio >= 0.95 else "no"]
+        trained = [run for run in of if "parameters" in run]  # what learns nothing has none
+        line += [f"{trained[0]['parameters']['total'] / 1e6:.2f}" if trained else "-"]
+        line += [mean([run["seconds"]["train_epoch"] for run in trained], digits=1)]
+        line += [", ".join(sorted({str(run["environment"]["threads"]) for run in trained})) or "-"]
+        cells.append([*line, theirs.source if theirs else "-"])
+    header = [f"{dataset}, full NDCG@10", "published", "its loss", "seeds", "ours", "difference", "at least 95 %"]
+    return markdown_table([*header, "params, M", "s/epoch", "threads", "source"], cells)
 
 
 def ladder_table(table: Table, protocol: str, found: dict) -> str:

@@ -67,7 +67,7 @@ class LightSANs(SASRec):
 
     def states(self, histories: torch.Tensor) -> torch.Tensor:
         """(B, T, d), of which the last position alone is a user vector."""
-        x, positions = self.dropout(self.embed(histories)), self.positions(self.ages(histories))
+        x, positions = self.dropout(self.scale * self.embed(histories)), self.positions(self.ages(histories))
         for block in self.blocks:
             x = block(x, histories == 0, positions)
         return self.norm(x)

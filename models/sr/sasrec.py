@@ -42,12 +42,14 @@ class SASRec(SequentialRecommender):
         num_layers: int = flag(2, "blocks", ">= 1")
         num_heads: int = flag(2, "attention heads", ">= 1")
         dropout: float = flag(0.2, "dropout", "0..1")
+        scale_items: bool = flag(False, "item vectors that are read are multiplied by sqrt(item_dim)")
 
     def __init__(self, config: Config, data: TrainingPart) -> None:
         super().__init__(config, data)
         d, heads, dropout = config.item_dim, config.num_heads, config.dropout
         if d % heads:
             raise UserError(f"--num_heads {heads} does not divide --item_dim {d}")
+        self.scale = d**0.5 if config.scale_items else 1.0
         self.items = nn.Embedding(data.num_items + 1, d, padding_idx=0)
         self.positions = nn.Embedding(self.max_length, d)
         self.blocks = nn.ModuleList(Block(d, heads, dropout) for _ in range(config.num_layers))
@@ -67,7 +69,7 @@ class SASRec(SequentialRecommender):
     def states(self, histories: torch.Tensor, causal: bool = True) -> torch.Tensor:
         """User vectors after every position: histories (B, T), T <= max_length -> (B, T, d)."""
         T = histories.shape[1]
-        x = self.dropout(self.embed(histories) + self.positions(self.ages(histories)))  # (B, T, d)
+        x = self.dropout(self.scale * self.embed(histories) + self.positions(self.ages(histories)))  # (B, T, d)
         # The mask comes from the ids. A padded position sees itself only, which keeps its softmax defined.
         every = torch.ones(T, T, dtype=torch.bool, device=histories.device)
         itself = torch.eye(T, dtype=torch.bool, device=histories.device)

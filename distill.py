@@ -21,13 +21,13 @@ from models.llm.influence import explicit_selection
 from models.llm.kl_teacher import find_kl_teacher, give_logits, weights_sha256
 from models.llm.recommender import LLMRec
 from models.llm.storage import (
-    HEADS_FILE,
     Base,
     build_llm_rec,
     check_base,
     count_parameters,
     load_base,
     load_llm_rec,
+    read_heads,
     recorded_base,
     save_llm_rec,
 )
@@ -38,10 +38,10 @@ from models.sr import MODELS
 from utils import assets, cli
 from utils.data import Examples, Sequences, check_same_dataset, training_examples
 from utils.errors import UserError
-from utils.files import load_tensors
 from utils.metrics import DEFAULT_SELECTION, SelectBy
-from utils.report import closing_table, finished_run
+from utils.report import closing_table
 from utils.run import Run
+from utils.run_files import finished_run
 from utils.train import fit
 
 INHERITED = ["base_model", "layer_selection", "train_strategy", "lora_r", "lora_alpha", "lora_dropout"]
@@ -191,7 +191,7 @@ def untrained(config: dict, base: Base, source: Path, taught: dict) -> SLMRec:
     terms |= {"temperature": config["temperature"] or 1.0, "kl_items": config["kl_items"]}
     if config["mode"] == "offline":
         return SLMRec(start_of_student(config, base, source), **terms)
-    table = load_tensors(source / HEADS_FILE)["item_table"]
+    table = read_heads(source, taught.get("item_dim"))["item_table"]
     student = build_llm_rec(config, base, table)
     teacher = build_llm_rec(taught, load_base(taught, recorded_base(taught)), table)
     own = {"lambda_ms_teacher": config["lambda_ms_teacher"], "kl_blocks": config["kl_blocks"]}
@@ -200,7 +200,7 @@ def untrained(config: dict, base: Base, source: Path, taught: dict) -> SLMRec:
 
 def start_of_student(config: dict, base: Base, source: Path) -> LLMRec:
     """The untrained student, with the item tables of the teacher in `source`, for the input and for the output."""
-    heads = load_tensors(source / HEADS_FILE)
+    heads = read_heads(source, config["item_dim"])
     student = build_llm_rec(config, base, heads["item_table"])
     output = {name: value for name, value in heads.items() if name.startswith("item_output.")}
     own = {name: value.shape for name, value in student.state_dict().items() if name.startswith("item_output.")}

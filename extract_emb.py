@@ -25,7 +25,7 @@ from utils.errors import UserError
 from utils.files import is_plain_name, sha256
 from utils.import_table import import_table as read_import
 from utils.item_tables import TABLE_FILE, check_components, check_target, norm_summary, whiten, write_table
-from utils.report import finished_run
+from utils.run_files import finished_run
 
 TEXT_DIM = 128
 

@@ -13,6 +13,7 @@ import utils.threads  # noqa: F401  before torch is imported
 # isort: split
 
 import csv
+import io
 import json
 import sys
 import time
@@ -34,7 +35,8 @@ from utils import cli
 from utils.catalogue import Catalogue
 from utils.errors import UserError
 from utils.files import atomic_file
-from utils.report import check_parts, finished_run
+from utils.report import check_parts
+from utils.run_files import finished_run
 
 
 @dataclass(frozen=True)
@@ -147,16 +149,26 @@ def load_fusion(config: dict) -> Fusion:
     return Fusion([part.model for part in parts], lengths, [part.autocast for part in parts], config["weight"])
 
 
+def text_of(flag: str, path: str) -> str:
+    """What a file or a pipe, or standard input for -, holds."""
+    try:
+        if path == "-":
+            return sys.stdin.read()
+        with open(path, encoding="utf-8-sig", newline="") as file:  # a quoted cell may hold any line end
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path} is no UTF-8 text ({error})") from error
+
+
 def read_histories(path: str) -> Iterator[list[str]]:
     """Histories of a .csv or .jsonl file; - is standard input, of either kind, told by its first character."""
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--input {path} is no UTF-8 text ({error})") from error
+    text = text_of("--input", path)
     if path.endswith(".csv") or (path == "-" and text.lstrip()[:1] not in ("[", "{")):
-        yield from (
-            [cell.strip() for cell in row if cell.strip()] for row in csv.reader(text.splitlines(keepends=True))
-        )
+        rows = csv.reader(io.StringIO(text, newline=""))
+        try:
+            yield from ([cell.strip() for cell in row if cell.strip()] for row in rows)
+        except csv.Error as error:
+            raise UserError(f"--input {path}, line {rows.line_num}: {error}") from error
         return
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -166,7 +178,7 @@ def read_histories(path: str) -> Iterator[list[str]]:
             history = value["history"] if isinstance(value, dict) else value
             if not isinstance(history, list):
                 raise ValueError("no list of items")
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, RecursionError) as error:
             raise UserError(
                 f"--input {path}, line {number}: {error}; expected a list or {{'history': [...]}}"
             ) from error
@@ -213,7 +225,7 @@ def main(
     trained = load(run)
     wanted = None
     if candidates:
-        wanted = [line.strip() for line in Path(candidates).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        wanted = [line.strip() for line in text_of("--candidates", candidates).split("\n") if line.strip()]
     histories = (
         [[part.strip() for part in history.split(";") if part.strip()]] if history else list(read_histories(input))
     )

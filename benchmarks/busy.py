@@ -41,8 +41,8 @@ LOADS = ("quiet", "busy")
 
 
 def step_seconds(steps: int) -> float:
-    """Seconds per optimiser step of finetune.py without flags, over `steps` of them, on a random item table."""
-    config = resolve(finetune.main, "teacher", [], models=MODELS)
+    """Seconds per optimiser step of finetune.py's default run, over `steps` of them, on a random item table."""
+    config = resolve(finetune.main, "teacher", ["--num_layers", "8"], models=MODELS)
     data = Sequences.load(dataset_folder(config["dataset"]))
     examples = training_examples(data, config["train_targets"], config["max_seq_length"])
     index = shuffled_batches(len(examples), config["batch_size"], config["seed"], epoch=0)[: steps + 1]

@@ -16,10 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import busy, cost, efficiency, llm_step, order
 from utils import cli
+from utils.checked import read_json
 from utils.cli import ROOT
 from utils.errors import UserError
 from utils.experiments import records
-from utils.files import atomic_file, read_json
+from utils.files import atomic_file
 from utils.paper_tables import difference_table, ladder_table, measured, printed, read_table
 from utils.report import markdown_table
 

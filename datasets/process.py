@@ -18,7 +18,6 @@ describes what it reads and writes.
 
 import argparse
 import csv
-import hashlib
 import json
 import os
 import sys
@@ -39,8 +38,9 @@ from readers import read_interactions, read_lists, read_pairs, read_prepared, re
 from sources import open_bytes
 from times import RANK, written
 
+from utils.checked import INFO, fingerprint_of, read_array, read_json, read_text
 from utils.errors import UserError, describe_error, end_output
-from utils.files import atomic_folder, check_replaceable, is_plain_name, locked, read_json, sha256
+from utils.files import atomic_folder, check_replaceable, is_plain_name, locked, sha256
 
 ARRAYS = ("items", "offsets", "timestamps")
 FILES = ["dataset.json", *(f"{name}.npy" for name in ARRAYS), "user_ids.txt", "items.tsv"]
@@ -110,7 +110,6 @@ def describe(args: argparse.Namespace, found: Interactions, arrays: dict, item_i
     """What dataset.json tells of the dataset itself."""
     offsets, count, titles = arrays["offsets"], len(found.user), found.titles or {}
     users = len(offsets) - 1
-    contents = arrays["items"].tobytes() + offsets.tobytes() + str(len(item_ids)).encode()
     quantiles = {str(q): float(np.quantile(np.diff(offsets), q)) for q in (0, 0.25, 0.5, 0.75, 0.95, 1)}
     return {
         "name": args.name,
@@ -126,7 +125,7 @@ def describe(args: argparse.Namespace, found: Interactions, arrays: dict, item_i
         "items_with_title": sum(name in titles for name in item_ids),
         "titles_before_filtering": sum(name in titles for name in found.item_ids),
         "bad_lines": found.bad_lines,
-        "fingerprint": hashlib.sha256(contents).hexdigest(),
+        "fingerprint": fingerprint_of(arrays["items"], offsets, len(item_ids)),
     }
 
 
@@ -149,20 +148,20 @@ def write(folder: Path, arrays: dict, user_ids: list[str], item_ids: list[str], 
 def load_info(name: str) -> tuple[Path, dict]:
     for folder in (HERE / name, Path(name)):
         if (folder / "dataset.json").is_file():
-            return folder, read_json(folder / "dataset.json", "")
+            return folder, read_json(folder / "dataset.json", "", INFO)
     raise UserError(f"{name}: no dataset of that name in {HERE}, and no such folder")
 
 
 def ids_in(path: Path) -> list[str]:
     """The first column of a file of ids."""
-    return [on_line(line.partition("\t")[0]) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return [on_line(line.partition("\t")[0]) for line in read_text(path).split("\n")[:-1]]
 
 
 def export(args: argparse.Namespace) -> None:
     """A TSV on standard output that other tools read, and `lists` reads back."""
     folder, info = load_info(args.name)
     try:
-        items, offsets, moments = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
+        items, offsets, moments = (read_array(folder / f"{name}.npy", "make the dataset anew") for name in ARRAYS)
         users, names = ids_in(folder / "user_ids.txt"), ids_in(folder / "items.tsv")
         timed, decimals = info["timestamp_ties"] is not None, int(info.get("timestamp_decimals") or 0)
         fit = all(part.ndim == 1 and part.dtype.kind == "i" and len(part) for part in (items, offsets, moments))

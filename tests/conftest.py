@@ -19,6 +19,7 @@ from models.llm.decoder import keep_layers
 from models.llm.recommender import LLMRec
 from models.sr.sasrec import SASRec
 from utils import files, paper_runs
+from utils.checked import fingerprint_of
 from utils.data import Sequences
 from utils.experiments import Experiment
 
@@ -89,14 +90,15 @@ def tiny_sources(place: Path, layers: int = 2) -> Path:
     (place / "data").mkdir()
     np.save(place / "data" / "items.npy", data.items)
     np.save(place / "data" / "offsets.npy", data.offsets)
-    info = {"name": "kill", "items": data.num_items, "fingerprint": data.fingerprint}
+    fingerprint = fingerprint_of(data.items, data.offsets, data.num_items)
+    info = {"name": "kill", "items": data.num_items, "fingerprint": fingerprint}
     (place / "data" / "dataset.json").write_text(json.dumps(info))
     rows = ["item_id\ttitle", *(f"id{n}\t{TITLES.get(n, f'Film {n}')}" for n in range(1, data.num_items + 1))]
     (place / "data" / "items.tsv").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     (place / "table").mkdir()
     table = torch.randn(data.num_items + 1, 8)
     save_file({"item_table": table}, place / "table" / "item_embeddings.safetensors")
-    config = {"kind": "item_embeddings", "dataset_fingerprint": data.fingerprint, "item_dim": 8}
+    config = {"kind": "item_embeddings", "dataset_fingerprint": fingerprint, "item_dim": 8}
     config["table_sha256"] = files.sha256(place / "table" / "item_embeddings.safetensors")
     (place / "table" / "config.json").write_text(json.dumps(config))
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": layers}

@@ -69,6 +69,11 @@ def test_busy_compares_within_a_turn():
     assert rows[2:] == [["default", "2.00", "1.00", "8.00", "1.00"], ["A=1", "2.20", "1.10", "3.50", "0.50"]]
 
 
+@pytest.mark.pipeline
+def test_busy_measures_a_step_of_the_default_teacher():
+    assert 0 < busy.step_seconds(1) < 600
+
+
 def test_a_setting_of_busy_reaches_the_process_and_others_do_not(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("GOMP_SPINCOUNT", "5")

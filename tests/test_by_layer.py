@@ -23,8 +23,9 @@ import finetune
 import recommend
 import train_sr_trad
 from utils import cli, metrics
+from utils.checked import read_json
 from utils.data import Sequences, split_examples
-from utils.files import read_json, write_json
+from utils.files import write_json
 from utils.metrics import draw_negatives, rank_each, rank_users
 from utils.report import closing_table, flatten
 
@@ -139,7 +140,8 @@ def test_in_blocks_of_users_and_in_bfloat16_the_ranks_are_the_models_own(autocas
 
 
 def test_the_record_says_what_was_measured_and_is_no_run(place, sources, capsys):  # noqa: F811
-    before = closing_table(place, "0" * 64)
+    fingerprint = read_json(sources / "data/dataset.json", "")["fingerprint"]
+    before = closing_table(place, fingerprint)
     config, found = by_layer(place, sources, "item", "--layers", "2,3", "--split", "valid", "--candidate_seed", 5)
     folder, measured = place / "item-layers", read_json(place / "item/config.json", "")
     assert set(contents(folder)) == {"config.json", "metrics.json"}
@@ -157,7 +159,7 @@ def test_the_record_says_what_was_measured_and_is_no_run(place, sources, capsys)
     assert len(flatten(found["layers"])) == 2 * 2 * 6 and list(found["layers"]) == ["2", "3"]
     again, _ = by_layer(place, sources, "item", "--layers", "4")
     assert again["layers"] == [4], "a record replaces an earlier one"
-    assert closing_table(place, "0" * 64) == before and "layers" not in before
+    assert closing_table(place, fingerprint) == before and "layers" not in before
 
 
 REFUSED = [

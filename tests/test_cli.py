@@ -404,7 +404,7 @@ def test_bad_values_for_a_model_are_refused(text, words, tmp_path, monkeypatch):
         ("sr: {num_layers: 2.5}", "whole number"),
         ("sr: [", "no YAML"),
         ("sr: 3", "expected name: value"),
-        ("- sr", "expected sections"),
+        ("- sr", "expected name: value lines"),
         ("sr: {seed: 3, max_steps: 1, seed: 4}", "line 1: seed stands twice"),
         ("sr:\n  max_steps: 1\nsr:\n  num_layers: 2", "line 3: sr stands twice"),
         ("sr: {output_dir: {a: 1}}", "expected a single value"),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_sequences
 
+from utils.checked import fingerprint_of
 from utils.data import Sequences, shuffled_batches, sorted_batches, split_examples, training_examples
 from utils.errors import UserError
 
@@ -184,13 +186,17 @@ def test_quotes(tmp_path):
         assert (tmp_path / "q" / "items.tsv").read_text().splitlines()[1].split("\t")[0] == first
 
 
+DTYPES = ["float32", "complex64", "bool", "<U21", "datetime64[s]", "int64", "uint8"]
+
+
 def folder(path, **changes):
     """A small dataset folder with parts replaced."""
     parts = {"items": np.array([1, 2, 3, 1, 2, 3], np.int32), "offsets": np.array([0, 3, 6])} | changes
     path.mkdir()
     for name in ("items", "offsets"):
         np.save(path / f"{name}.npy", parts[name])
-    info = {"name": "toy", "items": 3, "fingerprint": "f"} | changes.get("info", {})
+    found = fingerprint_of(parts["items"], parts["offsets"], 3)
+    info = {"name": "toy", "items": 3, "fingerprint": found} | changes.get("info", {})
     (path / "dataset.json").write_text(json.dumps(info))
     return path
 
@@ -203,7 +209,18 @@ def folder(path, **changes):
         ({"items": np.array([], np.int32)}, "is empty"),
         ({"offsets": np.array([0, 3, 7])}, "does not fit"),
         ({"offsets": np.array([0, 2, 4, 6])}, "no user has 3"),
-        ({"info": {"items": "many"}}, "cannot be read"),
+        ({"info": {"items": "many"}}, "items is 'many', expected a whole number of at least 1"),
+        ({"info": {"items": 1e9}}, "items is 1000000000.0, expected a whole number"),
+        ({"info": {"items": 10**9}}, "not as it was made"),
+        ({"info": {"items": float("inf")}}, "Infinity is no number"),
+        ({"info": {"name": ["toy"]}}, "name is list of 1, expected text"),
+        ({"info": {"fingerprint": "f" * 64}}, "not as it was made"),
+        ({"items": np.array([[1, 2, 3, 1, 2, 3]], np.int32)}, "is empty"),
+        *(({"items": np.array([1, 2, 3, 1, 2, 3]).astype(kind)}, f"items.npy is {re.escape(kind)}") for kind in DTYPES),
+        *(
+            ({"offsets": np.array([0, 3, 6]).astype(kind)}, f"offsets.npy {kind}")
+            for kind in ("float64", "<U21", "int8")
+        ),
     ],
 )
 def test_impossible_datasets_are_refused(changes, words, tmp_path):
@@ -217,7 +234,7 @@ def test_truncated_or_missing_parts_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         Sequences.load(place)
     (place / "items.npy").unlink()
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"items\.npy is missing"):
         Sequences.load(place)
     (place / "dataset.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):

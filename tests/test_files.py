@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from kills import contents, snapshots
 
-from utils import files
+from utils import checked, files
 from utils.errors import UserError
 
 
@@ -83,7 +83,7 @@ def test_a_symbolic_link_stays_one(tmp_path):
     (tmp_path / "far.json").write_text("{}")
     (tmp_path / "near.json").symlink_to("far.json")
     files.write_json({"a": 1}, tmp_path / "near.json")
-    assert (tmp_path / "near.json").is_symlink() and files.read_json(tmp_path / "far.json", "") == {"a": 1}
+    assert (tmp_path / "near.json").is_symlink() and checked.read_json(tmp_path / "far.json", "") == {"a": 1}
     assert {path.name for path in tmp_path.iterdir()} == {"far", "data", "far.json", "near.json"}
 
 

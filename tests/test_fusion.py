@@ -21,8 +21,8 @@ import train_sr_trad
 from models.fusion import Fusion, fuse, rank_with_weights
 from models.interface import Recommender
 from utils import cli, metrics
+from utils.checked import load_tensors
 from utils.data import Sequences, split_examples
-from utils.files import load_tensors
 from utils.metrics import draw_negatives, metrics_from_ranks, rank_users
 from utils.report import closing_table
 
@@ -190,6 +190,10 @@ def run(*words: object) -> None:
     cli.run(evaluate.main, None, [str(word) for word in words])
 
 
+def fingerprint(sources) -> str:  # noqa: F811
+    return json.loads((sources / "data" / "dataset.json").read_text())["fingerprint"]
+
+
 def fused(place, sources, *more) -> tuple[dict, dict]:  # noqa: F811
     run("--run", place / "llm", "--fuse", place / "sasrec", "--dataset", sources / "data", *more)
     folder = place / "llm-with-sasrec"
@@ -221,7 +225,7 @@ def test_the_weight_is_chosen_on_validation_and_measured_on_test(place, sources,
 
 def test_the_fusion_has_a_row_and_is_a_run_to_all(place, sources, capsys):  # noqa: F811
     config, found = fused(place, sources)
-    row = next(line for line in closing_table(place, "0" * 64).splitlines() if "with" in line)
+    row = next(line for line in closing_table(place, fingerprint(sources)).splitlines() if "with" in line)
     assert "Teacher-2 + SASRec (llm-with-sasrec)" in row and f"{found['test']['sampled']['NDCG@10']:.4f}" in row
     capsys.readouterr()
     run("--run", place / "llm-with-sasrec", "--dataset", sources / "data")
@@ -241,13 +245,15 @@ def test_a_fusion_of_runs_that_were_trained_anew_is_told(place, sources, capsys)
     for name in ("config", "metrics"):
         part = place / "sasrec" / f"{name}.json"
         part.write_text(json.dumps(json.loads(part.read_text()) | {"run_id": "anew"}))
-    table = closing_table(place, "0" * 64)
+    table = closing_table(place, fingerprint(sources))
     assert "+ SASRec" not in table.split("| test users")[1] and "trained anew since they were fused" in table
     with pytest.raises(SystemExit) as stop:
         run("--run", place / "llm-with-sasrec", "--dataset", sources / "data")
     assert stop.value.code == 2 and "fuse them again" in capsys.readouterr().err
     fused(place, sources)  # which replaces the earlier one
-    assert "+ SASRec" in closing_table(place, "0" * 64).split("| test users")[1] and path.read_text() != text
+    assert (
+        "+ SASRec" in closing_table(place, fingerprint(sources)).split("| test users")[1] and path.read_text() != text
+    )
 
 
 def refused(place: Path, sources: Path, capsys, argv: list[str], default: str, told: str) -> None:  # noqa: F811

@@ -19,8 +19,8 @@ from models.losses import catalogue_cross_entropy
 from models.sr import MODELS
 from recommend import load
 from utils import cli
+from utils.checked import load_tensors
 from utils.errors import UserError
-from utils.files import load_tensors
 
 
 class GRU(Recommender):

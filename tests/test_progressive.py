@@ -11,9 +11,9 @@ from test_kill import step
 import distill
 import finetune
 from models.llm.storage import HEADS_FILE, load_llm_rec
+from utils.checked import load_tensors
 from utils.data import Sequences, training_examples
 from utils.errors import UserError
-from utils.files import load_tensors
 
 
 @pytest.fixture(scope="module", params=["item", "response"])

@@ -26,7 +26,7 @@ from models.llm.decoder import select_layers
 from models.sr import MODELS
 from models.sr.sasrec import SASRec
 from utils import cli
-from utils.files import load_tensors
+from utils.checked import load_tensors
 from utils.flags import FLAGS, coerce, flags_of
 
 PATHS = [ROOT / "README.md", ROOT / "datasets/README.md", *sorted((ROOT / "docs").glob("*.md"))]

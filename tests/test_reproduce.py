@@ -354,7 +354,7 @@ def test_what_is_not_there_is_refused(place, monkeypatch, words, message):
     [
         ("runs", RUNS.replace("script: distill", "script: distil"), "unknown script distil.*did you mean distill"),
         ("runs", RUNS.replace("[student, SASRec]", "[teacher 2]"), "reads 'teacher 2', which does not stand before it"),
-        ("runs", "runs: [", "runs.yaml cannot be read"),
+        ("runs", "runs: [", "runs.yaml is no YAML"),
         ("runs", RUNS.replace("flags: {num", "flgs: {num"), "flgs"),
         ("runs", RUNS.replace("terms: [cos]", "terms: [norm]"), "no weight of the term 'norm'"),
         ("table2", TABLE.replace("run: student", "run: studet"), "no run 'studet'.*did you mean student"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.checked import COUNT, DAMAGE, TEXT, check, read_text, unreadable
 from utils.data import Sequences, TrainingPart
 from utils.errors import UserError
 from utils.files import atomic_file
@@ -30,7 +31,7 @@ class Catalogue:
         if data.folder:
             path = data.folder / "items.tsv"
             try:
-                rows = path.read_text(encoding="utf-8").split("\n")[1:-1]
+                rows = read_text(path, advice="make it anew with datasets/process.py").split("\n")[1:-1]
                 ids, titles = map(list, zip(*(row.split("\t", 1) for row in rows), strict=True))
             except ValueError as error:
                 raise UserError(f"{path} is damaged ({error}); make it anew with datasets/process.py") from error
@@ -45,14 +46,14 @@ class Catalogue:
         """Of a run folder."""
         path = folder / CATALOGUE_FILE
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            return cls(
-                *([row[name] for row in rows] for name in ("id", "title")), np.array([0] + [r["count"] for r in rows])
-            )
+            rows = [json.loads(line) for line in read_text(path, advice="train the run again").split("\n") if line]
+            check(path, rows, [{"id": TEXT, "title": TEXT, "count": COUNT}], advice="train the run again")
+            ids, titles, counts = ([row[name] for row in rows] for name in ("id", "title", "count"))
+            return cls(ids, titles, np.array([0, *counts], np.int64))
         except FileNotFoundError:
             raise UserError(f"{path} is missing: the run was made by another version; train it again") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); train the run again") from error
+        except DAMAGE as error:
+            raise unreadable(path, error, "train the run again", "is damaged") from error
 
     def save(self, folder: Path) -> None:
         with atomic_file(folder / CATALOGUE_FILE) as part, open(part, "w", encoding="utf-8", newline="\n") as file:

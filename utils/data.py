@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils.checked import INFO, fingerprint_of, read_array, read_json
 from utils.errors import UserError
-from utils.files import is_plain_name, read_json
+from utils.files import is_plain_name
 
 MIN_INTERACTIONS = 3  # one item each to train on, to validate on and to test on
 
@@ -40,14 +41,12 @@ class Sequences:
     @classmethod
     def load(cls, folder: Path) -> "Sequences":
         """Read a dataset folder; raises UserError where it is incomplete, empty or holds impossible ids."""
-        info = read_json(folder / "dataset.json", f"{folder} is no dataset: make one with datasets/process.py")
+        info = read_json(folder / "dataset.json", f"{folder} is no dataset: make one with datasets/process.py", INFO)
         remake = "make it anew with datasets/process.py"
-        try:
-            items = np.load(folder / "items.npy", mmap_mode="r", allow_pickle=False)
-            offsets = np.load(folder / "offsets.npy", allow_pickle=False)
-            name, num_items, fingerprint = str(info["name"]), int(info["items"]), str(info["fingerprint"])
-        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-            raise UserError(f"dataset {folder} cannot be read ({error}); {remake}") from error
+        items, offsets = (read_array(folder / f"{name}.npy", remake) for name in ("items", "offsets"))
+        name, num_items, fingerprint = info["name"], info["items"], info["fingerprint"]
+        if (items.dtype, offsets.dtype) != (np.int32, np.int64):
+            raise UserError(f"dataset {folder}: items.npy is {items.dtype}, offsets.npy {offsets.dtype}; {remake}")
         if not is_plain_name(name):  # runs are written to a folder of that name
             raise UserError(f"dataset {folder}: dataset.json has the name {name!r}, no plain name; {remake}")
         if items.ndim != 1 or offsets.ndim != 1 or not len(items):
@@ -57,6 +56,8 @@ class Sequences:
         low, high = int(items.min()), int(items.max())
         if low < 1 or high > num_items:
             raise UserError(f"dataset {folder}: item ids {low}..{high} outside 1..{num_items}; {remake}")
+        if fingerprint_of(items, offsets, num_items) != fingerprint:
+            raise UserError(f"dataset {folder} is not as it was made: its fingerprint is another; {remake}")
         users = np.flatnonzero(np.diff(offsets) >= MIN_INTERACTIONS)
         if not len(users):
             raise UserError(f"dataset {folder}: no user has {MIN_INTERACTIONS} interactions to split; bring more data")

@@ -23,11 +23,12 @@ from pathlib import Path
 import numpy as np
 
 from utils import cli
+from utils.checked import load_tensors, read_json
 from utils.errors import UserError
-from utils.files import load_tensors, read_json, write_json
+from utils.files import write_json
 from utils.metrics import RANKS_FILE
 from utils.paper_runs import SECTIONS, Spec, protocols, recipe, specs
-from utils.report import finished_run
+from utils.run_files import finished_run, read_config, read_metrics
 
 READS = {"train_sr_trad": ["--init_items"], "extract_emb": ["--sr_dir"], "finetune": ["--item_embeddings"]}
 READS |= {"distill": ["--teacher", "--kl_teacher"], "train_open_p5": [], "evaluate": ["--run", "--fuse"]}
@@ -235,7 +236,7 @@ def by_calibration(experiment: Experiment) -> float | None:
     wall, path = short.kept().get("seconds"), cli.ROOT / short.folder / "metrics.json"
     if short.kept().get("outcome") != "finished" or experiment.spec.script not in TRAINING:
         return wall
-    config, metrics = read_json(path.with_name("config.json"), ""), read_json(path, "")
+    config, metrics = read_config(path.parent), read_metrics(path.parent)
     most = (experiment.of_recipe() | experiment.flags()).get("max_steps", -1)
     steps = most if most > 0 else int(np.ceil(config["num_epochs"] * metrics["steps_per_epoch"]))
     train, score = metrics["seconds"]["train"], metrics["seconds"]["score_test"]

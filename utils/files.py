@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, and checked when read. No pickle anywhere.
+"""Files and folders: written whole or not at all. How they are read: utils/checked.py.
 
 What is being written stands beside its place as `.NAME.HOST.PID.part`, so that what a killed process left can be told
 from what a living one, here or on another machine of a shared file system, still writes.
@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,28 +170,8 @@ def write_json(value: object, path: Path) -> None:
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-class FromFile(dict):
-    """What a file holds; a key that it lacks is a UserError that names the file."""
-
-    def __init__(self, path: Path, values: dict) -> None:
-        super().__init__(values)
-        self.path = path
-
-    def __missing__(self, key: str) -> None:
-        raise UserError(f"{self.path} has no {key!r}; run the step that writes it again")
-
-
-def read_json(path: Path, missing: str) -> dict:
-    """A JSON object; UserError with the text `missing` where there is no file, or naming the file if it is damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_hook=partial(FromFile, path))
-    except FileNotFoundError as error:
-        raise UserError(missing) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); run the step that writes it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; run the step that writes it again")
-    return value
+def not_written(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be written: {error}; free space or choose another --output_dir")
 
 
 def save_tensors(tensors: dict[str, "torch.Tensor"], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -207,21 +186,8 @@ def save_tensors(tensors: dict[str, "torch.Tensor"], path: Path, metadata: dict[
         try:
             save_file(plain, part, metadata)
         except SafetensorError as error:  # how safetensors reports a full disk
-            raise UserError(f"{path} cannot be written: {error}; free space or choose another --output_dir") from error
+            raise not_written(path, error) from error
         part.chmod(mode)  # safetensors lets nobody but the owner read
-
-
-def load_tensors(path: Path) -> dict[str, "torch.Tensor"]:
-    """Read safetensors; UserError where the file is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise UserError(f"{path} is missing; run the step that writes it again")
-    try:
-        return FromFile(path, load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); run the step that writes it again") from error
 
 
 def sha256(path: Path) -> str:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from utils.catalogue import Catalogue
+from utils.checked import load_tensors
 from utils.errors import UserError
-from utils.files import load_tensors
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib")
 WHAT = "(item|product|movie|book|track|song|business|parent)"

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from utils import cli
+from utils.checked import load_tensors
 from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
-from utils.files import atomic_folder, check_replaceable, load_tensors, read_json, save_tensors, sha256, write_json
+from utils.files import atomic_folder, check_replaceable, save_tensors, sha256, write_json
+from utils.run_files import read_config
 
 TABLE_FILE = "item_embeddings.safetensors"
 ORIGINS = ("import_table", "text", "sr_dir")  # flags of step 2: what a table was made from
@@ -23,7 +25,7 @@ def check_target(folder: Path, made_from: str) -> None:
     check_replaceable(folder, ["config.json", TABLE_FILE], "--output_dir")
     if not (folder / "config.json").exists():
         return
-    held = read_json(folder / "config.json", "")
+    held = read_config(folder)
     if held.get("kind") != "item_embeddings":
         raise UserError(f"--output_dir {folder} holds something else (config.json); choose another place")
     if origin(held) not in (made_from, None):
@@ -90,16 +92,18 @@ def read_table(flag: str, folder: Path, data: Sequences) -> tuple[torch.Tensor, 
     """A table (V + 1, d) with its configuration; UserError where it is missing, damaged, changed or not of `data`."""
     make = f"python extract_emb.py --dataset {cli.portable_path(data.folder)}"
     missing = f"{flag}: {folder} is no table, nor is there one of that name in outputs/{data.name}/; make it: {make}"
-    config = read_json(folder / "config.json", missing)
+    config = read_config(folder, missing)
     if config.get("kind") != "item_embeddings":
         raise UserError(f"{flag} {folder} was not written by extract_emb.py")
     check_same_dataset(data, config.get("dataset_fingerprint"), folder)
-    table = load_tensors(folder / TABLE_FILE)["item_table"]
-    if sha256(folder / TABLE_FILE) != config["table_sha256"]:
-        raise UserError(f"{folder / TABLE_FILE} changed since extract_emb.py wrote it; run extract_emb.py again")
+    path, again = folder / TABLE_FILE, "run extract_emb.py again"
+    table = load_tensors(path)["item_table"]
+    if sha256(path) != config["table_sha256"]:
+        raise UserError(f"{path} changed since extract_emb.py wrote it; {again}")
     if table.shape != (data.num_items + 1, config["item_dim"]):
-        shape = f"{data.num_items + 1} x {config['item_dim']}"
-        raise UserError(f"{folder / TABLE_FILE} is {tuple(table.shape)}, not {shape}; run extract_emb.py again")
+        raise UserError(f"{path} is {tuple(table.shape)}, not {data.num_items + 1} x {config['item_dim']}; {again}")
+    if not (table.is_floating_point() and table.isfinite().all()):
+        raise UserError(f"{path} holds what is no finite number; train the recommender anew, and {again}")
     return table.float(), config
 
 

@@ -8,7 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from utils.files import atomic_file, read_json
+from utils.checked import read_json
+from utils.files import atomic_file
 from utils.paper_tables import IN_FIGURE, PAPER, Table, depth_points, measured
 
 

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
-
-import yaml
 
 from utils import cli
+from utils.checked import read_yaml
 from utils.errors import UserError
 from utils.flags import suggest
-from utils.recipes import OneOfEachKey, read_recipe
+from utils.recipes import read_recipe
 
 SECTIONS = {
     "train_sr_trad": "sr",
@@ -38,16 +36,6 @@ class Protocol:
     weights: dict[str, float | dict[str, float]]
     flags: dict[str, dict] = field(default_factory=dict)
     terms: list[str] | None = None
-
-
-def read_yaml(path: Path) -> dict:
-    try:
-        found = yaml.load(path.read_text(encoding="utf-8"), OneOfEachKey)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected name: value lines")
-    return found
 
 
 @cache

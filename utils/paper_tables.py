@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from utils import cli
+from utils.checked import read_json, read_yaml
 from utils.errors import UserError
 from utils.experiments import Experiment, records, unpack
-from utils.files import read_json
 from utils.flags import suggest
 from utils.metrics import paired_bootstrap
-from utils.paper_runs import protocols, read_yaml, specs
+from utils.paper_runs import protocols, specs
 from utils.report import markdown_table
 
 DOMAINS = {

@@ -4,36 +4,20 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from utils.checked import read_yaml
 from utils.errors import UserError
 from utils.flags import FLAGS, Flag, Models, coerce, suggest
 
 RECIPE_SECTIONS = ("data", "sr", "teacher", "student", "open_p5")
 
 
-class OneOfEachKey(yaml.SafeLoader):
-    """PyYAML would keep the last of equal keys and drop the others."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        found = [key.value for key, _ in node.value]
-        twice = next((key for at, (key, _) in enumerate(node.value) if key.value in found[:at]), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"line {twice.start_mark.line + 1}: {twice.value} stands twice in one section")
-        return super().construct_mapping(node, deep)
-
-
 def read_recipe(path: Path) -> dict[str, dict]:
     """Every section of a recipe; empty sections where there is none."""
     empty: dict[str, dict] = {title: {} for title in RECIPE_SECTIONS}
-    if not path.is_file():
-        return empty
     try:
-        sections = yaml.load(path.read_text(encoding="utf-8-sig"), OneOfEachKey) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {error}") from error
-    if not isinstance(sections, dict):
-        raise UserError(f"{path}: expected sections, one of {', '.join(RECIPE_SECTIONS)}")
+        sections = read_yaml(path)
+    except FileNotFoundError:
+        return empty
     for title, entries in sections.items():
         if title not in RECIPE_SECTIONS:
             raise UserError(f"{path}: unknown section {title}; expected {', '.join(RECIPE_SECTIONS)}")

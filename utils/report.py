@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import numpy as np
 import psutil
 import torch
 
+from utils.checked import load_tensors, read_text
 from utils.cli import ROOT, portable_path
 from utils.data import Sequences
 from utils.errors import UserError
-from utils.files import load_tensors, read_json
 from utils.metrics import (
     CANDIDATE_SEED,
     NUM_NEGATIVES,
@@ -26,6 +27,7 @@ from utils.metrics import (
     metrics_from_ranks,
     metrics_of_users,
 )
+from utils.run_files import finished_run, read_config
 
 try:
     import resource
@@ -101,9 +103,20 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def log_rows(path: Path) -> list[dict]:
+    """Rows of log.jsonl; what a kill cut off is left out, as what is no row of a step."""
+    rows = []
+    for line in read_text(path).splitlines():
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
+    return rows
+
+
 def plot_curve(folder: Path, select_by: str) -> None:
     """Loss terms and validation metrics over the steps, from log.jsonl to curve.png."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = log_rows(folder / "log.jsonl")
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "valid" in row]
     figure, (left, right) = plt.subplots(1, 2, sharex=True, figsize=(10, 4), layout="constrained")
@@ -178,14 +191,6 @@ Commit {run["git_commit"]}, Python {run["python"]}, {", ".join(f"{k} {v}" for k,
 """
 
 
-def finished_run(folder: Path, missing: str) -> tuple[dict, dict]:
-    """config.json and metrics.json of a finished run; UserError with the text `missing` where `folder` holds none."""
-    config, metrics = (read_json(folder / name, missing) for name in ("config.json", "metrics.json"))
-    if metrics.get("run_id") != config.get("run_id"):  # metrics of the run that this one replaces
-        raise UserError(missing)
-    return config, metrics
-
-
 def compare_ranks(a: Path, b: Path) -> list[dict]:
     """Each metric on test of the runs in two folders, and the paired bootstrap over users of a - b.
 
@@ -233,7 +238,7 @@ def check_parts(config: dict) -> None:
     """UserError where a fusion was made of runs that have been trained anew since."""
     for flag, run_id in zip(("run", "fuse"), config.get("run_ids", ()), strict=False):
         part = ROOT / config[flag] / "config.json"
-        if part.exists() and read_json(part, "").get("run_id") != run_id:
+        if part.exists() and read_config(part.parent).get("run_id") != run_id:
             again = f"python evaluate.py --run {config['run']} --fuse {config['fuse']}"
             raise UserError(f"{config[flag]} was trained anew since they were fused; fuse them again: {again}")
 

@@ -20,14 +20,13 @@ from torch import nn
 from tqdm import tqdm
 
 from utils.catalogue import CATALOGUE_FILE, Catalogue
+from utils.checked import load_tensors
 from utils.cli import ROOT, portable_path, print_config
 from utils.data import Sequences
 from utils.errors import UserError
 from utils.files import (
     atomic_file,
     atomic_folder,
-    load_tensors,
-    read_json,
     remove,
     remove_left_over,
     save_tensors,
@@ -42,7 +41,8 @@ from utils.metrics import (
     rank_users,
     save_ranks,
 )
-from utils.report import card, flatten, git_commit, peak_memory, plot_curve, protocol
+from utils.report import card, flatten, git_commit, log_rows, peak_memory, plot_curve, protocol
+from utils.run_files import check_shapes, read_config, read_metrics, read_state
 
 # beside config.json
 RUN_FILES = ("metrics.json", "checkpoints", "log.jsonl", "curve.png", "README.md", CATALOGUE_FILE, RANKS_FILE)
@@ -104,7 +104,7 @@ class Run:
             if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / LOCK).exists():
                 raise UserError(f"--output_dir {self.folder} holds something that is no run; choose another folder")
             return False
-        old = BEFORE | read_json(earlier, "")
+        old = BEFORE | read_config(self.folder)
         if old.get("kind") != self.config["kind"]:
             raise UserError(
                 f"--output_dir {self.folder} holds something that is no run of this step; choose another folder"
@@ -121,7 +121,7 @@ class Run:
                 "flags to continue it, --resume never to replace it, or another --output_dir"
             )
         metrics = self.folder / "metrics.json"
-        return metrics.exists() and read_json(metrics, "").get("run_id") == old.get("run_id")
+        return metrics.exists() and read_metrics(self.folder).get("run_id") == old.get("run_id")
 
     def _take_lock(self) -> None:
         try:
@@ -134,7 +134,7 @@ class Run:
     def _leave_finished(self) -> None:
         """Say which run it is, and end the clean-up that a kill may have cut off."""
         remove([self.checkpoints])
-        ran, now = read_json(self.folder / "metrics.json", "")["environment"]["git_commit"], git_commit()
+        ran, now = read_metrics(self.folder)["environment"]["git_commit"], git_commit()
         text = f"{self.folder} is finished, at commit {ran}, and left as it is"
         if ran != now or now.endswith("-dirty"):
             has = "may have changed" if ran == now else f"has changed, it is at {now} now"
@@ -144,7 +144,7 @@ class Run:
     def record(self, **found: str) -> None:
         """Add to the configuration what is known only when training starts; UserError where it continues from other."""
         earlier = self.folder / "config.json"
-        old = read_json(earlier, "") if self.config["resume"] == "auto" and earlier.exists() else {}
+        old = read_config(self.folder) if self.config["resume"] == "auto" and earlier.exists() else {}
         for name, value in found.items():
             if old and old.get(name) != value:
                 raise UserError(
@@ -165,7 +165,7 @@ class Run:
             for folder in (self.folder, self.checkpoints):
                 remove_left_over(folder)
             earlier = self.folder / "config.json"
-            old = read_json(earlier, "") if earlier.exists() and self.config["resume"] == "auto" else {}
+            old = read_config(self.folder) if earlier.exists() and self.config["resume"] == "auto" else {}
             self.config["run_id"] = old.get("run_id")
             continued = bool(old) and self._newest_checkpoint() is not None
             if not continued:
@@ -174,7 +174,7 @@ class Run:
             if not continued:
                 remove(self.folder / name for name in (*RUN_FILES, *WEIGHTS))
         self.accelerator.wait_for_everyone()
-        self.config["run_id"] = read_json(self.folder / "config.json", "")["run_id"]
+        self.config["run_id"] = read_config(self.folder)["run_id"]
 
     def _start_tracker(self) -> None:
         if not self.accelerator.log_with:
@@ -189,7 +189,7 @@ class Run:
         """The newest checkpoint of this very run."""
         for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
             state = folder / "state.json"
-            if state.exists() and read_json(state, "").get("run_id") == self.config["run_id"]:
+            if state.exists() and read_state(folder).get("run_id") == self.config["run_id"]:
                 return folder
         return None
 
@@ -240,12 +240,14 @@ class Run:
         if saved is None:
             fresh = {"step": 0, "evaluated": 0, "best_step": 0, "evaluations": [], "train_seconds": 0.0}
             return {"run_id": self.config["run_id"]} | fresh
-        state = read_json(saved / "state.json", f"{saved} is incomplete; remove it and start again")
+        state = read_state(saved)
         weights, moments = (load_tensors(saved / f"{kind}.safetensors") for kind in ("model", "optimizer"))
+        check_shapes(saved, weights, trained)
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(weights[name])
                 found = {key: moments[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in moments}
+                check_shapes(saved, found, {key: parameter for key in found if key != "step"})
                 if found:
                     step = found.pop("step", torch.tensor(float(state["step"])))  # not there in older checkpoints
                     optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in found.items()} | {"step": step}
@@ -260,6 +262,7 @@ class Run:
     @torch.no_grad()
     def load_best(self, trained: dict[str, nn.Parameter]) -> None:
         best = load_tensors(self.checkpoints / "best" / "model.safetensors")
+        check_shapes(self.checkpoints / "best", best, trained)
         for name, parameter in trained.items():
             parameter.copy_(best[name])
 
@@ -270,15 +273,10 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         path = self.folder / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []
         kept = []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:  # cut off by a kill
-                continue
+        for row in log_rows(path) if path.exists() and step else []:
             if row["step"] < step or (row["step"] == step and "valid" not in row):  # that evaluation is made again
-                kept.append(f"{line}\n")
+                kept.append(f"{json.dumps(row)}\n")
         with atomic_file(path) as part:
             part.write_text("".join(kept), encoding="utf-8")
 

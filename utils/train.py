@@ -62,6 +62,10 @@ class Loop:
         run = self.run
         self.state = state = run.load_checkpoint(self.trained, self.optimizer)
         started = state["step"]
+        measured = [0, *(evaluation["step"] for evaluation in state["evaluations"])]
+        if started > self.total or state["best_step"] not in measured or max(measured) > started:
+            where = run.checkpoints / f"step-{started:08d}"
+            raise UserError(f"{where} is of no run of {self.total} steps; remove it, and start again")
         state["starts"] = [*state.get("starts", []), {"step": started} | environment(self.accelerator)]
         self.wrapped = self.accelerator.prepare_model(self.model)
         run.open_log(started)

@@ -25,7 +25,6 @@ from models.interface import Recommender
 from models.llm.attention import add_adapters, base_of, cache_of, keys_values, lora_targets, merged
 from models.llm.decoder import check_length, load_head
 from models.llm.storage import (
-    ADAPTER_FOLDER,
     HEADS_FILE,
     Base,
     check_base,
@@ -33,9 +32,12 @@ from models.llm.storage import (
     load_base,
     read_adapter,
     recorded_run,
+    save_adapter,
 )
+from utils.checked import load_tensors
 from utils.data import TrainingPart
-from utils.files import load_tensors, save_tensors
+from utils.errors import UserError
+from utils.files import save_tensors
 
 ROWS_AT_ONCE = 512  # of logits over the whole vocabulary
 
@@ -177,16 +179,18 @@ def build_open_p5(config: dict, base: Base, base_model: str, item_tokens: torch.
 def save_open_p5(model: OpenP5, folder: Path) -> None:
     """Write what the base model does not have: the adapter, the new tokens' vectors, and the items' tokens."""
     save_tensors({"tokens": model.tokens, "item_tokens": model.item_tokens}, folder / HEADS_FILE)
-    model.decoder.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
+    save_adapter(model.decoder, folder)
 
 
 def load_open_p5(folder: Path) -> OpenP5:
     """A saved run in eval mode, with identical scores; errors are those of `load_llm_rec`."""
     config, base_model = recorded_run(folder)
     saved = load_tensors(folder / HEADS_FILE)
-    base = load_base(config, base_model)
-    model = build_open_p5(config, base, base_model, saved.pop("item_tokens"))
-    saved |= read_adapter(folder)
+    tokens, base = saved.pop("item_tokens", torch.zeros(0)), load_base(config, base_model)
+    if tokens.ndim != 2 or len(tokens) < 2 or tokens.shape[1] != 2 or tokens.dtype != torch.int64 or tokens.min() < 0:
+        raise UserError(f"{folder / HEADS_FILE}: its item tokens are no two numbers per item; train the run again")
+    model = build_open_p5(config, base, base_model, tokens)
+    saved |= read_adapter(folder, config["lora_r"])
     check_weights(model, saved, config, base_model, folder)
     check_base(config, base.fingerprint, base_model, folder)
     model.load_state_dict(saved, strict=False)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from models.llm.attention import lora_targets
@@ -22,9 +23,11 @@ from models.llm.decoder import (
 )
 from models.llm.recommender import PLAIN, LLMRec
 from utils.assets import base_model_path
+from utils.checked import load_tensors
 from utils.cli import ROOT
 from utils.errors import UserError
-from utils.files import load_tensors, read_json, save_tensors
+from utils.files import not_written, save_tensors
+from utils.run_files import read_config
 
 HEADS_FILE, ADAPTER_FOLDER, DECODER_FILE = "rec_heads.safetensors", "adapter", "decoder.safetensors"
 
@@ -181,11 +184,25 @@ def save_llm_rec(model: LLMRec, folder: Path) -> None:
     heads |= {"score.weight": model.score.weight, "item_table": model.table}
     save_tensors(heads, folder / HEADS_FILE)
     if model.train_strategy == "lora":
-        # embeddings never train; left to itself, PEFT would ask the hub whether they have grown
-        model.decoder.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
+        save_adapter(model.decoder, folder)
     elif model.train_strategy == "full":
         trained = {name: value for name, value in model.decoder.named_parameters() if value.requires_grad}
         save_tensors(trained, folder / DECODER_FILE)
+
+
+def read_heads(folder: Path, width: int | None) -> dict[str, torch.Tensor]:
+    """What `save_llm_rec` wrote beside the adapter; UserError unless its item table has rows of `width` numbers.
+
+    width: None in a run of a version that did not record it.
+    """
+    path = folder / HEADS_FILE
+    saved = load_tensors(path)
+    table = saved["item_table"]
+    fits = table.ndim == 2 and len(table) > 1 and table.shape[1] == (width or table.shape[1])
+    if not fits or not table.is_floating_point():
+        what = f"{table.dtype} {tuple(table.shape)}, not rows of {width or 'so many'} numbers"
+        raise UserError(f"{path}: its item table is {what}; train the run again")
+    return saved
 
 
 def load_llm_rec(folder: str | Path, base_model: str | Path | None = None) -> LLMRec:
@@ -197,12 +214,13 @@ def load_llm_rec(folder: str | Path, base_model: str | Path | None = None) -> LL
     """
     folder = Path(folder)
     config, base_model = recorded_run(folder, base_model)
-    saved = load_tensors(folder / HEADS_FILE)
+    saved, adapter = read_heads(folder, config.get("item_dim")), {}
+    if config["train_strategy"] == "lora":
+        adapter = read_adapter(folder, config["lora_r"])
     base = load_base(config, base_model)
     model = build_llm_rec(config, base, saved.pop("item_table"))
-    if model.train_strategy == "lora":
-        saved |= read_adapter(folder)
-    elif model.train_strategy == "full":
+    saved |= adapter
+    if model.train_strategy == "full":
         saved |= {f"decoder.{name}": value for name, value in load_tensors(folder / DECODER_FILE).items()}
     check_weights(model, saved, config, base_model, folder)
     check_base(config, base.fingerprint, base_model, folder)
@@ -212,7 +230,7 @@ def load_llm_rec(folder: str | Path, base_model: str | Path | None = None) -> LL
 
 def recorded_run(folder: Path, base_model: str | Path | None = None) -> tuple[dict, str]:
     """config.json of a run folder, and where its base is; UserError where that has another shape now."""
-    config = read_json(folder / "config.json", f"{folder} is no run folder: it has no config.json")
+    config = read_config(folder, f"{folder} is no run folder: it has no config.json")
     base_model = recorded_base(config, base_model)
     shape, found = config["base_shape"], base_shape(base_config(base_model))
     if shape != found:
@@ -220,9 +238,21 @@ def recorded_run(folder: Path, base_model: str | Path | None = None) -> tuple[di
     return config, base_model
 
 
-def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter of a run folder, by the names that its weights have in the model."""
-    adapter = load_tensors(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
+def save_adapter(decoder: nn.Module, folder: Path) -> None:
+    """As PEFT writes it."""
+    try:  # embeddings never train; left to itself, PEFT would ask the hub whether they have grown
+        decoder.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise not_written(folder / ADAPTER_FOLDER, error) from error
+
+
+def read_adapter(folder: Path, rank: int) -> dict[str, torch.Tensor]:
+    """The adapter of a run folder, by the names that its weights have in the model; UserError if of another rank."""
+    path = folder / ADAPTER_FOLDER / "adapter_model.safetensors"
+    adapter = load_tensors(path)
+    ranks = {value.shape[0] for name, value in adapter.items() if "lora_A" in name and value.ndim}
+    if ranks != {rank}:  # told before memory is taken for so many
+        raise UserError(f"{path}: its weights do not fit: adapters of rank {sorted(ranks)}, not {rank}")
     # PEFT writes lora_A.weight for what it holds as lora_A.default.weight
     return {"decoder." + re.sub(r"(lora_[AB])", r"\1.default", name): value for name, value in adapter.items()}
 

@@ -19,8 +19,9 @@ from models.interface import Recommender
 from models.llm.recommender import LLMRec
 from models.llm.storage import load_llm_rec
 from utils.data import Examples, sorted_batches
-from utils.files import atomic_file, check_space, read_json, remove_left_over, sha256
+from utils.files import atomic_file, check_space, remove_left_over, sha256
 from utils.run import NOT_COMPARED, Run
+from utils.run_files import read_config
 
 Parts = Iterator[tuple[np.ndarray, torch.Tensor]]  # rows of an array, and what stands there
 
@@ -33,7 +34,7 @@ def teacher_states(folder: Path, fingerprint: str, examples: Examples, boundarie
     """
     stored = np.dtype(np.int16 if "bfloat16" in (run.config["dtype"], run.config["teacher_states"]) else np.float32)
     key = [fingerprint, run.config["teacher_sha256"], run.config["dtype"], stored.name, boundaries]
-    hidden = read_json(folder / "config.json", "")["base_shape"]["hidden_size"]
+    hidden = read_config(folder)["base_shape"]["hidden_size"]
 
     def parts() -> Parts:
         teacher = load_llm_rec(folder).to(run.accelerator.device)
@@ -55,7 +56,7 @@ def teacher_vectors(
     as it reads at inference. key: what tells the weights of the run in `folder` from others. states: the language
     model's `teacher_states`, whose last block is that of its top layer, if they are there already.
     """
-    config, device = read_json(folder / "config.json", ""), run.accelerator.device
+    config, device = read_config(folder), run.accelerator.device
     reads_windows = isinstance(teacher, LLMRec)
     reduced = (run.config if reads_windows else config)["dtype"] == "bfloat16"
     exact = states is not None and (states.dtype == np.float32 or reduced)
@@ -99,7 +100,7 @@ def kept(
     run: Run,
 ) -> np.ndarray:
     """The array (targets, *shape) of type `stored` that `parts` fills; from the folder of the run if it is there."""
-    trained = {name: value for name, value in read_json(folder / "config.json", "").items() if name not in NOT_COMPARED}
+    trained = {name: value for name, value in read_config(folder).items() if name not in NOT_COMPARED}
     inputs = [np.ascontiguousarray(part) for part in (examples.start, examples.first, examples.end, examples.items)]
     key = [trained, *key, [hashlib.sha256(part).hexdigest() for part in inputs]]
     path = folder / "states" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npy"

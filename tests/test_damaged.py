@@ -1,0 +1,332 @@
+"""Files that another program, a broken disk or a bored colleague left: one line, never a traceback, never a hang."""
+
+import csv
+import io
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_sequences, sasrec
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+
+import recommend
+from models.sr import MODELS
+from utils import checked, cli, recipes
+from utils.checked import load_tensors, read_array, read_json, read_yaml
+from utils.errors import UserError
+from utils.flags import FLAGS, alternatives, choices
+from utils.run_files import CONFIG, TYPES, read_config, read_metrics, read_state
+
+MANY = settings(max_examples=1500, deadline=2000, suppress_health_check=list(HealthCheck))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+ODD = JSON | st.sampled_from([10**30, -1, 1e308, float("inf"), float("nan"), "2", True, [], {}, "x" * 10_000])
+
+
+def answer(read, *args):
+    """What a reader gives, None where it refuses in one line of a length that people read."""
+    try:
+        return read(*args)
+    except UserError as error:
+        assert 10 < len(" ".join(str(error).split())) < 1500, str(error)[:200]
+        return None
+
+
+# --- any bytes ---
+
+
+def bitten(whole: bytes) -> st.SearchStrategy[bytes]:
+    """A file with a part overwritten, cut off, or repeated."""
+    place = st.integers(0, len(whole))
+    return st.one_of(
+        st.binary(max_size=200),
+        st.builds(lambda at, new: whole[:at] + new + whole[at + len(new) :], place, st.binary(min_size=1, max_size=9)),
+        st.builds(lambda at: whole[:at], place),
+        st.builds(lambda at, n: whole[:at] + whole[at : at + n] * 3 + whole[at + n :], place, st.integers(1, 40)),
+    )
+
+
+def saved_array() -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.arange(12, dtype=np.int32))
+    return file.getvalue()
+
+
+TENSORS = save({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.int64)})
+CONFIG_TEXT = json.dumps({"kind": "sr", "num_layers": 2, "base_shape": {"model_type": "llama", "hidden_size": 8}})
+YAML_TEXT = "data: {seed: 3}\nsr:\n  sasrec: &a {num_layers: 2}\n  gru4rec: {<<: *a, dropout: .1}\nteacher: {}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "read"),
+    [
+        ("a.json", CONFIG_TEXT.encode(), lambda path: read_json(path, "it is missing")),
+        ("config.json", CONFIG_TEXT.encode(), lambda path: read_config(path.parent)),
+        ("a.yaml", YAML_TEXT.encode(), read_yaml),
+        ("recipe.yaml", YAML_TEXT.encode(), recipes.read_recipe),
+        ("a.npy", saved_array(), read_array),
+        ("a.safetensors", TENSORS, load_tensors),
+    ],
+    ids=["json", "config", "yaml", "recipe", "npy", "safetensors"],
+)
+def test_any_bytes_are_read_or_refused(name, whole, read, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(whole)
+    assert answer(read, path) is not None
+
+    @MANY
+    @given(bitten(whole))
+    def some(contents):
+        path.write_bytes(contents)
+        answer(read, path)
+
+    some()
+
+
+# --- configurations ---
+
+
+@pytest.mark.parametrize(("read", "name"), [(read_config, "config"), (read_metrics, "metrics"), (read_state, "state")])
+def test_any_value_is_taken_or_refused(read, name, tmp_path):
+    @MANY
+    @given(st.dictionaries(st.sampled_from([*CONFIG, "valid", "test", "evaluations", "step", "seconds"]), ODD))
+    def some(values):
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+        found = answer(read, tmp_path)
+        assert found is None or found == values
+
+    some()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run of a tiny SASRec."""
+    data = make_sequences()
+    small = {"item_dim": 16, "max_seq_length": 30, "num_layers": 2, "num_heads": 2, "dropout": 0.5, "loss": None}
+    small |= {"num_negatives": 0, "calibration": None, "scale_items": False}
+    save_file(sasrec(data).state_dict(), tmp_path / "model.safetensors")
+    config = small | {"kind": "sr", "model": "sasrec", "title": "SASRec", "dataset": "d", "num_users": 60}
+    config |= {"run_id": "r", "dataset_fingerprint": data.fingerprint, "dtype": "float32", "eval_batch_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "metrics.json").write_text(json.dumps({"run_id": "r", "test": {"sampled": {}}, "valid": {}}))
+    recommend.Catalogue.of(data).save(tmp_path)
+    return tmp_path
+
+
+def test_a_run_with_any_flag_changed_recommends_or_says_why_not(run):
+    config = json.loads((run / "config.json").read_text())
+    assert recommend.load(run).recommend([["1", "2"]], 3)[0].items
+
+    @settings(MANY, max_examples=600)
+    @given(st.sampled_from(sorted(config)), ODD | st.just("left out"))
+    def some(name, value):
+        changed = {key: entry for key, entry in config.items() if key != name or value != "left out"}
+        changed |= {name: value} if value != "left out" else {}
+        (run / "config.json").write_text(json.dumps(changed))
+        found = answer(lambda: recommend.load(run).recommend([["1", "2"]], 3))
+        assert found is None or found[0].items
+
+    some()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_layers": "2"}, "num_layers is '2', expected a whole number >= 1"),
+        ({"num_layers": True}, "num_layers is True"),
+        ({"max_seq_length": None}, "max_seq_length is None"),
+        ({"base_shape": []}, "base_shape is list of 0, expected an object"),
+        ({"base_shape": {"hidden_size": "8"}}, "base_shape.hidden_size is '8'"),
+        ({"read_out": "items"}, "read_out is 'items', expected one of response, item"),
+        ({"dropout": 1.5}, "dropout is 1.5, expected a number 0..1"),
+        ({"scale_items": "no"}, "scale_items is 'no', expected true or false"),
+        ({"model": "transformer"}, "model 'transformer' is not known"),
+        ({"num_users": 0}, "num_users is 0"),
+        ({"run_id": {}}, "run_id is FromFile of 0, expected text"),
+    ],
+)
+def test_a_flag_that_no_command_line_would_take_is_named(run, change, words):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=words.replace("FromFile", ".*")):
+        recommend.load(run)
+
+
+def test_the_types_of_flags_are_those_of_the_scripts():
+    """utils/run_files.py may not import the scripts, and says again what their signatures say."""
+    import distill
+    import finetune
+    import train_open_p5
+    import train_sr_trad
+
+    seen = set()
+    for script in (train_sr_trad, finetune, distill, train_open_p5):
+        for name, of in script.main.__annotations__.items():
+            if name not in TYPES:
+                continue
+            seen.add(name)
+            ours, theirs = (
+                {option for option in alternatives(kind) if option is not type(None)} for kind in (TYPES[name], of)
+            )
+            assert choices(TYPES[name]) == choices(of) and (choices(of) or ours == theirs), (script.__name__, name)
+    assert seen | {"eval_batch_size"} >= {name for name in TYPES if name in FLAGS} - {"sr_dir"}
+
+
+# --- what is no plain file, or has no end ---
+
+
+def readers():
+    missing = "it is missing"
+    return [
+        ("config.json", lambda path: read_json(path, missing)),
+        ("r.yaml", recipes.read_recipe),
+        ("items.npy", read_array),
+        ("a.safetensors", load_tensors),
+        ("items.jsonl", lambda path: recommend.Catalogue.load(path.parent)),
+    ]
+
+
+@pytest.mark.parametrize(("name", "read"), readers())
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "huge", "closed"])
+def test_what_is_no_plain_file_is_refused_at_once(name, read, kind, tmp_path):
+    path, begun = tmp_path / name, time.monotonic()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "huge":
+        with open(path, "wb") as file:
+            file.truncate(2**40)
+    else:
+        path.write_text("{}")
+        path.chmod(0)
+        if os.access(path, os.R_OK):
+            pytest.skip("this user may read everything")
+    with pytest.raises(UserError) as refused:
+        read(path)
+    assert time.monotonic() - begun < 5 and name in str(refused.value)
+    assert (kind == "closed") == ("may not be read" in str(refused.value))
+
+
+BOMB = "\n".join(["a: &a0 [x, x]", *(f"b{n}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]" for n in range(9))])
+MERGES = "\n".join(["a: &a0 {x: 1}", *(f"b{n}: &a{n + 1} {{<<: [{', '.join([f'*a{n}'] * 9)}]}}" for n in range(9))])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 100_000, "is no YAML"),
+        ("{a: " * 100_000, "is no YAML"),
+        (BOMB, "aliases"),
+        (MERGES, "aliases"),
+        ("1: 2", "1 is no text"),
+        ("sr: {3: 2}", "3 is no text"),
+        ("sr: {true: 2}", "true is no text"),
+        ("? [a, b]\n: c", "no text"),
+        ("sr: 2024-99-99", "is no YAML"),
+        ("sr: !!python/object:os.system x", "is no YAML"),
+        ("- sr", "expected name: value lines"),
+        ("sr: {seed: 1, seed: 2}", "stands twice"),
+        ("sr: \x00", "is no YAML"),
+    ],
+)
+def test_recipes_that_are_none(text, words, tmp_path):
+    path, begun = tmp_path / "r.yaml", time.monotonic()
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        recipes.read_recipe(path)
+    path.write_bytes("sr: {title: Küche}".encode("latin-1"))
+    with pytest.raises(UserError, match=r"r\.yaml cannot be read"):
+        recipes.read_recipe(path)
+    assert time.monotonic() - begun < 5
+
+
+def test_json_that_is_nested_without_end_or_holds_no_number(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ("[" * 100_000, '{"a":' * 100_000, '{"a": NaN}', '{"a": -Infinity}', '{"a": ' + "9" * 10_000 + "}"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"a\.json cannot be read"):
+            read_json(path, "it is missing")
+    path.write_text('{"weight": 1e999, "num_layers": 3}')
+    with pytest.raises(UserError, match="weight is inf, expected a number"):
+        checked.read_json(path, "it is missing", CONFIG)
+
+
+# --- a whole run: what is left of a checkpoint ---
+
+
+def test_a_checkpoint_of_another_run_or_beyond_the_end_is_refused(tmp_path, monkeypatch):
+    from conftest import tiny_sources
+
+    import train_sr_trad
+
+    place = tiny_sources(tmp_path)
+    words = ["--dataset", str(place / "data"), "--output_dir", str(tmp_path / "run"), "--max_steps", "6"]
+    words += ["--eval_steps", "2", "--item_dim", "8", "--num_layers", "1", "--resume", "auto", "--batch_size", "8"]
+
+    def train() -> None:
+        train_sr_trad.main(**cli.resolve(train_sr_trad.main, "sr", words, models=MODELS))
+
+    from utils.run import Run
+
+    kept = Run.finish
+    monkeypatch.setattr(Run, "finish", lambda *args, **more: 1 / 0)  # as if it were killed before its last files
+    with pytest.raises(ZeroDivisionError):
+        train()
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    text, state = (saved / "state.json").read_text(), json.loads((saved / "state.json").read_text())
+    weights = (saved / "model.safetensors").read_bytes()
+    beyond = ({"step": 10**6}, {"step": "6"}, {"step": -1}, {"best_step": 7}, {"evaluations": [3]}, {"starts": {}})
+    for change in (*beyond, {"evaluations": []}, {"train_seconds": None}):
+        (saved / "state.json").write_text(json.dumps(state | change))
+        with pytest.raises(UserError, match=r"step-\d+"):
+            train()
+    (saved / "state.json").write_text(text)
+    tensors = load_tensors(saved / "model.safetensors")
+    for broken in ({"items.weight": torch.ones(3, 8)}, {"norm.bias": torch.ones(9)}):
+        save_file(tensors | broken, saved / "model.safetensors")
+        with pytest.raises(UserError, match=r"step-\d+ does not belong to this run"):
+            train()
+    (saved / "model.safetensors").write_bytes(weights)
+    (tmp_path / "run" / ".state.json.part").write_text("a stray file")
+    (saved / "state.json.part").write_text("another")
+    with open(tmp_path / "run" / "log.jsonl", "a") as log:
+        log.write('[1]\n"step"\n{"step": "4"}\n{"st')
+    monkeypatch.setattr(Run, "finish", kept)
+    train()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 6
+
+
+# --- histories ---
+
+
+@MANY
+@given(st.lists(st.lists(st.text("abc1, \";\n\r\u2028'", max_size=6), max_size=4), max_size=5))
+def test_every_history_that_is_written_is_read(tmp_path_factory, histories):
+    path = tmp_path_factory.getbasetemp() / "histories"
+    (path.with_suffix(".jsonl")).write_text("".join(json.dumps({"history": h}) + "\n" for h in histories), "utf-8")
+    assert list(recommend.read_histories(str(path.with_suffix(".jsonl")))) == histories
+    with open(path.with_suffix(".csv"), "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([cell.strip() for cell in history] for history in histories)
+    expected = [[cell.strip() for cell in history if cell.strip()] for history in histories]
+    assert list(recommend.read_histories(str(path.with_suffix(".csv")))) == expected
+
+
+@MANY
+@given(st.binary(max_size=60) | st.text("[]{}\"',:;history01\n\\", max_size=60).map(str.encode), st.sampled_from("jc"))
+def test_any_bytes_are_histories_or_refused(tmp_path_factory, contents, kind):
+    path = tmp_path_factory.getbasetemp() / f"any.{'jsonl' if kind == 'j' else 'csv'}"
+    path.write_bytes(contents)
+    found = answer(lambda: list(recommend.read_histories(str(path))))
+    if found is not None and kind == "j":  # every line is a history
+        assert len(found) == sum(bool(line.strip()) for line in contents.decode("utf-8-sig").split("\n"))

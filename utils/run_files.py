@@ -1,0 +1,109 @@
+"""config.json and metrics.json of a run folder or a table's, as later steps read them: what each entry may be."""
+
+from pathlib import Path
+from typing import Literal
+
+from utils.checked import COUNT, FLAG, NUMBER, SIZE, TEXT, Rule, maybe, read_json
+from utils.errors import UserError
+from utils.flags import FLAGS, alternatives, choices, within
+
+# Flags that later steps read, with the types that the scripts give them; the ranges are those of FLAGS.
+TYPES: dict[str, object] = {
+    **dict.fromkeys(("max_seq_length", "num_layers", "lora_r", "batch_size", "eval_batch_size", "num_blocks"), int),
+    **dict.fromkeys(
+        ("lora_alpha", "lora_dropout", "item_dropout", "state_dropout", "learning_rate", "num_epochs"), float
+    ),
+    **dict.fromkeys(("lambda_cos", "lambda_norm", "lambda_ms", "lambda_kl", "weight_decay"), float),
+    **dict.fromkeys(("eval_steps", "max_steps", "seed", "warmup_steps"), int),
+    **dict.fromkeys(("micro_batch_size", "patience", "kl_items", "beam_width"), int | None),
+    **dict.fromkeys(("dataset", "layer_selection", "lora_target_modules", "train_targets"), str),
+    **dict.fromkeys(("base_model", "item_embeddings", "sr_dir", "kl_teacher", "teacher"), str | None),
+    "normalize_items": bool,
+    "read_out": Literal["response", "item"],
+    "train_strategy": Literal["lora", "full", "frozen"],
+    "input_map": Literal["linear", "mlp"],
+    "item_output": Literal["frozen", "residual", "trained"],
+    "dtype": Literal["float32", "bfloat16"],
+}
+
+
+def rule_of(annotation: object, limits: str) -> Rule:
+    """What the value of a flag may be, by its type and its range."""
+    options = alternatives(annotation)
+    if type(None) in options:
+        (annotation,) = (option for option in options if option is not type(None))
+        return maybe(rule_of(annotation, limits))
+    if annotation in (str, bool):
+        return TEXT if annotation is str else FLAG
+    if names := choices(annotation):
+        return f"one of {', '.join(names)}", lambda value: value in names
+    kinds = (int,) if annotation is int else (int, float)
+    words = f"a {'whole ' * (annotation is int)}number {limits}"
+    return words, lambda value: type(value) in kinds and NUMBER[1](value) and within(value, limits)
+
+
+CONFIG: Rule = {name: rule_of(annotation, FLAGS[name][1]) for name, annotation in TYPES.items()} | {
+    **dict.fromkeys(("kind", "title", "dataset_fingerprint", "run_id", "model", "table_sha256", "run", "fuse"), TEXT),
+    "base_fingerprint": maybe(TEXT),  # early versions had none
+    "output_dir": TEXT,
+    **dict.fromkeys(("num_users", "item_dim", "teacher_layers"), SIZE),
+    "base_shape": {"model_type": TEXT, "*": SIZE},
+    "run_ids": [TEXT],
+    "weight": NUMBER,
+}
+
+
+def numbers(value: object) -> list:
+    """The values of an object, or the value alone: what evaluate.py --layers took is one number."""
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
+OF_SPLIT: Rule = {kind: {"*": NUMBER} for kind in ("sampled", "full")}
+METRICS: Rule = {
+    "run_id": TEXT,
+    "valid": OF_SPLIT,
+    "test": OF_SPLIT,
+    "baselines": {"*": {"valid": OF_SPLIT, "test": OF_SPLIT, "score_test_seconds": NUMBER}},
+    "seconds": ("numbers by name, or a number", lambda value: all(map(NUMBER[1], numbers(value)))),
+    "parameters": {"*": COUNT},
+    "protocol": {"users": SIZE, "items": SIZE, "sampled": TEXT},
+    "environment": {"git_commit": TEXT, "command": TEXT},
+}
+
+STATE: Rule = dict.fromkeys(("step", "evaluated", "best_step"), COUNT) | {
+    "run_id": TEXT,
+    "train_seconds": NUMBER,
+    "evaluations": [{"step": COUNT, "metrics": OF_SPLIT}],
+    "starts": [{"step": COUNT}],
+}
+
+
+def read_config(folder: Path, missing: str = "") -> dict:
+    """config.json of a run folder or a table's; UserError with the text `missing` where there is none."""
+    return read_json(folder / "config.json", missing, CONFIG)
+
+
+def read_metrics(folder: Path, missing: str = "") -> dict:
+    """metrics.json of a run folder."""
+    return read_json(folder / "metrics.json", missing, METRICS)
+
+
+def read_state(folder: Path) -> dict:
+    """state.json of a checkpoint."""
+    return read_json(folder / "state.json", f"{folder} is incomplete; remove it and start again", STATE)
+
+
+def finished_run(folder: Path, missing: str) -> tuple[dict, dict]:
+    """config.json and metrics.json of a finished run; UserError with the text `missing` where `folder` holds none."""
+    config, metrics = read_config(folder, missing), read_metrics(folder, missing)
+    if metrics.get("run_id") != config.get("run_id"):  # metrics of the run that this one replaces
+        raise UserError(missing)
+    return config, metrics
+
+
+def check_shapes(folder: Path, saved: dict, wanted: dict) -> None:
+    """UserError unless a checkpoint has each of the `wanted` tensors, in its shape."""
+    for name, value in wanted.items():
+        if saved[name].shape != value.shape:
+            what = f"{name} is {tuple(saved[name].shape)}, not {tuple(value.shape)}"
+            raise UserError(f"{folder} does not belong to this run ({what}); remove it and start again")

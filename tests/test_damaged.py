@@ -9,12 +9,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences, sasrec
+from conftest import make_sequences, sasrec, tiny_llm_rec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 import recommend
+from models.llm.storage import save_adapter
 from models.sr import MODELS
 from utils import checked, cli, recipes
 from utils.checked import load_tensors, read_array, read_json, read_yaml
@@ -308,6 +309,17 @@ def test_a_checkpoint_of_another_run_or_beyond_the_end_is_refused(tmp_path, monk
     monkeypatch.setattr(Run, "finish", kept)
     train()
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 6
+
+
+def test_a_disk_that_is_full_when_peft_saves_is_told(tmp_path):
+    resource = pytest.importorskip("resource")
+    decoder, before = tiny_llm_rec().decoder, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, before[1]))  # PEFT's card, its first file, is shorter
+    try:
+        with pytest.raises(UserError, match=r"adapter cannot be written: .*free space"):
+            save_adapter(decoder, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # --- histories ---

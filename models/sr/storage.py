@@ -20,7 +20,7 @@ LARGEST = 2**20  # of a flag that is a whole number
 def new_recommender(config: dict, known: TrainingPart) -> Recommender:
     """An untrained recommender from the flags of a run; UserError where they are not those of a known model."""
     if config.get("model") not in MODELS:
-        raise UserError(f"model {str(config.get('model'))[:60]!r} is not known; it is one of {', '.join(MODELS)}")
+        raise UserError(f"model {config.get('model')!r:.60} is not known; it is one of {', '.join(MODELS)}")
     kind = MODELS[config["model"]]
     # a flag that the run's own version did not have, and that is off, changes nothing in what it did
     off = {field.name: field.default for field in dataclasses.fields(kind.Config) if not field.default}
@@ -33,13 +33,13 @@ def new_recommender(config: dict, known: TrainingPart) -> Recommender:
 
 def check_flags(folder: Path, config: dict, weights: dict[str, torch.Tensor]) -> None:
     """UserError where the model's own flags in config.json are none that the command line, or memory, would take."""
-    kind = getattr(MODELS.get(config["model"]), "Config", Recommender.Config)
+    kind = getattr(MODELS.get(config.get("model")), "Config", Recommender.Config)
     of, fields = get_type_hints(kind), dataclasses.fields(kind)
     check(folder / "config.json", config, {f.name: rule_of(of[f.name], f.metadata["limits"]) for f in fields})
     largest = {"num_layers": len(weights)}  # each layer has a tensor at least
     for name in (field.name for field in fields if type(config.get(field.name)) is int):
         if config[name] > largest.get(name, LARGEST):
-            raise UserError(f"{folder / 'config.json'}: no model has {name} {config[name]}; train it again")
+            raise UserError(f"{folder}: its weights do not fit its flags ({name} {config[name]}); train it again")
 
 
 def check_weights(folder: Path, recommender: Recommender, weights: dict[str, torch.Tensor]) -> None:

@@ -469,10 +469,10 @@ def edit(path: str, **changes) -> None:
     held.write_text(json.dumps(json.loads(held.read_text()) | changes))
 
 
-def rows_less(place: Path) -> None:
-    """Written anew in full, but with a row less."""
+def anew(place: Path, table: torch.Tensor) -> None:
+    """Table b written anew in full, with its hash."""
     folder = place / "outputs/kill/item_embeddings-b"
-    save_file({"item_table": torch.ones(40, 5)}, folder / "item_embeddings.safetensors")
+    save_file({"item_table": table}, folder / "item_embeddings.safetensors")
     edit("item_embeddings-b", table_sha256=extract_emb.sha256(folder / "item_embeddings.safetensors"))
 
 
@@ -492,7 +492,14 @@ SIDE_BY_SIDE = {
         "item_embeddings-b was made from another dataset",
     ),
     "no table": ("item_embeddings-a,base", None, "base was not written by extract_emb.py"),
-    "another number of rows": (BOTH, rows_less, "is (40, 5), not 41 x 5"),
+    "another number of rows": (BOTH, lambda p: anew(p, torch.ones(40, 5)), "is (40, 5), not 41 x 5"),
+    "no matrix": (BOTH, lambda p: anew(p, torch.ones(41)), "is (41,), not 41 x 5"),
+    "not a number": (
+        BOTH,
+        lambda p: anew(p, torch.full((41, 5), torch.nan)),
+        "no finite",
+    ),
+    "whole numbers": (BOTH, lambda p: anew(p, torch.ones(41, 5, dtype=torch.int64)), "no finite"),
     "changed since": (BOTH, lambda p: edit("item_embeddings-b", table_sha256="x"), "changed since"),
 }
 

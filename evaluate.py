@@ -25,6 +25,7 @@ from models.llm.decoder import layer_numbers
 from recommend import Trained, load, run_folder
 from utils import assets, cli
 from utils.catalogue import CATALOGUE_FILE
+from utils.checked import read_json
 from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
 from utils.files import atomic_folder, check_replaceable, write_json
@@ -47,7 +48,7 @@ from utils.report import (
     peak_memory,
     protocol,
 )
-from utils.run_files import finished_run, read_config
+from utils.run_files import finished_run
 
 WEIGHTS = [k / 10 for k in range(11)]  # of the second run
 CRITERIA = [f"valid {metric.replace('/', ' ')}" for metric in get_args(SelectBy)]
@@ -161,7 +162,7 @@ def save_layers(
 def check_target(target: Path, kind: str, names: list[str]) -> None:
     """UserError unless `target` is free, or holds the files `names` of an earlier record of this kind alone."""
     check_replaceable(target, names, "--output_dir")
-    if (target / "config.json").exists() and read_config(target).get("kind") != kind:
+    if (target / "config.json").exists() and read_json(target / "config.json", "").get("kind") != kind:
         raise UserError(f"--output_dir {target} holds something else (config.json); choose another place")
 
 

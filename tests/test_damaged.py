@@ -309,6 +309,13 @@ def test_a_checkpoint_of_another_run_or_beyond_the_end_is_refused(tmp_path, monk
     monkeypatch.setattr(Run, "finish", kept)
     train()
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 6
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": "1"}))
+    with pytest.raises(UserError, match="holds a run with num_layers"):
+        train()
+    words[words.index("auto")] = "never"  # what is to be replaced may hold anything
+    train()
+    assert read_config(tmp_path / "run")["num_layers"] == 1
 
 
 def test_a_disk_that_is_full_when_peft_saves_is_told(tmp_path):

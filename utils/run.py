@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from utils.catalogue import CATALOGUE_FILE, Catalogue
-from utils.checked import load_tensors
+from utils.checked import load_tensors, read_json
 from utils.cli import ROOT, portable_path, print_config
 from utils.data import Sequences
 from utils.errors import UserError
@@ -104,7 +104,7 @@ class Run:
             if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / LOCK).exists():
                 raise UserError(f"--output_dir {self.folder} holds something that is no run; choose another folder")
             return False
-        old = BEFORE | read_config(self.folder)
+        old = BEFORE | read_json(earlier, "")  # what is to be replaced may hold anything
         if old.get("kind") != self.config["kind"]:
             raise UserError(
                 f"--output_dir {self.folder} holds something that is no run of this step; choose another folder"

@@ -24,17 +24,15 @@ from models.fusion import Fusion, rank_with_weights
 from models.llm.decoder import layer_numbers
 from recommend import Trained, load, run_folder
 from utils import assets, cli
+from utils.candidates import CANDIDATE_SEED, NUM_NEGATIVES, Negatives, negative_counts
 from utils.catalogue import CATALOGUE_FILE
 from utils.checked import read_json
 from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
 from utils.files import atomic_folder, check_replaceable, write_json
 from utils.metrics import (
-    CANDIDATE_SEED,
-    NUM_NEGATIVES,
     RANKS_FILE,
     SelectBy,
-    draw_negatives,
     evaluate,
     metrics_from_ranks,
     rank_each,
@@ -84,7 +82,7 @@ def main(
     trained = load(run)
     data = Sequences.load(assets.dataset_folder(dataset or trained.config["dataset"]))
     check_same_dataset(data, trained.config["dataset_fingerprint"], Path(run))
-    drawn = draw_negatives(data, split, negatives, candidate_seed)
+    drawn = Negatives(data, split, negatives, candidate_seed)
     options = {"max_length": trained.config["max_seq_length"], "batch_size": eval_batch_size, "progress": True}
     options |= {"device": trained.device, "autocast": trained.autocast}
     if asked is None:
@@ -95,9 +93,9 @@ def main(
         metrics, seconds = evaluate_layers(trained, asked, data, split, drawn, **options)
         print(layer_table(metrics, split))
     if output_dir is not None:
-        how = protocol(data, options["max_length"], drawn, candidate_seed)
+        how = protocol(data, options["max_length"], negatives, candidate_seed)
         save_layers(Path(output_dir), run_folder(run), trained.config, metrics, split, how, seconds)
-    counts = np.count_nonzero(drawn, axis=1)
+    counts = negative_counts(data, negatives)
     print(f"{len(data.users):,} users, {counts.min()} to {counts.max()} negatives, {seconds:.1f} s")
 
 
@@ -117,7 +115,7 @@ def asked_layers(run: str, layers: str) -> list[int]:
 
 
 def evaluate_layers(
-    trained: Trained, layers: list[int], data: Sequences, split: str, negatives: np.ndarray, **options
+    trained: Trained, layers: list[int], data: Sequences, split: str, negatives: Negatives, **options
 ) -> tuple[dict[str, dict], float]:
     """`evaluate` by the states after each layer, which answer from one forward pass; keys are the layers' numbers."""
     blocks = partial(trained.model.layer_score_blocks, layers)
@@ -226,14 +224,13 @@ def choose_weight(
     selected_by: the metric, as metrics.json names it ("valid sampled NDCG@10"). Of equal weights the lowest is taken.
     """
     options = {"batch_size": batch_size, "device": device, "progress": True}
-    found, choosing = rank_with_weights(fusion, WEIGHTS, data, "valid", draw_negatives(data, "valid"), **options)
+    found, choosing = rank_with_weights(fusion, WEIGHTS, data, "valid", Negatives(data, "valid"), **options)
     valid = [{kind: metrics_from_ranks(values) for kind, values in ranks.items()} for ranks in found]
     _, kind, name = selected_by.split()
     values = [metrics[kind][name] for metrics in valid]
     best = int(np.argmax(values))
     fusion.weight = WEIGHTS[best]
-    negatives = draw_negatives(data, "test")
-    [ranks], seconds = rank_with_weights(fusion, [fusion.weight], data, "test", negatives, **options)
+    [ranks], seconds = rank_with_weights(fusion, [fusion.weight], data, "test", Negatives(data, "test"), **options)
     figures = {
         "valid": valid[best],
         "test": {kind: metrics_from_ranks(values) for kind, values in ranks.items()},
@@ -242,7 +239,7 @@ def choose_weight(
         "selected_by": selected_by,
         "seconds": {"choose_weight": choosing, "score_test": seconds},
         "peak_memory_bytes": peak_memory(),
-        "protocol": protocol(data, max(fusion.max_lengths), negatives),
+        "protocol": protocol(data, max(fusion.max_lengths)),
         "baselines": {},
         "environment": environment(Accelerator(cpu=not torch.accelerator.is_available())),
     }

@@ -45,10 +45,11 @@ from models.dropout import Dropout
 from models.llm.decoder import block_boundaries
 from models.slmrec import SLMRec
 from models.sr import objectives, sasrec
+from utils.candidates import draw_negatives
 from utils.cli import ROOT
 from utils.data import Sequences, TrainingPart, shuffled_batches, training_examples
 from utils.files import write_json
-from utils.metrics import draw_negatives, rank_users
+from utils.metrics import rank_users
 from utils.report import environment, markdown_table
 
 DEPTHS, LENGTHS = (1, 2, 4, 8), (4, 8, 16, 30)

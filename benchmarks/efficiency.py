@@ -40,10 +40,11 @@ from models.llm.storage import build_llm_rec, count_parameters, load_base
 from models.slmrec import SLMRec
 from models.sr import MODELS
 from utils.assets import base_model_path, dataset_folder
+from utils.candidates import draw_negatives
 from utils.cli import ROOT, resolve
 from utils.data import Sequences, shuffled_batches, split_examples, training_examples
 from utils.files import write_json
-from utils.metrics import draw_negatives, rank_users
+from utils.metrics import rank_users
 from utils.report import environment, markdown_table
 
 STEPS, RANKED = 4, 512  # steps and users that are timed in each turn

@@ -40,11 +40,12 @@ from models.llm.decoder import base_config, block_boundaries, load_decoder, prom
 from models.llm.recommender import LLMRec
 from models.slmrec import SLMRec
 from utils.assets import base_model_path, dataset_folder
+from utils.candidates import draw_negatives
 from utils.checked import read_json
 from utils.cli import ROOT
 from utils.data import Examples, Sequences, shuffled_batches, split_examples, training_examples
 from utils.files import write_json
-from utils.metrics import draw_negatives, rank_users
+from utils.metrics import rank_users
 from utils.report import environment, markdown_table
 
 MAX_ITEMS, LLAMA = 30, "llama-7b-shape"

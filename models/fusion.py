@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from models.interface import Recommender
+from utils.candidates import Negatives
 from utils.data import Sequences
 from utils.metrics import rank_each
 
@@ -89,7 +90,7 @@ class Fusion(Recommender):
 
 
 def rank_with_weights(
-    fusion: Fusion, weights: Sequence[float], data: Sequences, split: str, negatives: np.ndarray, **options
+    fusion: Fusion, weights: Sequence[float], data: Sequences, split: str, negatives: np.ndarray | Negatives, **options
 ) -> tuple[list[dict[str, np.ndarray]], float]:
     """`rank_each` by the scores with each of the weights; each model computes its own once."""
 

@@ -23,10 +23,11 @@ import finetune
 import recommend
 import train_sr_trad
 from utils import cli, metrics
+from utils.candidates import draw_negatives
 from utils.checked import read_json
 from utils.data import Sequences, split_examples
 from utils.files import write_json
-from utils.metrics import draw_negatives, rank_each, rank_users
+from utils.metrics import rank_each, rank_users
 from utils.report import closing_table, flatten
 
 LENGTH = 6

@@ -21,9 +21,10 @@ import train_sr_trad
 from models.fusion import Fusion, fuse, rank_with_weights
 from models.interface import Recommender
 from utils import cli, metrics
+from utils.candidates import draw_negatives
 from utils.checked import load_tensors
 from utils.data import Sequences, split_examples
-from utils.metrics import draw_negatives, metrics_from_ranks, rank_users
+from utils.metrics import metrics_from_ranks, rank_users
 from utils.report import closing_table
 
 BFLOAT16 = partial(torch.autocast, "cpu", torch.bfloat16)

@@ -11,20 +11,12 @@ from conftest import make_sequences, sasrec, tiny_llm_rec
 from models.interface import Recommender
 from models.sr.popularity import Popularity
 from utils import metrics
+from utils.candidates import Negatives, draw_negatives, parts
 from utils.checked import read_json
 from utils.data import training_examples
 from utils.errors import RunError, UserError
 from utils.files import save_tensors, write_json
-from utils.metrics import (
-    METRICS,
-    RANKS_FILE,
-    draw_negatives,
-    evaluate,
-    metrics_from_ranks,
-    paired_bootstrap,
-    rank_users,
-    save_ranks,
-)
+from utils.metrics import METRICS, RANKS_FILE, evaluate, metrics_from_ranks, paired_bootstrap, rank_users, save_ranks
 from utils.report import compare_ranks
 
 
@@ -103,6 +95,36 @@ def test_candidates_are_distinct_unseen_and_everybody_gets_the_same(sequences):
     torch.manual_seed(3)
     np.random.seed(3)
     assert (negatives == draw_negatives(sequences, "test", num=20)).all()
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_candidates_drawn_part_by_part_are_those_drawn_at_once(monkeypatch, split):
+    """Three blocks of 16 users and one of 2, of which a part holds one or two."""
+    data = make_sequences(users=50, num_items=2**20 - 1, low=3, high=9)
+    whole = draw_negatives(data, split, num=6)
+    for at_once, sizes in ((1, [16, 16, 16, 2]), (6 * 33, [32, 18]), (2**27, [50])):
+        monkeypatch.setattr("utils.candidates.NEGATIVES_AT_ONCE", at_once)
+        lazy = Negatives(data, split, num=6)
+        drawn = [lazy[part] for part in parts(data, 6)]
+        assert [len(rows) for rows in drawn] == sizes and (np.concatenate(drawn) == whole).all()
+        assert (lazy.kept is None) == (len(sizes) > 1)  # what is drawn in parts does not stay in memory
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("at_once", [1, 2**27])
+def test_users_shared_among_processes_are_ranked_once_each(monkeypatch, world, at_once):
+    """The sum over the processes is what one ranks alone, also where some have no user of a part."""
+    monkeypatch.setattr("utils.candidates.block_size", lambda num_items: 9)
+    monkeypatch.setattr("utils.candidates.NEGATIVES_AT_ONCE", at_once)
+    data = make_sequences(users=41, num_items=40)
+    model, how = Table(np.random.default_rng(0).random((41, 41))), {"max_length": 30, "batch_size": 8}
+    alone, _ = rank_users(model, data, "test", draw_negatives(data, "test", num=19), **how)
+    shares = [
+        rank_users(model, data, "test", Negatives(data, "test", 19), **how, share=(r, world))[0] for r in range(world)
+    ]
+    for kind, ranks in alone.items():
+        assert (sum(share[kind] for share in shares) == ranks).all()
+        assert sum(np.count_nonzero(share[kind]) for share in shares) == np.count_nonzero(ranks) > 20
 
 
 def test_candidates_are_uniform_over_unseen_items():

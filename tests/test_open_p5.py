@@ -28,9 +28,9 @@ from models.llm.open_p5 import OpenP5, load_open_p5, sequential_index
 from models.sr import MODELS
 from recommend import load
 from utils import cli
+from utils.candidates import draw_negatives
 from utils.data import TrainingPart, training_examples
 from utils.errors import UserError
-from utils.metrics import draw_negatives
 
 PROMPT, VOCABULARY = "what comes next : what next", 20
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}

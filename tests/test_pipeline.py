@@ -29,9 +29,10 @@ import distill
 from models.llm.storage import load_base, load_llm_rec
 from models.sr import MODELS
 from utils import assets, cli
+from utils.candidates import SPLITS, draw_negatives
 from utils.data import Sequences
 from utils.errors import UserError
-from utils.metrics import SPLITS, draw_negatives, evaluate, metrics_from_ranks
+from utils.metrics import evaluate, metrics_from_ranks
 from utils.run import Run
 
 pytestmark = pytest.mark.pipeline

@@ -17,11 +17,12 @@ from transformers import get_scheduler
 from models import losses
 from models.slmrec import SLMRec
 from models.sr.sasrec import SASRec
+from utils.candidates import draw_negatives
 from utils.checked import load_tensors
 from utils.data import training_examples
 from utils.errors import RunError, UserError
 from utils.files import check_space, save_tensors
-from utils.metrics import SelectBy, draw_negatives
+from utils.metrics import SelectBy
 from utils.report import closing_table, comparison, finished_runs, git_commit, protocol
 from utils.run import LOCK, Run
 from utils.train import Loop, fit, gradient_shares
@@ -289,15 +290,6 @@ def test_patience_stops_where_a_replay_of_the_validation_values_says(patient, ca
         assert Run(run.config | {"resume": "auto"}, run.data, "unused").finished and contents(run.folder) == before
 
 
-def test_every_device_goes_by_the_metrics_of_the_first(tmp_path, monkeypatch):
-    """Or one would stop while another waits for it."""
-    _, _, first = train(tmp_path / "first", **FICKLE, patience=2)
-    told = iter([e["metrics"] for e in first["evaluations"]])
-    monkeypatch.setattr("utils.train.broadcast_object_list", lambda own: [next(told)])
-    _, _, other = train(tmp_path / "other", **FICKLE, patience=2, seed=8)
-    assert other["step"] == first["step"] and other["best_step"] == first["best_step"]
-
-
 def test_a_run_that_stops_early_continues_exactly(patient, tmp_path, monkeypatch):
     _, whole, expected = patient("whole", patience=2)
     assert expected["step"] < expected["planned_steps"]
@@ -554,11 +546,12 @@ def test_records_say_how_many_negatives_users_really_had(tmp_path):
     items, offsets = np.concatenate([data.items, np.arange(1, 41)]), np.append(data.offsets, len(data.items) + 40)
     data = type(data)("synthetic", items.astype(np.int32), offsets, 40, np.arange(81), data.fingerprint)
     counts = [40 - len(set(items[offsets[u] : offsets[u + 1]].tolist())) for u in range(81)]
-    found = protocol(data, 8, draw_negatives(data, "test"))
+    assert (np.count_nonzero(draw_negatives(data, "test"), axis=1) == counts).all()
+    found = protocol(data, 8)
     assert found["negatives"] == {"fewest": 0, "most": max(counts), "mean": pytest.approx(sum(counts) / 81)}
     assert found["users_without_negatives"] == 1 and f"0 to {max(counts)} (not 999) negatives" in found["sampled"]
-    enough = protocol(data, 8, np.ones((81, 999), np.int32))
-    assert "1 positive and 999 negatives" in enough["sampled"] and enough["users_without_negatives"] == 0
+    enough = protocol(make_sequences(users=20, num_items=2000), 8, num=900)
+    assert "1 positive and 900 negatives" in enough["sampled"] and enough["users_without_negatives"] == 0
 
 
 def test_the_closing_table_leaves_out_what_does_not_belong(tmp_path):

@@ -15,18 +15,12 @@ import numpy as np
 import psutil
 import torch
 
+from utils.candidates import CANDIDATE_SEED, NUM_NEGATIVES, negative_counts
 from utils.checked import load_tensors, read_text
 from utils.cli import ROOT, portable_path
 from utils.data import Sequences
 from utils.errors import UserError
-from utils.metrics import (
-    CANDIDATE_SEED,
-    NUM_NEGATIVES,
-    RANKS_FILE,
-    bootstrap,
-    metrics_from_ranks,
-    metrics_of_users,
-)
+from utils.metrics import RANKS_FILE, bootstrap, metrics_from_ranks, metrics_of_users
 from utils.run_files import finished_run, read_config
 
 try:
@@ -75,11 +69,11 @@ def environment(accelerator) -> dict:
     }
 
 
-def protocol(data: Sequences, max_length: int, negatives: np.ndarray, seed: int = CANDIDATE_SEED) -> dict:
-    """How the metrics were measured. negatives (users, 999), drawn with `seed`, 0 where a user has no more."""
-    counts = np.count_nonzero(negatives, axis=1)
+def protocol(data: Sequences, max_length: int, num: int = NUM_NEGATIVES, seed: int = CANDIDATE_SEED) -> dict:
+    """How the metrics were measured, among `num` negatives drawn with `seed`."""
+    counts = negative_counts(data, num)
     fewest, most = int(counts.min()), int(counts.max())
-    drawn = f"{NUM_NEGATIVES}" if fewest == NUM_NEGATIVES else f"{fewest} to {most} (not {NUM_NEGATIVES})"
+    drawn = f"{num}" if fewest == num else f"{fewest} to {most} (not {num})"
     return {
         "split": "leave-one-out: the last item tests, the one before validates",
         "users": len(data.users),

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
+from utils.candidates import SPLITS, Negatives
 from utils.catalogue import CATALOGUE_FILE, Catalogue
 from utils.checked import load_tensors, read_json
 from utils.cli import ROOT, portable_path, print_config
@@ -33,14 +34,7 @@ from utils.files import (
     write_json,
 )
 from utils.flags import BEFORE
-from utils.metrics import (
-    RANKS_FILE,
-    SPLITS,
-    draw_negatives,
-    metrics_from_ranks,
-    rank_users,
-    save_ranks,
-)
+from utils.metrics import RANKS_FILE, metrics_from_ranks, rank_users, save_ranks
 from utils.report import card, flatten, git_commit, log_rows, peak_memory, plot_curve, protocol
 from utils.run_files import check_shapes, read_config, read_metrics, read_state
 
@@ -67,6 +61,7 @@ class Run:
         self.config = config | {"output_dir": portable_path(self.folder), "dataset_fingerprint": data.fingerprint}
         self.config["num_users"] = len(data.offsets) - 1
         self.data = data
+        self.negatives = {split: Negatives(data, split) for split in SPLITS}
         self.checkpoints = self.folder / "checkpoints"
         self.lock = FileLock(self.folder / LOCK)
         tracker = config.get("report_to", "none")
@@ -199,21 +194,23 @@ class Run:
         return {kind: metrics_from_ranks(found) for kind, found in ranks.items()}, seconds
 
     def rank(self, model: nn.Module, split: str, progress: bool = False) -> tuple[dict[str, np.ndarray], float]:
-        """`rank_users` with the protocol of the run."""
-        model.to(self.accelerator.device).eval()
-        if not hasattr(self, "negatives"):
-            self.negatives = {name: draw_negatives(self.data, name) for name in SPLITS}
-        return rank_users(
+        """`rank_users` with the protocol of the run; several processes share the users, and all get all ranks."""
+        accelerator = self.accelerator
+        model.to(accelerator.device).eval()
+        ranks, seconds = rank_users(
             model,
             self.data,
             split,
             self.negatives[split],
             max_length=self.config["max_seq_length"],
             batch_size=self.config["eval_batch_size"],
-            device=self.accelerator.device,
-            autocast=self.accelerator.autocast,
-            progress=progress and self.accelerator.is_main_process,
+            device=accelerator.device,
+            autocast=accelerator.autocast,
+            progress=progress and accelerator.is_main_process,
+            share=(accelerator.process_index, accelerator.num_processes),
         )
+        own = {kind: torch.from_numpy(found).to(accelerator.device) for kind, found in ranks.items()}
+        return {kind: accelerator.reduce(found, "sum").cpu().numpy() for kind, found in own.items()}, seconds
 
     # --- checkpoints ---
 
@@ -331,7 +328,7 @@ class Run:
                 },
                 "parameters": parameters,
                 "peak_memory_bytes": peak_memory(),
-                "protocol": protocol(self.data, self.config["max_seq_length"], self.negatives["test"]),
+                "protocol": protocol(self.data, self.config["max_seq_length"]),
                 "baselines": below,
                 "environment": {name: value for name, value in state["starts"][-1].items() if name != "step"},
                 "starts": state["starts"],
@@ -340,9 +337,8 @@ class Run:
             plot_curve(self.folder, self.config["select_by"])
             (self.folder / "README.md").write_text(card(self.config, metrics), encoding="utf-8")
             write_json(metrics, self.folder / "metrics.json")
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
             remove([self.checkpoints])
+        self.accelerator.wait_for_everyone()  # the run is there for the next step of any of them
         if self.accelerator.log_with:
             self.accelerator.end_training()
         self.lock.release()

@@ -11,7 +11,6 @@ from contextlib import ExitStack, nullcontext
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -175,7 +174,6 @@ class Loop:
         """Evaluate on validation and keep the weights if they are the best so far."""
         run, state = self.run, self.state
         metrics, _ = run.evaluate(self.model, "valid")
-        (metrics,) = broadcast_object_list([metrics])  # devices may round differently: all stop by the first's
         kind, name = self.config["select_by"].split("/")
         best = max((e["metrics"][kind][name] for e in state["evaluations"]), default=-math.inf)
         state["evaluations"].append({"step": state["step"], "metrics": metrics})

@@ -19,11 +19,9 @@ from utils.run import Run
 
 
 def weights_sha256(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): sha256(path)
-        for path in sorted(folder.rglob("*.safetensors"))
-        if path.name != RANKS_FILE
-    }
+    """Of the weights that a finished run keeps; a kill in its last moment may have left checkpoints beside them."""
+    kept = [*folder.glob("*.safetensors"), *folder.glob("adapter/*.safetensors")]
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(kept) if path.name != RANKS_FILE}
 
 
 def find_kl_teacher(config: dict, default: Path | None, data: Sequences) -> None:

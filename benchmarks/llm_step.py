@@ -106,8 +106,8 @@ def released_ranks(model: LLMRec, data: Sequences, examples: Examples, index: np
 # --- what is measured ---
 
 
-def make_data(dataset: str | None, users: int, seed: int = 0) -> Sequences:
-    """Sequences of random items with the lengths of a processed dataset, or of Beauty."""
+def make_data(dataset: str | None, users: int, seed: int = 0, num_items: int = BEAUTY_ITEMS) -> Sequences:
+    """Sequences of random items with the lengths of a processed dataset, or of Beauty's over `num_items` items."""
     rng = np.random.default_rng(seed)
     if dataset:
         source = Sequences.load(dataset_folder(dataset))
@@ -115,7 +115,7 @@ def make_data(dataset: str | None, users: int, seed: int = 0) -> Sequences:
         lengths = rng.choice(lengths, users)
     else:
         share = np.array(BEAUTY_LENGTHS) / sum(BEAUTY_LENGTHS)
-        lengths, num_items = rng.choice(np.arange(5, 5 + len(share)), users, p=share), BEAUTY_ITEMS
+        lengths = rng.choice(np.arange(5, 5 + len(share)), users, p=share)
     items = rng.integers(1, num_items + 1, lengths.sum()).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return Sequences("lengths", items, offsets, num_items, np.arange(users), "0" * 64)

@@ -132,7 +132,7 @@ def test_in_blocks_of_users_and_in_bfloat16_the_ranks_are_the_models_own(autocas
     monkeypatch.setattr(metrics, "rank_block", lambda *a: sizes.append(len(a[0])) or rank_block(*a))
     blocks = partial(model.layer_score_blocks, [1, 3])
     (first, last), _ = rank_each(model, blocks, 2, data, "test", negatives, **options)
-    assert sizes == [64, 64, 36, 36]
+    assert sizes == [16] * 12 + [4] * 2
     assert all((last[kind] == own[kind]).all() and (first[kind] != own[kind]).any() for kind in own)
     batch = split_examples(data, "test", 30).batch(np.arange(100))
     with torch.inference_mode(), autocast():

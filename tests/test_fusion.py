@@ -128,7 +128,7 @@ def test_each_model_scores_once_and_users_come_in_blocks(monkeypatch):
         monkeypatch.setattr(model, "user_vectors", lambda h, users, real=real: calls.append(h.shape) or real(h, users))
     blocks = ranks(fusion, [0.0, 0.3, 1.0], data, batch_size=150)
     assert len(calls) == 4  # two models, two batches, three weights
-    assert sizes == [64] * 6 + [22] * 3 + [64] * 6 + [22] * 3
+    assert sizes == 2 * ([16] * 27 + [6] * 3)
     for one, other in zip(whole, blocks, strict=True):
         assert all((one[kind] == other[kind]).all() for kind in ("sampled", "full"))
 

@@ -174,7 +174,7 @@ def test_ranks_by_blocks_of_users_are_those_of_all_at_once(monkeypatch):
     monkeypatch.setattr(metrics, "SCORES_AT_ONCE", 1)
     monkeypatch.setattr(metrics, "rank_block", lambda *a: sizes.append(len(a[0])) or rank_block(*a))
     blocks, _ = rank_users(model, data, "test", negatives, **how)
-    assert sizes == [64, 64, 64, 64, 44]
+    assert sizes == [16] * 18 + [12]
     assert (whole["full"] == blocks["full"]).all() and (whole["sampled"] == blocks["sampled"]).all()
 
 

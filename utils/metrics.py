@@ -32,7 +32,7 @@ def ranks_from_scores(positive: torch.Tensor, others: torch.Tensor) -> torch.Ten
 
     positive (B, 1), others (B, C) with -inf where there is no candidate. Returns (B,) int64.
     """
-    return (others >= positive).sum(1)
+    return (others >= positive).sum(1, dtype=torch.int32).long()  # int64 sums of long rows take six times as long
 
 
 def metrics_of_users(ranks: np.ndarray) -> dict[str, np.ndarray]:
@@ -120,7 +120,7 @@ def rank_each(
     examples = split_examples(data, split, max_length)
     ranks = [{kind: np.zeros(len(examples), np.int64) for kind in ("sampled", "full")} for _ in range(count)]
     begun = time.perf_counter()
-    users_at_once = max(64, SCORES_AT_ONCE // (data.num_items + 1))
+    users_at_once = max(16, SCORES_AT_ONCE // (data.num_items + 1))
     lengths = np.minimum(examples.lengths, batched_length or max_length)
     own = math.ceil(len(examples) / share[1])
     bar = tqdm(total=own, desc=f"rank {split}", unit="user", disable=not progress, leave=False)
@@ -152,7 +152,8 @@ def rank_block(
 
     scores (b, V + 1), which are overwritten; negatives (b, N).
     """
-    low, high = torch.aminmax(scores[:, 1:])
+    scores[:, 0] = 0  # padding is no candidate, and a part of the columns would be copied
+    low, high = torch.aminmax(scores)
     if not (low > -torch.inf and high < torch.inf):  # neither holds for NaN
         raise RunError("scores are not finite: the model has diverged; lower --learning_rate")
 
@@ -161,7 +162,7 @@ def rank_block(
 
     target = on_device(data.items[examples.end[index]])[:, None]  # (b, 1)
     positive = scores.gather(1, target)  # (b, 1)
-    scores[:, 0] = -torch.inf  # padding is no candidate
+    scores[:, 0] = -torch.inf
     sampled = ranks_from_scores(positive, scores.gather(1, on_device(negatives)))
     row, item = seen_pairs(data, data.users[index], examples.end[index])
     scores[on_device(row), on_device(item)] = -torch.inf

@@ -1,4 +1,4 @@
-"""What a kill at any moment leaves on disk.
+"""What a kill at any moment leaves on disk, and small runs of the steps to be killed.
 
 A killed process leaves what the files hold at that moment. So the work is done once, and before each of its
 file-system events the folder is copied.
@@ -11,7 +11,23 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
+import distill
+import finetune
+import train_open_p5
+import train_sr_trad
+from models.sr import MODELS
+from utils import cli, report
+
+COMMON = "--batch_size 8 --max_steps 4 --eval_steps 2"
+EARLY = "--max_steps 6 --patience 1 --learning_rate 1 --warmup_steps 0"  # too high a rate: it stops after 4 steps
+STEPS = {
+    "train_sr_trad": (train_sr_trad, "sr", f"--item_dim 8 --num_layers 1 {EARLY}"),
+    "finetune": (finetune, "teacher", "--base_model {0}/base --item_embeddings {0}/table --num_layers 2 --lora_r 2"),
+    "distill": (distill, "student", "--teacher {1}/teacher --num_layers 1 --num_blocks 1 --lambda_ms 0 --lora_r 2"),
+    "train_open_p5": (train_open_p5, "open_p5", "--base_model {0}/base --num_layers 2 --lora_r 2"),
+}
 EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "ctypes.dlopen"}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 WATCHER: list[Callable] = []  # an audit hook stays for the life of the process: it is installed once, and mostly idle
@@ -66,3 +82,38 @@ def snapshots(place: Path, copies: Path, action: Callable) -> list[Path]:
     finally:
         WATCHER.clear()
     return found
+
+
+def restore(copy: Path, place: Path) -> None:
+    """Make `place` what it was when `copy` was taken: runs record their own path."""
+    shutil.rmtree(place)
+    shutil.copytree(copy, place, symlinks=True)
+
+
+def start(name: str, sources: Path, place: Path, seed: int, resume: str, run: str = "run") -> None:
+    """One of STEPS, with the run in `place`; its curve is not drawn."""
+    script, section, own = STEPS[name]
+    words = f"--dataset {sources}/data {COMMON} {own}".format(sources, place).split()
+    words += ["--seed", str(seed), "--resume", resume, "--output_dir", str(place / run)]
+    main = script.main
+    with patch.object(report.plt.Figure, "savefig", lambda self, path, **how: Path(path).write_bytes(b"a figure")):
+        main(**cli.resolve(main, section, words, models=MODELS))
+    assert read_metrics(place / run)["stopped_early"] == (EARLY in own)
+
+
+def prepare(name: str, sources: Path, place: Path) -> None:
+    """What the step reads from `place`."""
+    place.mkdir()
+    if name == "distill":
+        start("finetune", sources, place, 1, "never", run="teacher")
+
+
+def read_metrics(run: Path) -> dict:
+    return json.loads((run / "metrics.json").read_text())
+
+
+def outcome(run: Path) -> tuple[dict, dict[str, str]]:
+    """Metrics, and the SHA-256 of every file of weights or ranks."""
+    metrics = read_metrics(run)
+    weights = {name: digest for name, digest in contents(run).items() if name.endswith(".safetensors")}
+    return {split: metrics[split] for split in ("valid", "test")}, weights

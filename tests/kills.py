@@ -4,12 +4,14 @@ A killed process leaves what the files hold at that moment. So the work is done 
 file-system events the folder is copied.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -84,6 +86,28 @@ def snapshots(place: Path, copies: Path, action: Callable) -> list[Path]:
     return found
 
 
+def on_a_full_disk(place: Path, at: int, action: Callable) -> object:
+    """What `action` returns on a disk that is full from its write number `at` in `place`; None where it makes fewer."""
+    writes = 0
+
+    def watch(event: str, arguments: tuple) -> None:
+        nonlocal writes
+        if event not in ("open", "os.mkdir", "os.link", "os.symlink"):
+            return
+        path = Path(os.fsdecode(arguments[0])) if isinstance(arguments[0], str | bytes | os.PathLike) else None
+        if path is not None and path.absolute().is_relative_to(place):
+            writes += 1
+            if writes > at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    WATCHER.append(watch)
+    try:
+        found = action()
+    finally:
+        WATCHER.clear()
+    return found if writes > at else None
+
+
 def restore(copy: Path, place: Path) -> None:
     """Make `place` what it was when `copy` was taken: runs record their own path."""
     shutil.rmtree(place)
@@ -91,14 +115,34 @@ def restore(copy: Path, place: Path) -> None:
 
 
 def start(name: str, sources: Path, place: Path, seed: int, resume: str, run: str = "run") -> None:
-    """One of STEPS, with the run in `place`; its curve is not drawn."""
+    """One of STEPS, with the run in `place`; its curve is not drawn. Raises what `main` raises."""
+    script, section, words = command(name, sources, place, seed, resume, run)
+    with undrawn():
+        script.main(**cli.resolve(script.main, section, words, models=MODELS))
+    assert read_metrics(place / run)["stopped_early"] == (EARLY in STEPS[name][2])
+
+
+def exit_code(name: str, sources: Path, place: Path, seed: int, resume: str) -> int:
+    """The same as from the shell: what went wrong is a line on standard error, and the exit code."""
+    script, section, words = command(name, sources, place, seed, resume)
+    try:
+        with undrawn():
+            cli.run(script.main, section, words, models=MODELS)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def undrawn() -> AbstractContextManager:
+    """A figure costs more time than all the rest of such a run."""
+    return patch.object(report.plt.Figure, "savefig", lambda self, path, **how: Path(path).write_bytes(b"a figure"))
+
+
+def command(name: str, sources: Path, place: Path, seed: int, resume: str, run: str = "run") -> tuple:
+    """The script of a step, its section of a recipe, and the words of its command line."""
     script, section, own = STEPS[name]
     words = f"--dataset {sources}/data {COMMON} {own}".format(sources, place).split()
-    words += ["--seed", str(seed), "--resume", resume, "--output_dir", str(place / run)]
-    main = script.main
-    with patch.object(report.plt.Figure, "savefig", lambda self, path, **how: Path(path).write_bytes(b"a figure")):
-        main(**cli.resolve(main, section, words, models=MODELS))
-    assert read_metrics(place / run)["stopped_early"] == (EARLY in own)
+    return script, section, [*words, "--seed", str(seed), "--resume", resume, "--output_dir", str(place / run)]
 
 
 def prepare(name: str, sources: Path, place: Path) -> None:

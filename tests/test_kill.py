@@ -1,13 +1,16 @@
-"""A kill before every file-system event of a small run: the next start ends as if nothing had happened.
+"""A kill before every file-system event of a small run, or a full disk: the next start ends as if nothing had happened.
 
 `benchmarks/kills.py` goes further: resumed runs, both ways to start again, and kills at random moments.
 """
 
+import os
+import shutil
+import time
 from pathlib import Path
 
 import pytest
 from conftest import tiny_sources
-from kills import STEPS, contents, outcome, prepare, restore, snapshots, start
+from kills import STEPS, contents, exit_code, on_a_full_disk, outcome, prepare, restore, snapshots, start
 
 from utils.errors import UserError
 
@@ -55,3 +58,40 @@ def test_a_kill_at_any_moment_of_a_replacement_is_survived(name, sources, tmp_pa
         assert outcome(place / "run") == wanted, copy
         assert set(contents(place)) == files, copy
     assert 1 <= untouched <= 3
+
+
+@pytest.mark.parametrize(("name", "each"), [("train_sr_trad", 1), ("finetune", 5), ("distill", 5)])
+def test_a_disk_that_is_full_from_any_write_is_told_in_a_line_and_costs_nothing(name, each, sources, tmp_path, capsys):
+    place, before = tmp_path / "place", tmp_path / "before"
+    prepare(name, sources, place)
+    shutil.copytree(place, before)
+    start(name, sources, place, 2, "auto")
+    wanted, files = outcome(place / "run"), set(contents(place))
+    full_from = told = 0
+    restore(before, place)
+    while (code := on_a_full_disk(place, full_from, lambda: exit_code(name, sources, place, 2, "auto"))) is not None:
+        if code:  # what only cleans up may be left out
+            lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{name}.py: ")]
+            assert code == 2 and len(lines) == 1 and "No space left on device" in lines[0], lines
+            told += 1
+        start(name, sources, place, 2, "auto")
+        assert outcome(place / "run") == wanted and set(contents(place)) == files, full_from
+        full_from += each
+        restore(before, place)
+        capsys.readouterr()
+    assert told > 10 / each and outcome(place / "run") == wanted
+
+
+@pytest.mark.parametrize("name", ["train_sr_trad"])
+def test_a_clock_that_was_set_back_changes_nothing(name, sources, tmp_path):
+    """Every file that a kill left is of tomorrow, and the newest has the oldest date."""
+    place = tmp_path / "place"
+    prepare(name, sources, place)
+    copies = snapshots(place, tmp_path / "copies", lambda: start(name, sources, place, 2, "auto"))
+    wanted, files = outcome(place / "run"), set(contents(place))
+    for copy in copies[::4]:
+        restore(copy, place)
+        for number, path in enumerate(sorted(place.rglob("*"), reverse=True)):
+            os.utime(path, times=(time.time() + 86400 + number,) * 2)
+        start(name, sources, place, 2, "auto")
+        assert outcome(place / "run") == wanted and set(contents(place)) == files, copy

@@ -58,7 +58,7 @@ def main(
     max_seq_length: int = 30,
     train_targets: str = "last",
     batch_size: int = 256,
-    micro_batch_size: int | None = None,
+    micro_batch_size: int | Literal["auto"] | None = None,
     eval_batch_size: int = 512,
     num_epochs: float = 3.0,
     max_steps: int = -1,

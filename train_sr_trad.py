@@ -35,7 +35,7 @@ def main(
     init_items: str | None = None,
     train_targets: str = "last",
     batch_size: int = 256,
-    micro_batch_size: int | None = None,
+    micro_batch_size: int | Literal["auto"] | None = None,
     eval_batch_size: int = 512,
     num_epochs: float = 20.0,
     max_steps: int = -1,

@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.llm_step import make_data, peak_extra_bytes
+from benchmarks.llm_step import make_data
 from models.interface import Recommender
 from models.losses import catalogue_cross_entropy
 from utils.candidates import draw_negatives
 from utils.cli import ROOT
 from utils.data import Sequences, sorted_batches, split_examples
 from utils.files import write_json
+from utils.memory import peak_extra_bytes
 from utils.metrics import rank_users
 from utils.report import environment
 

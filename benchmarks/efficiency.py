@@ -28,7 +28,6 @@ import train_sr_trad
 from benchmarks.llm_step import (
     MAX_ITEMS,
     ours_loss,
-    peak_extra_bytes,
     released_loss,
     released_ranks,
     seconds,
@@ -44,6 +43,7 @@ from utils.candidates import draw_negatives
 from utils.cli import ROOT, resolve
 from utils.data import Sequences, shuffled_batches, split_examples, training_examples
 from utils.files import write_json
+from utils.memory import peak_extra_bytes
 from utils.metrics import rank_users
 from utils.report import environment, markdown_table
 

@@ -22,13 +22,14 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.llm_step import make_data, peak_extra_bytes
+from benchmarks.llm_step import make_data
 from models.sr.sasrec import SASRec
 from utils.candidates import SPLITS, Negatives
 from utils.checked import read_json
 from utils.cli import ROOT
 from utils.data import Sequences
 from utils.files import write_json
+from utils.memory import peak_extra_bytes
 from utils.metrics import rank_users
 from utils.report import environment, markdown_table
 from utils.run import Run

@@ -12,12 +12,10 @@ first run, over what the process held before it. A bar chart is written beside t
 """
 
 import argparse
-import ctypes
 import random
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -27,7 +25,6 @@ from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -45,6 +42,7 @@ from utils.checked import read_json
 from utils.cli import ROOT
 from utils.data import Examples, Sequences, shuffled_batches, split_examples, training_examples
 from utils.files import write_json
+from utils.memory import peak_extra_bytes
 from utils.metrics import rank_users
 from utils.report import environment, markdown_table
 
@@ -152,34 +150,6 @@ def seconds(work: Callable[[], object]) -> float:
     work()
     synchronize()
     return time.perf_counter() - begun
-
-
-def peak_extra_bytes(work: Callable[[], object], device: torch.device | str) -> int:
-    """Memory that `work` takes at its peak beyond what was in use before: of a GPU, else of this process."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: what was freed may still count as resident
-    if trim:
-        trim(0)
-    me, done = psutil.Process(), threading.Event()
-    before = peak = me.memory_info().rss
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, me.memory_info().rss)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        work()
-    finally:
-        done.set()
-        thread.join()
-    return peak - before
 
 
 def training_step(model: nn.Module, loss_of: Callable, batches: list[dict]) -> Callable[[], None]:

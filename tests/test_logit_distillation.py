@@ -17,7 +17,6 @@ import distill
 import extract_emb
 import finetune
 import train_sr_trad
-from benchmarks.llm_step import peak_extra_bytes
 from models import losses
 from models.llm import kl_teacher
 from models.llm.storage import load_llm_rec
@@ -28,6 +27,7 @@ from models.sr.sasrec import SASRec
 from models.sr.storage import load_recommender
 from utils import cli
 from utils.data import Sequences, training_examples
+from utils.memory import peak_extra_bytes
 
 N, V = 7, 1000
 SMALL = ["--item_dim", 8, "--num_layers", 1, "--max_seq_length", 9, "--train_targets", "all", "--learning_rate", 0.05]

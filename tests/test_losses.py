@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from conftest import tiny_llm_rec
 
 from benchmarks.catalogue import compare_steps
-from benchmarks.llm_step import peak_extra_bytes
 from models import losses
 from models.losses import (
     catalogue_cross_entropy,
@@ -20,6 +19,7 @@ from models.losses import (
     sampled_cross_entropy,
 )
 from models.slmrec import SLMRec
+from utils.memory import peak_extra_bytes
 
 WEIGHTS = {"lambda_cos": 1.0, "lambda_norm": 0.1, "lambda_ms": 0.5}
 NONE = dict.fromkeys(WEIGHTS, 0.0)

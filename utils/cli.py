@@ -17,8 +17,8 @@ import fire
 from fire import decorators, helptext
 from fire import trace as fire_trace
 
-from utils.errors import RunError, UserError, describe_error, end_output
-from utils.flags import Models, choices, coerce, flags_of, suggest
+from utils.errors import RunError, UserError, describe_error, end_output, is_out_of_memory
+from utils.flags import Models, choices, coerce, flags_of, suggest, without_choices
 from utils.recipes import RECIPE_SECTIONS, check_recipe, per_model, read_recipe, recipe_values
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,12 +71,6 @@ def run(
 def stop(script: str, message: str, code: int) -> typing.NoReturn:
     print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code) from None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory is what was missing: NumPy has MemoryError, torch an error of its own or a plain RuntimeError."""
-    name, text = type(error).__name__, str(error)
-    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "allocate memory" in text
 
 
 def resolve(
@@ -157,7 +151,10 @@ def help_text(main: Callable, script: str, argv: list[str], models: Models) -> s
     def shown_by_fire(**flags) -> None: ...
 
     kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter(n, kind, default=f.default, annotation=f.annotation) for n, f in flags.items()]
+    parameters = [
+        inspect.Parameter(n, kind, default=f.default, annotation=without_choices(f.annotation))
+        for n, f in flags.items()
+    ]
     shown_by_fire.__signature__, shown_by_fire.__doc__ = inspect.Signature(parameters), "\n".join(lines)
     text = helptext.HelpText(shown_by_fire, trace=fire_trace.FireTrace(shown_by_fire, name=script))
     return re.sub(r"(?m)^    -\w, --", "    --", text)  # fire's one-letter flags are not accepted here

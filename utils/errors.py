@@ -18,6 +18,12 @@ class RunError(Exception):
     """A run that cannot go on (a loss that is not finite, say): exit code 1."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory is what was missing: NumPy has MemoryError, torch an error of its own or a plain RuntimeError."""
+    name, text = type(error).__name__, str(error)
+    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "allocate memory" in text
+
+
 def describe_error(error: OSError) -> str:
     """The system's own words, the file that they are about, and what helps."""
     file = f": {error.filename}" if error.filename else ""

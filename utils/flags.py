@@ -2,8 +2,10 @@
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -69,7 +71,10 @@ FLAGS: dict[str, tuple[str, str]] = {
     "max_seq_length": ("newest items of a history that are read", ">= 1"),
     "train_targets": ("training targets per user: last (the released protocol), all, or a number of newest ones", ""),
     "batch_size": ("examples per optimiser step, over all devices", ">= 1"),
-    "micro_batch_size": ("examples at once on a device (default: all of them); the rest is accumulated", ">= 1"),
+    "micro_batch_size": (
+        "examples at once on a device (default: all of them; auto: as many as fit); the rest is accumulated",
+        ">= 1",
+    ),
     "eval_batch_size": ("users scored at once", ">= 1"),
     "num_epochs": ("passes over the training examples", "> 0"),
     "max_steps": (
@@ -164,11 +169,12 @@ def coerce(source: str, value: object, flag: Flag) -> object:
     options = alternatives(flag.annotation)
     if type(None) in options and str(value).lower() == "none":
         return None
-    wanted = next(option for option in options if option is not type(None))
-    if choices(wanted):
-        if value not in choices(wanted):
-            raise UserError(f"{source} {value}: expected one of {', '.join(choices(wanted))}")
+    names = choices(flag.annotation)
+    if value in names:
         return value
+    wanted = next((option for option in options if option is not type(None) and not choices(option)), None)
+    if wanted is None:
+        raise UserError(f"{source} {value}: expected one of {', '.join(names)}")
     if wanted is str:
         if value is None or str(value) in ("True", ""):  # what fire makes of a flag without a value
             raise UserError(f"{source} needs a value")
@@ -181,7 +187,7 @@ def coerce(source: str, value: object, flag: Flag) -> object:
         number = wanted(str(value))
     except ValueError:
         kind = {int: "a whole number", float: "a number"}[wanted]
-        raise UserError(f"{source} {value}: expected {kind}") from None
+        raise UserError(f"{source} {value}: expected {' or '.join([kind, *names])}") from None
     if not math.isfinite(number) or not within(number, flag.limits) or abs(number) >= 2**63:
         raise UserError(f"{source} {value}: expected a number {flag.limits}, of at most 64 bits")
     return number
@@ -207,6 +213,12 @@ def alternatives(annotation: object) -> tuple:
 def choices(annotation: object) -> tuple[str, ...]:
     """The values of a Literal annotation, optional or not; () for any other."""
     return next((typing.get_args(o) for o in alternatives(annotation) if typing.get_origin(o) is typing.Literal), ())
+
+
+def without_choices(annotation: object) -> object:
+    """A number that may also be a word, as the number alone: fire has no name for such a type."""
+    options = [option for option in alternatives(annotation) if typing.get_origin(option) is not typing.Literal]
+    return functools.reduce(operator.or_, options) if set(options) - {type(None)} else annotation
 
 
 def suggest(name: str, known: typing.Iterable[str], dashes: str = "--") -> str:

@@ -1,7 +1,7 @@
 """config.json and metrics.json of a run folder or a table's, as later steps read them: what each entry may be."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Union
 
 from utils.checked import COUNT, FLAG, NUMBER, SIZE, TEXT, Rule, maybe, read_json
 from utils.errors import UserError
@@ -15,7 +15,8 @@ TYPES: dict[str, object] = {
     ),
     **dict.fromkeys(("lambda_cos", "lambda_norm", "lambda_ms", "lambda_kl", "weight_decay"), float),
     **dict.fromkeys(("eval_steps", "max_steps", "seed", "warmup_steps"), int),
-    **dict.fromkeys(("micro_batch_size", "patience", "kl_items", "beam_width"), int | None),
+    "micro_batch_size": int | Literal["auto"] | None,
+    **dict.fromkeys(("patience", "kl_items", "beam_width"), int | None),
     **dict.fromkeys(("dataset", "layer_selection", "lora_target_modules", "train_targets"), str),
     **dict.fromkeys(("base_model", "item_embeddings", "sr_dir", "kl_teacher", "teacher"), str | None),
     "normalize_items": bool,
@@ -29,17 +30,20 @@ TYPES: dict[str, object] = {
 
 def rule_of(annotation: object, limits: str) -> Rule:
     """What the value of a flag may be, by its type and its range."""
-    options = alternatives(annotation)
-    if type(None) in options:
-        (annotation,) = (option for option in options if option is not type(None))
-        return maybe(rule_of(annotation, limits))
+    options = [option for option in alternatives(annotation) if option is not type(None)]
+    if len(options) < len(alternatives(annotation)):
+        return maybe(rule_of(Union[*options], limits))
     if annotation in (str, bool):
         return TEXT if annotation is str else FLAG
-    if names := choices(annotation):
+    names, kinds = choices(annotation), {int: (int,), float: (int, float)}
+    number = next((option for option in options if option in kinds), None)
+    if number is None:
         return f"one of {', '.join(names)}", lambda value: value in names
-    kinds = (int,) if annotation is int else (int, float)
-    words = f"a {'whole ' * (annotation is int)}number {limits}"
-    return words, lambda value: type(value) in kinds and NUMBER[1](value) and within(value, limits)
+    words = " or ".join([f"a {'whole ' * (number is int)}number {limits}", *names])
+    return (
+        words,
+        lambda value: value in names or (type(value) in kinds[number] and NUMBER[1](value) and within(value, limits)),
+    )
 
 
 CONFIG: Rule = {name: rule_of(annotation, FLAGS[name][1]) for name, annotation in TYPES.items()} | {

@@ -6,6 +6,7 @@ two threads takes many times as long as on one (benchmarks/busy.py). A setting o
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,22 +18,28 @@ SECONDS = 0.5  # of watching what the cores do
 def quota(root: Path = Path("/")) -> float:
     """Cores that the control group (a container's limit, say) gives to this process; infinity without a limit."""
     limits = [float("inf")]
+    for group in control_groups("cpu", root):
+        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # version 2, version 1
+            try:
+                words = " ".join((group / name).read_text(encoding="utf-8") for name in names).split()
+                limits += [int(words[0]) / int(words[1])] if int(words[0]) > 0 else []
+            except (OSError, ValueError, IndexError):  # not there, or "max"
+                continue
+    return min(limits)
+
+
+def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
+    """Folders of the control groups that this process is in, each before those around it."""
     try:
         groups = [line.split(":", 2)[1:] for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").split()]
     except OSError:  # no Linux
-        return limits[0]
+        return
     for controllers, path in groups:
-        top = root / "sys/fs/cgroup" / (controllers if "cpu" in controllers.split(",") else "")
+        top = root / "sys/fs/cgroup" / (controllers if controller in controllers.split(",") else "")
         for group in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
-            for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # version 2, version 1
-                try:
-                    words = " ".join((group / name).read_text(encoding="utf-8") for name in names).split()
-                    limits += [int(words[0]) / int(words[1])] if int(words[0]) > 0 else []
-                except (OSError, ValueError, IndexError):  # not there, or "max"
-                    continue
+            yield group
             if group == root / "sys/fs/cgroup":
                 break
-    return min(limits)
 
 
 def free_cores() -> tuple[int, int]:

@@ -8,6 +8,7 @@ draws for a batch on (seed, step). So a run continues exactly from weights, opti
 import math
 import time
 from contextlib import ExitStack, nullcontext
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from utils.data import Examples, shuffled_batches
-from utils.errors import RunError, UserError
+from utils.errors import RunError, UserError, is_out_of_memory
+from utils.memory import MIB, examples_that_fit
 from utils.report import environment
 from utils.run import Run
 
@@ -66,6 +68,9 @@ class Loop:
             where = run.checkpoints / f"step-{started:08d}"
             raise UserError(f"{where} is of no run of {self.total} steps; remove it, and start again")
         state["starts"] = [*state.get("starts", []), {"step": started} | environment(self.accelerator)]
+        self.micro_batch = self.find_micro_batch()
+        if self.config["micro_batch_size"] == "auto":
+            state["starts"][-1]["micro_batch_size"] = self.micro_batch
         self.wrapped = self.accelerator.prepare_model(self.model)
         run.open_log(started)
         options = {"total": self.total, "initial": started, "unit": "step", "mininterval": 1}
@@ -88,12 +93,43 @@ class Loop:
         run.load_best(self.trained)
         return state | {"steps_per_epoch": self.per_epoch, "planned_steps": self.total}
 
+    def find_micro_batch(self) -> int | None:
+        """Examples at once on a device, the same on all; None where that is the whole batch of the device."""
+        if self.config["micro_batch_size"] != "auto":
+            return self.config["micro_batch_size"]
+        most = min(len(self.examples), math.ceil(self.config["batch_size"] / self.accelerator.num_processes))
+        moments = 2 * sum(p.nbytes for p in self.trained.values() if p not in self.optimizer.state)
+        size, need, free = examples_that_fit(self.try_examples, most, self.accelerator.device, moments)
+        size = min(self.accelerator.gather(torch.tensor([size], device=self.accelerator.device)).tolist())
+        text = f"--micro_batch_size auto: {size} of {most} examples at once"
+        self.run.print(f"{text}, which take about {need // MIB:,} of the {free // MIB:,} MiB that are free")
+        return size if size < most else None
+
+    def try_examples(self, number: int) -> None:
+        """What a step does with the `number` longest examples, in every stage, and leaves no trace."""
+        self.model.train()
+        index = np.argsort(-self.examples.lengths, kind="stable")[:number]
+        for name, _, _ in self.stages:
+            self.model.stage = name
+            batch = self.model.batch(self.examples, index, np.random.default_rng(0))
+            with self.accelerator.autocast():
+                terms = self.model({n: v.to(self.accelerator.device) for n, v in batch.items()})
+            sum(terms.values()).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+
     def one_step(self, step: int) -> dict:
         """One optimiser step, counted from 0; returns its row of the log."""
         begun = time.perf_counter()
         self.set_stage(step)
         index = self.batch_index(step)
-        terms = self.backward(index, step, shares=(step + 1) % self.config["eval_steps"] == 0)
+        terms = None
+        try:
+            terms = self.backward(index, step, shares=(step + 1) % self.config["eval_steps"] == 0)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if terms is None:  # what the error held is free again
+            self.out_of_memory(len(index))
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.config["max_grad_norm"]).item()
         self.check_finite(terms, norm, step)
         self.optimizer.step()
@@ -137,7 +173,7 @@ class Loop:
         own = index[rank::world]
         idle = not len(own)  # a device without a share takes part in the exchange of gradients, with weight 0
         own = index[:1] if idle else own
-        size = config["micro_batch_size"] or len(own)
+        size = self.micro_batch or len(own)
         parts = [own[at : at + size] for at in range(0, len(own), size)]
         sums: dict[str, torch.Tensor] = {}
         with ExitStack() as accumulation:
@@ -159,6 +195,18 @@ class Loop:
         names = list(sums)
         values = accelerator.reduce(torch.stack([sums[name] for name in names]), "sum").tolist()
         return dict(zip(names, values, strict=True)) | {"loss": sum(values)}
+
+    def out_of_memory(self, batch_size: int) -> NoReturn:
+        """RunError that says how much an example takes, and which flags help."""
+        self.optimizer.zero_grad(set_to_none=True)
+        device = self.accelerator.device
+        size, need, free = examples_that_fit(self.try_examples, batch_size, device)
+        now = self.micro_batch or math.ceil(batch_size / self.accelerator.num_processes)
+        take = f"{size} take {need // MIB:,} of {free // MIB:,} MiB, about {need / size / MIB:.1f} each"
+        raise RunError(
+            f"out of memory with {now} examples at once; {take}; --micro_batch_size {min(size, max(1, now // 2))}, or "
+            "auto, makes it need less and may change with --resume auto"
+        )
 
     def check_finite(self, terms: dict[str, float], norm: float, step: int) -> None:
         bad = [name for name, value in terms.items() if not math.isfinite(value)]

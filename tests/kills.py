@@ -114,6 +114,12 @@ def restore(copy: Path, place: Path) -> None:
     shutil.copytree(copy, place, symlinks=True)
 
 
+def step(script, section: str, sources: Path, *flags: object) -> None:
+    """A script on the tiny dataset in `sources`."""
+    words = ["--dataset", sources / "data", *COMMON.split(), *flags]
+    script.main(**cli.resolve(script.main, section, list(map(str, words)), models=MODELS))
+
+
 def start(name: str, sources: Path, place: Path, seed: int, resume: str, run: str = "run") -> None:
     """One of STEPS, with the run in `place`; its curve is not drawn. Raises what `main` raises."""
     script, section, words = command(name, sources, place, seed, resume, run)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_sequences, tiny_llm_rec
-from kills import contents
+from kills import contents, step
 from test_fusion import refused
-from test_kill import sources, step  # noqa: F401
+from test_kill import sources  # noqa: F401
 from test_llm_rec import plain_states
 from test_logit_distillation import SMALL
 from transformers import AutoModel, LlamaConfig

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_sequences, sasrec, tiny_llm_rec
-from kills import contents
-from test_kill import sources, step  # noqa: F401
+from kills import contents, step
+from test_kill import sources  # noqa: F401
 from test_logit_distillation import SMALL
 
 import evaluate

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_decoder, tiny_sources
-from test_kill import step
+from kills import step
 from transformers import AutoModel
 
 import distill

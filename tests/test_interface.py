@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from test_kill import outcome, sources, step  # noqa: F401
+from kills import outcome, step
+from test_kill import sources  # noqa: F401
 from torch import nn
 
 import evaluate

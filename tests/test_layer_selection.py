@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from test_kill import sources, step  # noqa: F401
+from kills import step
+from test_kill import sources  # noqa: F401
 from transformers import AutoModel
 
 import distill

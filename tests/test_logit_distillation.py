@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_sequences, tiny_llm_rec
-from kills import contents
-from test_kill import sources, step  # noqa: F401
+from kills import contents, step
+from test_kill import sources  # noqa: F401
 from test_losses import NONE, batch, make
 
 import distill

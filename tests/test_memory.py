@@ -113,7 +113,7 @@ def test_auto_trains_exactly_as_the_number_it_finds(fits, same_as, tmp_path, mon
     assert f"auto: {fits} of 16 examples at once, which take about 3 of the 9 MiB" in capsys.readouterr().out
     finish(run, model, state)
     start = json.loads((Path(run.folder) / "metrics.json").read_text())["starts"][0]
-    assert start["micro_batch_size"] == same_as
+    assert start["micro_batch_size"] == fits
 
 
 def test_auto_on_this_machine(tmp_path):

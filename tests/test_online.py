@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from conftest import tiny_llm_rec
-from kills import contents
-from test_kill import outcome, sources, step  # noqa: F401
+from kills import contents, outcome, step
+from test_kill import sources  # noqa: F401
 from test_losses import WEIGHTS, batch
 from test_losses import steps as optimise
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_sources
-from test_kill import step
+from kills import step
 
 import distill
 import finetune

@@ -16,7 +16,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TITLES, forget, make_sequences
-from test_kill import outcome, sources, step  # noqa: F401
+from kills import outcome, step
+from test_kill import sources  # noqa: F401
 
 import extract_emb
 import recommend

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TITLES
-from test_kill import sources, step  # noqa: F401
+from kills import step
+from test_kill import sources  # noqa: F401
 
 import evaluate
 import finetune

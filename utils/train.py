@@ -50,6 +50,7 @@ class Loop:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(parameter_groups(model, self.trained, self.config))
         self.per_epoch = math.ceil(len(examples) / self.config["batch_size"])
+        self.micro_batch = self.config["micro_batch_size"]  # "auto" is looked for when training starts
         most = self.config["max_steps"] if self.config["max_steps"] > 0 else None
         steps = most or math.ceil(self.config["num_epochs"] * self.per_epoch)
         before = [(name, min(math.ceil(n * self.per_epoch), most or math.inf)) for name, n in model.stages()]
@@ -68,8 +69,8 @@ class Loop:
             where = run.checkpoints / f"step-{started:08d}"
             raise UserError(f"{where} is of no run of {self.total} steps; remove it, and start again")
         state["starts"] = [*state.get("starts", []), {"step": started} | environment(self.accelerator)]
-        self.micro_batch = self.find_micro_batch()
         if self.config["micro_batch_size"] == "auto":
+            self.micro_batch = self.find_micro_batch()
             state["starts"][-1]["micro_batch_size"] = self.micro_batch
         self.wrapped = self.accelerator.prepare_model(self.model)
         run.open_log(started)
@@ -93,17 +94,15 @@ class Loop:
         run.load_best(self.trained)
         return state | {"steps_per_epoch": self.per_epoch, "planned_steps": self.total}
 
-    def find_micro_batch(self) -> int | None:
-        """Examples at once on a device, the same on all; None where that is the whole batch of the device."""
-        if self.config["micro_batch_size"] != "auto":
-            return self.config["micro_batch_size"]
+    def find_micro_batch(self) -> int:
+        """How many examples fit on a device at once, the same number on all."""
         most = min(len(self.examples), math.ceil(self.config["batch_size"] / self.accelerator.num_processes))
         moments = 2 * sum(p.nbytes for p in self.trained.values() if p not in self.optimizer.state)
         size, need, free = examples_that_fit(self.try_examples, most, self.accelerator.device, moments)
         size = min(self.accelerator.gather(torch.tensor([size], device=self.accelerator.device)).tolist())
         text = f"--micro_batch_size auto: {size} of {most} examples at once"
         self.run.print(f"{text}, which take about {need // MIB:,} of the {free // MIB:,} MiB that are free")
-        return size if size < most else None
+        return size
 
     def try_examples(self, number: int) -> None:
         """What a step does with the `number` longest examples, in every stage, and leaves no trace."""

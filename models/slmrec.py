@@ -9,6 +9,7 @@ from torch import nn
 from models.interface import Recommender
 from models.llm.decoder import block_boundaries
 from models.llm.recommender import LLMRec
+from models.llm.teacher_states import Answers
 from models.losses import (
     catalogue_cross_entropy,
     cosine_similarity,
@@ -34,15 +35,15 @@ class SLMRec(Recommender):
 
     A term with weight 0 is neither computed nor logged, so with all weights 0 this is plain training. `ms_heads` are
     L_ms's adapters (hidden -> d), one for each block but the last; they serve training only. `teacher_states`
-    (targets, K, h) and `teacher_vectors` (targets, d'), if a term needs them, have one row per target of the training
-    examples, in their order; `teacher_table` (V + 1, d') belongs to the vectors. Without `teacher_states`, `teacher`,
-    a model in eval mode with its block boundaries, computes the states of each batch. A teacher that trains too:
-    `OnlineSLMRec`.
+    (targets, K, h) and `teacher_vectors` (targets, d'), if a term needs them, are asked by the number of a target
+    among those of the training examples, in their order; `teacher_table` (V + 1, d') belongs to the vectors. Without
+    `teacher_states`, `teacher`, a model in eval mode with its block boundaries, computes the states of each batch. A
+    teacher that trains too: `OnlineSLMRec`.
     """
 
-    teacher_states: np.ndarray | None = None
+    teacher_states: Answers | None = None
     teacher: tuple[LLMRec, list[int]] | None = None
-    teacher_vectors: np.ndarray | None = None
+    teacher_vectors: Answers | None = None
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from utils.run_files import CONFIG, TYPES, read_config, read_metrics, read_state
 
 # The same inputs each time, and no file of those that failed: a test that fails tells of a change.
 MANY = settings(
-    max_examples=850, deadline=5000, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=860, deadline=5000, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

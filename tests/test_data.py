@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -11,7 +12,14 @@ import pytest
 from conftest import ROOT, make_sequences
 
 from utils.checked import fingerprint_of
-from utils.data import Sequences, shuffled_batches, sorted_batches, split_examples, training_examples
+from utils.data import (
+    Sequences,
+    shuffled_batches,
+    sorted_batches,
+    split_examples,
+    training_examples,
+    visited_examples,
+)
 from utils.errors import UserError
 
 PROCESS = ROOT / "datasets" / "process.py"
@@ -241,3 +249,11 @@ def test_truncated_or_missing_parts_are_refused(tmp_path):
         Sequences.load(place)
     with pytest.raises(UserError, match="is no dataset"):
         Sequences.load(tmp_path)
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 3.0), (3, 3.0), (4, 3.0), (9, 3.0), (-1, 0.5), (-1, 1.0), (-1, 2.5)])
+def test_visited_examples_are_those_of_the_batches(steps, epochs):
+    config = {"batch_size": 8, "seed": 3, "max_steps": steps, "num_epochs": epochs}
+    found, asked = visited_examples(30, config), steps if steps > 0 else math.ceil(epochs * 4)
+    batches = [batch for epoch in range(3) for batch in shuffled_batches(30, 8, 3, epoch)][:asked]
+    assert found.tolist() == sorted({int(example) for batch in batches for example in batch})

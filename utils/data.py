@@ -4,6 +4,7 @@ A dataset folder (`datasets/README.md` describes the format) holds every user's 
 order. Nothing here copies it: splits and examples are index ranges into that array, and a batch is cut out of it.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,6 +124,10 @@ class Examples:
         """Targets of each example."""
         return self.end - self.first + 1
 
+    def only(self, index: np.ndarray) -> "Examples":
+        """The examples `index`."""
+        return Examples(self.items, self.users[index], self.start[index], self.first[index], self.end[index])
+
     def target_rows(self, index: np.ndarray) -> np.ndarray:
         """Rows of the examples `index` in an array with one row per target of all examples, in order."""
         counts = self.num_targets[index]
@@ -194,6 +199,13 @@ def shuffled_batches(examples: int, batch_size: int, seed: int, epoch: int) -> l
     """Example indices of each batch of an epoch; a pure function of its arguments, so that a run can resume in it."""
     order = np.random.default_rng([seed, epoch]).permutation(examples)
     return [order[at : at + batch_size] for at in range(0, examples, batch_size)]
+
+
+def visited_examples(examples: int, config: dict) -> np.ndarray:
+    """Examples that training sees, in order: all of them, unless it ends within the first epoch."""
+    batches = shuffled_batches(examples, config["batch_size"], config["seed"], 0)
+    steps = config["max_steps"] if config["max_steps"] > 0 else math.ceil(config["num_epochs"] * len(batches))
+    return np.sort(np.concatenate(batches[:steps]))
 
 
 def sorted_batches(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:

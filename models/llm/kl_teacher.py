@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from models.interface import Recommender
 from models.llm.storage import load_llm_rec
-from models.llm.teacher_states import teacher_vectors
+from models.llm.teacher_states import Answers, teacher_vectors
 from models.slmrec import SLMRec
 from models.sr.storage import load_recommender
 from utils.cli import ROOT, portable_path
@@ -76,7 +74,7 @@ def load_kl_teacher(config: dict, run: Run) -> tuple[Recommender, Path, list]:
 
 
 def give_logits(
-    model: SLMRec, config: dict, examples: Examples, run: Run, states: tuple[Path, np.ndarray] | None = None
+    model: SLMRec, config: dict, examples: Examples, run: Run, states: tuple[Path, Answers] | None = None
 ) -> None:
     """Give `model` what its logit term reads, if it has one.
 

@@ -1,7 +1,8 @@
 """What a frozen teacher gives its students, computed once for all of them: hidden states and user vectors.
 
 Both depend on nothing that trains. They are kept in the teacher's folder, under a name made from all that they depend
-on, with their SHA-256, and are read memory-mapped: one row per target of the training examples, in their order.
+on, with their SHA-256, and are read memory-mapped: one row per target of the training examples, in their order. Where
+training ends within the first epoch, only the examples that it visits are answered.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from tqdm import tqdm
 from models.interface import Recommender
 from models.llm.recommender import LLMRec
 from models.llm.storage import load_llm_rec
-from utils.data import Examples, sorted_batches
+from utils.data import Examples, sorted_batches, visited_examples
 from utils.files import atomic_file, check_space, remove_left_over, sha256
 from utils.run import NOT_COMPARED, Run
 from utils.run_files import read_config
@@ -26,7 +28,21 @@ from utils.run_files import read_config
 Parts = Iterator[tuple[np.ndarray, torch.Tensor]]  # rows of an array, and what stands there
 
 
-def teacher_states(folder: Path, fingerprint: str, examples: Examples, boundaries: list[int], run: Run) -> np.ndarray:
+@dataclass(frozen=True)
+class Answers:
+    """What a teacher answers at the targets `rows`, in order: a row of `array` for each."""
+
+    array: np.ndarray
+    rows: np.ndarray
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        at = np.searchsorted(self.rows, rows)
+        if not np.array_equal(self.rows.take(at, mode="clip"), rows):
+            raise IndexError("a target that the teacher was not asked for")
+        return self.array[at]
+
+
+def teacher_states(folder: Path, fingerprint: str, examples: Examples, boundaries: list[int], run: Run) -> Answers:
     """The frozen teacher's states that answer, after the layers `boundaries`: (targets, K, h), memory-mapped.
 
     float32, or in a bfloat16 run and on request (--teacher_states bfloat16) the bits of bfloat16 as int16.
@@ -36,7 +52,7 @@ def teacher_states(folder: Path, fingerprint: str, examples: Examples, boundarie
     key = [fingerprint, run.config["teacher_sha256"], run.config["dtype"], stored.name, boundaries]
     hidden = read_config(folder)["base_shape"]["hidden_size"]
 
-    def parts() -> Parts:
+    def parts(examples: Examples) -> Parts:
         teacher = load_llm_rec(folder).to(run.accelerator.device)
         with torch.inference_mode(), run.accelerator.autocast(), teacher.for_inference():
             for index, batch in batches(examples, run, "teacher states"):
@@ -48,8 +64,8 @@ def teacher_states(folder: Path, fingerprint: str, examples: Examples, boundarie
 
 
 def teacher_vectors(
-    teacher: Recommender, folder: Path, key: list, examples: Examples, run: Run, states: np.ndarray | None = None
-) -> np.ndarray:
+    teacher: Recommender, folder: Path, key: list, examples: Examples, run: Run, states: Answers | None = None
+) -> Answers:
     """The frozen teacher's user vectors before every target: (targets, d), float32, memory-mapped.
 
     A language model reads the windows of the examples, a traditional one as many of the user's items before the target
@@ -59,14 +75,15 @@ def teacher_vectors(
     config, device = read_config(folder), run.accelerator.device
     reads_windows = isinstance(teacher, LLMRec)
     reduced = (run.config if reads_windows else config)["dtype"] == "bfloat16"
-    exact = states is not None and (states.dtype == np.float32 or reduced)
+    known = None if states is None else states.array
+    exact = known is not None and (known.dtype == np.float32 or reduced)
 
-    def parts() -> Parts:
+    def parts(examples: Examples) -> Parts:
         teacher.to(device)
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=reduced):
             if exact:
-                for rows in np.array_split(np.arange(len(states)), 1 + len(states) // 4096):
-                    top = torch.from_numpy(states[rows, -1]).to(device)
+                for rows in np.array_split(np.arange(len(known)), 1 + len(known) // 4096):
+                    top = torch.from_numpy(known[rows, -1]).to(device)
                     yield rows, teacher.head(top.view(torch.bfloat16) if top.dtype == torch.int16 else top).float()
                 return
             asked = examples if reads_windows else examples.single_targets(run.data.offsets, config["max_seq_length"])
@@ -95,11 +112,13 @@ def kept(
     key: list,
     shape: tuple[int, ...],
     stored: np.dtype,
-    parts: Callable[[], Parts],
+    parts: Callable[[Examples], Parts],
     examples: Examples,
     run: Run,
-) -> np.ndarray:
+) -> Answers:
     """The array (targets, *shape) of type `stored` that `parts` fills; from the folder of the run if it is there."""
+    visited = visited_examples(len(examples), run.config)
+    rows, examples = examples.target_rows(visited), examples.only(visited)
     trained = {name: value for name, value in read_config(folder).items() if name not in NOT_COMPARED}
     inputs = [np.ascontiguousarray(part) for part in (examples.start, examples.first, examples.end, examples.items)]
     key = [trained, *key, [hashlib.sha256(part).hexdigest() for part in inputs]]
@@ -114,11 +133,11 @@ def kept(
         run.print(f"{title}: {size / 2**20:.0f} MiB, {path} ({state})")
         if not whole:
             check_space(folder, size)
-            write(path, shape, stored, parts())
+            write(path, shape, stored, parts(examples))
             with atomic_file(digest) as part:
                 part.write_text(sha256(path) + "\n", encoding="utf-8")
     run.accelerator.wait_for_everyone()
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return Answers(np.load(path, mmap_mode="r", allow_pickle=False), rows)
 
 
 def write(path: Path, shape: tuple[int, ...], stored: np.dtype, parts: Parts) -> None:

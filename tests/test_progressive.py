@@ -59,6 +59,21 @@ def test_states_and_logits_are_those_of_the_teachers_plain_computation(chain, nu
     np.testing.assert_allclose(vectors[visited] @ table.numpy().T, logits[visited], rtol=1e-3, atol=1e-4)
 
 
+def test_a_short_training_reads_answers_of_all_examples_where_they_are(chain, capsys):
+    """And asks for no more than it visits where they are not."""
+    place, _ = chain
+    flags = ["--teacher", place / "teacher", "--num_layers", 2, "--num_blocks", 2, "--lambda_ms", 0, "--lambda_kl", 1]
+    ended, files = [], []
+    for name, steps in (("short", 2), ("long", 20), ("again", 2)):
+        step(distill, "student", place, *flags, "--max_steps", steps, "--output_dir", place / name)
+        ended.append(load_tensors(place / name / "adapter" / "adapter_model.safetensors"))
+        files.append(set((place / "teacher" / "states").glob("*.npy")))
+        assert ("(found)" in capsys.readouterr().out) == (name == "again")
+    assert files[0] < files[1] == files[2]
+    for name, value in ended[2].items():  # the answers were computed in other batches
+        torch.testing.assert_close(ended[0][name], value, atol=1e-6, rtol=1e-4)
+
+
 def test_each_run_of_the_chain_inherits_from_the_one_before(chain):
     place, _ = chain
     configs = [json.loads((place / name / "config.json").read_text()) for name in ("teacher", "student", "last")]

@@ -52,7 +52,7 @@ def teacher_states(folder: Path, fingerprint: str, examples: Examples, boundarie
     key = [fingerprint, run.config["teacher_sha256"], run.config["dtype"], stored.name, boundaries]
     hidden = read_config(folder)["base_shape"]["hidden_size"]
 
-    def parts(examples: Examples) -> Parts:
+    def parts(examples: Examples, rows: np.ndarray) -> Parts:
         teacher = load_llm_rec(folder).to(run.accelerator.device)
         with torch.inference_mode(), run.accelerator.autocast(), teacher.for_inference():
             for index, batch in batches(examples, run, "teacher states"):
@@ -75,16 +75,15 @@ def teacher_vectors(
     config, device = read_config(folder), run.accelerator.device
     reads_windows = isinstance(teacher, LLMRec)
     reduced = (run.config if reads_windows else config)["dtype"] == "bfloat16"
-    known = None if states is None else states.array
-    exact = known is not None and (known.dtype == np.float32 or reduced)
+    exact = states is not None and (states.array.dtype == np.float32 or reduced)
 
-    def parts(examples: Examples) -> Parts:
+    def parts(examples: Examples, rows: np.ndarray) -> Parts:
         teacher.to(device)
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=reduced):
             if exact:
-                for rows in np.array_split(np.arange(len(known)), 1 + len(known) // 4096):
-                    top = torch.from_numpy(known[rows, -1]).to(device)
-                    yield rows, teacher.head(top.view(torch.bfloat16) if top.dtype == torch.int16 else top).float()
+                for at in np.array_split(np.arange(len(rows)), 1 + len(rows) // 4096):
+                    top = torch.from_numpy(states[rows[at]][:, -1]).to(device)
+                    yield at, teacher.head(top.view(torch.bfloat16) if top.dtype == torch.int16 else top).float()
                 return
             asked = examples if reads_windows else examples.single_targets(run.data.offsets, config["max_seq_length"])
             with teacher.for_inference():
@@ -112,17 +111,22 @@ def kept(
     key: list,
     shape: tuple[int, ...],
     stored: np.dtype,
-    parts: Callable[[Examples], Parts],
+    parts: Callable[[Examples, np.ndarray], Parts],
     examples: Examples,
     run: Run,
 ) -> Answers:
-    """The array (targets, *shape) of type `stored` that `parts` fills; from the folder of the run if it is there."""
-    visited = visited_examples(len(examples), run.config)
+    """The array (targets, *shape) of type `stored` that `parts` fills; from the folder of the run if it is there.
+
+    parts(examples, rows): what to write, for examples whose targets have the numbers `rows` among those of all.
+    """
+    key = [{name: value for name, value in read_config(folder).items() if name not in NOT_COMPARED}, *key]
+    visited = np.arange(len(examples))
+    path = place(folder, key, examples)
+    if not path.exists():  # answers of all examples serve a short training too
+        visited = visited_examples(len(examples), run.config)
+        path = place(folder, key, examples.only(visited))
+    run.accelerator.wait_for_everyone()  # all have looked before the first one writes
     rows, examples = examples.target_rows(visited), examples.only(visited)
-    trained = {name: value for name, value in read_config(folder).items() if name not in NOT_COMPARED}
-    inputs = [np.ascontiguousarray(part) for part in (examples.start, examples.first, examples.end, examples.items)]
-    key = [trained, *key, [hashlib.sha256(part).hexdigest() for part in inputs]]
-    path = folder / "states" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npy"
     digest = path.with_suffix(".sha256")
     shape = (int(examples.num_targets.sum()), *shape)
     size = stored.itemsize * math.prod(shape)
@@ -133,11 +137,18 @@ def kept(
         run.print(f"{title}: {size / 2**20:.0f} MiB, {path} ({state})")
         if not whole:
             check_space(folder, size)
-            write(path, shape, stored, parts(examples))
+            write(path, shape, stored, parts(examples, rows))
             with atomic_file(digest) as part:
                 part.write_text(sha256(path) + "\n", encoding="utf-8")
     run.accelerator.wait_for_everyone()
     return Answers(np.load(path, mmap_mode="r", allow_pickle=False), rows)
+
+
+def place(folder: Path, key: list, examples: Examples) -> Path:
+    """The file for answers that depend on `key` and the examples."""
+    inputs = [np.ascontiguousarray(part) for part in (examples.start, examples.first, examples.end, examples.items)]
+    whole = json.dumps([*key, [hashlib.sha256(part).hexdigest() for part in inputs]])
+    return folder / "states" / f"{hashlib.sha256(whole.encode()).hexdigest()[:16]}.npy"
 
 
 def write(path: Path, shape: tuple[int, ...], stored: np.dtype, parts: Parts) -> None:

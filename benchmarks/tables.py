@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import busy, cost, efficiency, llm_step, order
+from benchmarks import busy, cost, efficiency, evaluation, kills, llm_step, order
 from utils import cli
 from utils.checked import read_json
 from utils.cli import ROOT
@@ -116,6 +116,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "single ratios": lambda: single_ratios(record("cost")),
     "efficiency": lambda: efficiency.table(record("efficiency")),
     "catalogue": lambda: large_catalogues(record("catalogue")),
+    "evaluation": lambda: evaluation.table(record("evaluation")),
+    "kills": lambda: kills.table(record("kills")),
 }
 
 

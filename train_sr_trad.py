@@ -24,6 +24,7 @@ from utils.item_tables import find_table, read_table
 from utils.metrics import DEFAULT_SELECTION, SelectBy
 from utils.report import closing_table
 from utils.run import Run
+from utils.run_files import read_metrics
 from utils.train import fit
 
 
@@ -78,6 +79,19 @@ def main(
             baselines={kind.__name__: kind(None, known) for kind in (Popularity, Transitions)},
         )
     run.print(closing_table(run.folder.parent, data.fingerprint))
+    if text := advice(read_metrics(run.folder), select_by):
+        run.print(text)
+
+
+def advice(metrics: dict, select_by: str) -> str:
+    """What to try where a trained recommender is no better on validation than popularity; else nothing."""
+    kind, name = select_by.split("/")
+    popularity = metrics.get("baselines", {}).get("Popularity")  # records of early versions have none
+    if popularity is None or metrics["valid"][kind][name] > popularity["valid"][kind][name]:
+        return ""
+    reached, popular = (of["valid"][kind][name] for of in (metrics, popularity))
+    text = f"no better than popularity: valid {kind} {name} {reached:.4f} against {popular:.4f}"
+    return f"{text}; train longer (--num_epochs), at a higher --learning_rate, or on more --train_targets"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_sequences
 
+import train_sr_trad
 from models.interface import Recommender
 from models.sr import MODELS
 from models.sr.transitions import DECAY, REACH, Transitions
@@ -186,3 +187,15 @@ def test_the_transition_graph_counts_what_follows():
         )
     none = model.scores(torch.zeros(1, 3, dtype=torch.long))[0]
     assert none.argsort(descending=True)[0] == part.counts().argmax(), "what follows nothing is ranked by popularity"
+
+
+@pytest.mark.parametrize(("reached", "popular", "told"), [(0.1, 0.2, True), (0.2, 0.2, True), (0.3, 0.2, False)])
+def test_a_model_that_is_no_better_than_popularity_is_told_what_to_try(reached, popular, told):
+    def of(value):
+        return {"valid": {"sampled": {"MRR": 1 - value}, "full": {"MRR": value}}}
+
+    text = train_sr_trad.advice(of(reached) | {"baselines": {"Popularity": of(popular)}}, "full/MRR")
+    assert bool(text) == told
+    if told:
+        assert f"valid full MRR {reached:.4f} against {popular:.4f}; train longer (--num_epochs)" in text
+    assert not train_sr_trad.advice(of(reached), "full/MRR")

@@ -43,6 +43,16 @@ def hook(event: str, arguments: tuple) -> None:
 sys.addaudithook(hook)
 
 
+def path_of(event: str, arguments: tuple) -> Path | None:
+    """The absolute path that an event is about, which `shutil.rmtree` names by its folder's descriptor."""
+    if not isinstance(arguments[0], str | bytes | os.PathLike):
+        return None
+    at = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.rename": 2}.get(event)
+    if at is not None and arguments[at] >= 0:
+        return Path(f"/proc/self/fd/{arguments[at]}").readlink() / os.fsdecode(arguments[0])
+    return Path(os.fsdecode(arguments[0])).absolute()
+
+
 def contents(place: Path) -> dict[str, str]:
     paths = (path for path in sorted(place.rglob("*")) if not path.is_dir())
     return {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
@@ -67,15 +77,15 @@ def snapshots(place: Path, copies: Path, action: Callable) -> list[Path]:
 
     def watch(event: str, arguments: tuple) -> None:
         nonlocal opened
-        path = Path(os.fsdecode(arguments[0])) if isinstance(arguments[0], str | bytes | os.PathLike) else None
-        inside = path is not None and path.absolute().is_relative_to(place)
+        path = path_of(event, arguments)
+        inside = path is not None and path.is_relative_to(place)
         if not inside and event != "ctypes.dlopen":
             return
         WATCHER.clear()  # not the events of the copy
         if opened and opened.is_file() and opened.stat().st_size > 1:
             keep(cut=opened)
         keep()
-        opened = path.absolute() if event == "open" else None
+        opened = path if event == "open" else None
         WATCHER.append(watch)
 
     WATCHER.append(watch)
@@ -94,8 +104,8 @@ def on_a_full_disk(place: Path, at: int, action: Callable) -> object:
         nonlocal writes
         if event not in ("open", "os.mkdir", "os.link", "os.symlink"):
             return
-        path = Path(os.fsdecode(arguments[0])) if isinstance(arguments[0], str | bytes | os.PathLike) else None
-        if path is not None and path.absolute().is_relative_to(place):
+        path = path_of(event, arguments)
+        if path is not None and path.is_relative_to(place):
             writes += 1
             if writes > at:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

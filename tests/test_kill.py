@@ -1,7 +1,7 @@
-"""A kill before every file-system event of a small run, or a full disk: the next start ends as if nothing had happened.
+"""A kill before a file-system event of a small run, or a full disk: the next start ends as if nothing had happened.
 
-Of step 1 after each event, of the others after every third. `benchmarks/kills.py` goes further: each event of all steps,
-resumed runs, both ways to start again, and kills at random moments.
+Each event of step 1, every third of the others. `benchmarks/kills.py` goes further: each event of all steps, resumed
+runs, both ways to start again, and kills at random moments.
 """
 
 import os

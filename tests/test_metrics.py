@@ -10,7 +10,7 @@ from conftest import make_sequences, sasrec, tiny_llm_rec
 
 from models.interface import Recommender
 from models.sr.popularity import Popularity
-from utils import metrics
+from utils import candidates, metrics
 from utils.candidates import Negatives, draw_negatives, parts
 from utils.checked import read_json
 from utils.data import training_examples
@@ -103,28 +103,67 @@ def test_candidates_drawn_part_by_part_are_those_drawn_at_once(monkeypatch, spli
     data = make_sequences(users=50, num_items=2**20 - 1, low=3, high=9)
     whole = draw_negatives(data, split, num=6)
     for at_once, sizes in ((1, [16, 16, 16, 2]), (6 * 33, [32, 18]), (2**27, [50])):
-        monkeypatch.setattr("utils.candidates.NEGATIVES_AT_ONCE", at_once)
-        lazy = Negatives(data, split, num=6)
-        drawn = [lazy[part] for part in parts(data, 6)]
-        assert [len(rows) for rows in drawn] == sizes and (np.concatenate(drawn) == whole).all()
-        assert (lazy.kept is None) == (len(sizes) > 1)  # what is drawn in parts does not stay in memory
+        monkeypatch.setattr(candidates, "NEGATIVES_AT_ONCE", at_once)
+        lazy, drawn = Negatives(data, split, num=6), []
+        for _ in range(2):  # drawn, then kept
+            drawn = [lazy[part] for part in parts(data, 6)]
+            assert [len(rows) for rows in drawn] == sizes and (np.concatenate(drawn) == whole).all()
+            monkeypatch.setattr(candidates, "draw_negatives", None)
+        monkeypatch.undo()
+        in_memory = [kept for kept in lazy.kept.values() if not isinstance(kept, int)]
+        assert len(in_memory) == (len(sizes) == 1)  # what is drawn in parts waits in a file
+
+
+def test_candidates_without_room_in_a_file_are_drawn_again(monkeypatch):
+    data = make_sequences(users=50, num_items=2**20 - 1, low=3, high=9)
+    monkeypatch.setattr(candidates, "NEGATIVES_AT_ONCE", 1)
+    monkeypatch.setattr(candidates.tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))  # noqa: SIM115
+    lazy, whole = Negatives(data, "test", num=600), draw_negatives(data, "test", num=600)
+    for _ in range(2):
+        assert (np.concatenate([lazy[part] for part in parts(data, 600)]) == whole).all()
+
+
+def test_a_part_that_is_no_whole_blocks_is_refused():
+    """Its candidates would be others."""
+    data = make_sequences(users=50, num_items=2**20 - 1, low=3, high=9)
+    for part in (slice(3, 16), slice(16, 40), slice(0, 20)):
+        with pytest.raises(ValueError, match="no whole blocks of 16"):
+            Negatives(data, "test", num=6)[part]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("users", [5, 100, 1000])
+def test_parts_are_alike_in_size_for_any_number_of_processes(processes, users, monkeypatch):
+    monkeypatch.setattr(candidates, "block_size", lambda num_items: 10)
+    monkeypatch.setattr(candidates, "NEGATIVES_AT_ONCE", 6 * 200)
+    found = parts(make_sequences(users=users), 6, processes)
+    assert [at for part in found for at in range(users)[part]] == list(range(users))
+    sizes = [part.stop - part.start for part in found]
+    assert max(sizes) <= 200 and all(size == sizes[0] for size in sizes[:-1]) and sizes[0] >= sizes[-1]
+    if len(found) >= processes:
+        shares = [sum(sizes[rank::processes]) for rank in range(processes)]
+        assert max(shares) <= users / processes + 10 * len(found)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
-@pytest.mark.parametrize("at_once", [1, 2**27])
-def test_users_shared_among_processes_are_ranked_once_each(monkeypatch, world, at_once):
+@pytest.mark.parametrize(("at_once", "block"), [(1, 9), (2**27, 9), (2**27, 50)])
+def test_users_shared_among_processes_are_ranked_once_each(monkeypatch, world, at_once, block):
     """The sum over the processes is what one ranks alone, also where some have no user of a part."""
-    monkeypatch.setattr("utils.candidates.block_size", lambda num_items: 9)
-    monkeypatch.setattr("utils.candidates.NEGATIVES_AT_ONCE", at_once)
+    monkeypatch.setattr(candidates, "block_size", lambda num_items: block)
+    monkeypatch.setattr(candidates, "NEGATIVES_AT_ONCE", at_once)
     data = make_sequences(users=41, num_items=40)
     model, how = Table(np.random.default_rng(0).random((41, 41))), {"max_length": 30, "batch_size": 8}
     alone, _ = rank_users(model, data, "test", draw_negatives(data, "test", num=19), **how)
-    shares = [
-        rank_users(model, data, "test", Negatives(data, "test", 19), **how, share=(r, world))[0] for r in range(world)
-    ]
+    shares, drawn = [], []
+    for rank in range(world):
+        negatives = Negatives(data, "test", 19)
+        shares.append(rank_users(model, data, "test", negatives, **how, share=(rank, world))[0])
+        drawn.append(sum(high - low for low, high in negatives.kept))
     for kind, ranks in alone.items():
         assert (sum(share[kind] for share in shares) == ranks).all()
         assert sum(np.count_nonzero(share[kind]) for share in shares) == np.count_nonzero(ranks) > 20
+    if len(parts(data, 19, world)) >= world:
+        assert sum(drawn) == 41  # each draws for its own users alone
 
 
 def test_candidates_are_uniform_over_unseen_items():

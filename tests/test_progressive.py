@@ -65,7 +65,8 @@ def test_a_short_training_reads_answers_of_all_examples_where_they_are(chain, ca
     flags = ["--teacher", place / "teacher", "--num_layers", 2, "--num_blocks", 2, "--lambda_ms", 0, "--lambda_kl", 1]
     ended, files = [], []
     for name, steps in (("short", 2), ("long", 20), ("again", 2)):
-        step(distill, "student", place, *flags, "--max_steps", steps, "--output_dir", place / name)
+        more = ["--max_steps", steps, "--micro_batch_size", "auto"]  # which tries examples that training visits
+        step(distill, "student", place, *flags, *more, "--output_dir", place / name)
         ended.append(load_tensors(place / name / "adapter" / "adapter_model.safetensors"))
         files.append(set((place / "teacher" / "states").glob("*.npy")))
         assert ("(found)" in capsys.readouterr().out) == (name == "again")

@@ -290,6 +290,15 @@ def test_patience_stops_where_a_replay_of_the_validation_values_says(patient, ca
         assert Run(run.config | {"resume": "auto"}, run.data, "unused").finished and contents(run.folder) == before
 
 
+def test_every_device_goes_by_the_metrics_of_the_first(tmp_path, monkeypatch):
+    """Or one would stop while another waits for it."""
+    _, _, first = train(tmp_path / "first", **FICKLE, patience=2)
+    told = iter([e["metrics"] for e in first["evaluations"]])
+    monkeypatch.setattr("utils.train.broadcast_object_list", lambda own: [next(told)])
+    _, _, other = train(tmp_path / "other", **FICKLE, patience=2, seed=8)
+    assert other["step"] == first["step"] and other["best_step"] == first["best_step"]
+
+
 def test_a_run_that_stops_early_continues_exactly(patient, tmp_path, monkeypatch):
     _, whole, expected = patient("whole", patience=2)
     assert expected["step"] < expected["planned_steps"]

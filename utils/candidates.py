@@ -1,6 +1,9 @@
 """The candidates of the sampled protocol: drawn per user, the same for every model."""
 
-from collections.abc import Iterator
+import math
+import os
+import tempfile
+from contextlib import suppress
 
 import numpy as np
 
@@ -13,23 +16,34 @@ NEGATIVES_AT_ONCE = 2**27  # 512 MiB: of more users than have so many, they neve
 
 
 class Negatives:
-    """`draw_negatives` of all kept users, of which those of a part are drawn when it is asked for: `negatives[part]`.
+    """`draw_negatives` of all kept users; those of a part are drawn when they are first asked for: `negatives[part]`.
 
-    shape: (users, num). Where one part holds all users, it is kept for the next time.
+    shape: (users, num). What was drawn is kept: in memory where that of all users fits, else in a temporary file.
     """
 
     def __init__(self, data: Sequences, split: str, num: int = NUM_NEGATIVES, seed: int = CANDIDATE_SEED) -> None:
         self.data, self.split, self.num, self.seed = data, split, num, seed
         self.shape = (len(data.users), num)
-        self.kept: np.ndarray | None = None
+        self.kept: dict[tuple[int, int], np.ndarray | int] = {}  # of each part, itself or where it begins in the file
+        self.file = None
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        if self.kept is not None:
-            return self.kept[part]
-        drawn = draw_negatives(self.data, self.split, self.num, self.seed, part)
-        if len(drawn) == len(self.data.users):
-            self.kept = drawn
-        return drawn
+        low, high, _ = part.indices(self.shape[0])
+        found = self.kept.get((low, high))
+        if isinstance(found, int):
+            self.file.seek(found)
+            return np.fromfile(self.file, np.int32, (high - low) * self.num).reshape(-1, self.num)
+        if found is None:
+            found = draw_negatives(self.data, self.split, self.num, self.seed, slice(low, high))
+            if self.shape[0] * self.num <= NEGATIVES_AT_ONCE:
+                self.kept[low, high] = found
+            else:
+                with suppress(OSError):  # without room for it they are drawn again
+                    self.file = self.file or tempfile.TemporaryFile()  # noqa: SIM115
+                    begins = self.file.seek(0, os.SEEK_END)
+                    self.file.write(found.data)
+                    self.kept[low, high] = begins
+        return found
 
 
 def block_size(num_items: int) -> int:
@@ -37,11 +51,16 @@ def block_size(num_items: int) -> int:
     return max(1, 2**24 // (num_items + 1))
 
 
-def parts(data: Sequences, num: int) -> Iterator[slice]:
-    """The kept users in parts whose negatives, `num` of each, fit in memory."""
-    block = block_size(data.num_items)
-    size = max(1, NEGATIVES_AT_ONCE // (max(1, num) * block)) * block
-    return (slice(low, low + size) for low in range(0, len(data.users), size))
+def parts(data: Sequences, num: int, processes: int = 1) -> list[slice]:
+    """The kept users in parts whose negatives, `num` of each, fit in memory.
+
+    For several processes it is a multiple of their number, alike in size, unless there are too few blocks of users.
+    """
+    block, users = block_size(data.num_items), len(data.users)
+    most = max(1, NEGATIVES_AT_ONCE // (max(1, num) * block)) * block
+    number = processes * math.ceil(users / (processes * most))
+    size = math.ceil(users / (number * block)) * block
+    return [slice(low, min(low + size, users)) for low in range(0, users, size)]
 
 
 def negative_counts(data: Sequences, num: int = NUM_NEGATIVES) -> np.ndarray:
@@ -62,19 +81,22 @@ def draw_negatives(
 
     Returns (users, num) int32. Depends on the data, the split and the seed alone, so every model is ranked on the
     same candidates. A user with fewer unseen items gets all of them, and 0 in the places left over. part: of the kept
-    users, one of `parts`.
+    users, whole blocks of them, as `parts` has.
 
     Ids are drawn with replacement and kept in order when neither seen nor drawn before, which is the same
     distribution; `first` remembers, per user and item, the position of the first draw (or that it was seen).
     """
     width = data.num_items + 1
     rows_at_once, rows_in_cache = block_size(data.num_items), max(1, 2**18 // width)
-    asked = data.users[part]
+    begin, end, _ = part.indices(len(data.users))
+    if begin % rows_at_once or (end % rows_at_once and end < len(data.users)):
+        raise ValueError(f"users {begin} to {end} are no whole blocks of {rows_at_once}")
+    asked = data.users[begin:end]
     out = np.zeros((len(asked), num), np.int32)
     firsts = np.empty((min(rows_at_once, len(asked)), width), np.int32)
     for low in range(0, len(asked), rows_at_once):
         users = asked[low : low + rows_at_once]
-        rng = np.random.default_rng([seed, SPLITS.index(split), ((part.start or 0) + low) // rows_at_once])
+        rng = np.random.default_rng([seed, SPLITS.index(split), (begin + low) // rows_at_once])
         seen_row, seen_item = seen_pairs(data, users, data.offsets[users + 1])
         first = firsts[: len(users)]
         first.fill(-1)  # not drawn

@@ -20,8 +20,8 @@ class RunError(Exception):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory is what was missing: NumPy has MemoryError, torch an error of its own or a plain RuntimeError."""
-    name, text = type(error).__name__, str(error)
-    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "allocate memory" in text
+    texts = ("out of memory", "allocate memory", "alloc_failed")  # of CUDA and MPS, a CPU, cuBLAS
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
 def describe_error(error: OSError) -> str:

@@ -1,22 +1,27 @@
 """Memory: what is free, what a piece of work takes, and how many examples fit in it at once."""
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import torch
 
-from utils.errors import RunError, is_out_of_memory
+from utils.errors import RunError, UserError, is_out_of_memory
 from utils.threads import control_groups
 
 SHARE = 0.8  # of the free memory: the rest is for what differs from batch to batch, and for other processes
 MIB = 2**20
+MEASURED = ("cuda", "cpu")  # devices whose memory can be measured here
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int:
-    """Bytes that are free on a GPU, else those that this process may still take of the machine's."""
+    """Bytes that are free on a GPU, else this process's share of those of the machine."""
+    if device.type not in MEASURED:
+        raise UserError(f"--micro_batch_size auto cannot measure the memory of {device.type}: give a number")
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -31,7 +36,7 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int:
             except (OSError, ValueError, IndexError):  # not there, or "max"
                 continue
             free.append(max(0, limit - used + cached))
-    return min(free)
+    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # as many processes look at the same memory
 
 
 def peak_extra_bytes(work: Callable[[], object], device: torch.device | str) -> int:
@@ -41,9 +46,8 @@ def peak_extra_bytes(work: Callable[[], object], device: torch.device | str) -> 
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: what was freed may still count as resident
-    if trim:
-        trim(0)
+    with suppress(AttributeError, TypeError):  # glibc alone has it: what was freed may still count as resident
+        ctypes.CDLL(None).malloc_trim(0)
     me, done = psutil.Process(), threading.Event()
     before = peak = me.memory_info().rss
 
@@ -68,24 +72,29 @@ def examples_that_fit(
     """How many examples fit in memory at once, at most `most`; the bytes that they take, and the bytes that are free.
 
     step(n): what a training step does with n examples, none of which is longer than any of the others. n is doubled
-    while twice the memory fits too, so that no attempt fails where memory can be told beforehand. reserved: bytes that
-    training will need besides. Raises RunError if not even one fits.
+    while what the last doubling took in addition would still fit twice, so that no attempt fails where memory can be
+    told beforehand: a process that asks for too much is killed on most systems. reserved: bytes that training will
+    need besides. Raises RunError if not even one fits.
     """
-    free = free_memory(device) - reserved
-    size = need = 0
-    while size < most:
+    free = max(0, free_memory(device) - reserved)
+    room, found = int(SHARE * free), [(0, 0)]  # examples, bytes
+    while (size := found[-1][0]) < most:
         tried = min(max(1, 2 * size), most)
-        if size and need * tried / size > SHARE * free:
-            break
+        if size:
+            before, taken = found[-2:]
+            each = (taken[1] - before[1]) / (taken[0] - before[0])
+            if taken[1] + each * (tried - size) > (free if size == 1 else room):  # of one, what is fixed is not known
+                break
         try:
-            taken = peak_extra_bytes(lambda n=tried: step(n), device)
+            need = peak_extra_bytes(lambda n=tried: step(n), device)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             break
-        if taken > SHARE * free:
+        if need > room:
             break
-        size, need = tried, max(need, taken)
+        found.append((tried, max(need, found[-1][1])))
+    size, need = found[-1]
     if not size:
-        raise RunError(f"out of memory: not one example fits in {free // MIB} MiB; lower --max_seq_length, or --dtype")
+        raise RunError(f"out of memory: not one example fits in {free // MIB:,} MiB; lower --max_seq_length or --dtype")
     return size, need, free

@@ -122,15 +122,18 @@ def rank_each(
     begun = time.perf_counter()
     users_at_once = max(16, SCORES_AT_ONCE // (data.num_items + 1))
     lengths = np.minimum(examples.lengths, batched_length or max_length)
-    own = math.ceil(len(examples) / share[1])
+    rank, processes = share
+    own, some = math.ceil(len(examples) / processes), parts(data, negatives.shape[1], processes)
+    if len(some) >= processes:  # each draws only the candidates of its users
+        some, rank, processes = some[rank::processes], 0, 1
     bar = tqdm(total=own, desc=f"rank {split}", unit="user", disable=not progress, leave=False)
     with autocast(), recommender.for_inference(), bar:
-        for part in parts(data, negatives.shape[1]):
+        for part in some:
             paused = time.perf_counter()
             drawn = negatives[part]
             begun += time.perf_counter() - paused  # candidates are drawn once for all models: not their time
             batches = sorted_batches(lengths[part], min(batch_size, own))
-            for within in islice(batches, share[0], None, share[1]):
+            for within in islice(batches, rank, None, processes):
                 index = part.start + within
                 batch = {name: values.to(device) for name, values in examples.batch(index).items()}
                 for block, several in score_blocks(batch["histories"], batch["users"], users_at_once):

@@ -12,13 +12,14 @@ from typing import NoReturn
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from utils.data import Examples, shuffled_batches
+from utils.data import Examples, shuffled_batches, visited_examples
 from utils.errors import RunError, UserError, is_out_of_memory
-from utils.memory import MIB, examples_that_fit
+from utils.memory import MEASURED, MIB, examples_that_fit
 from utils.report import environment
 from utils.run import Run
 
@@ -69,7 +70,7 @@ class Loop:
             where = run.checkpoints / f"step-{started:08d}"
             raise UserError(f"{where} is of no run of {self.total} steps; remove it, and start again")
         state["starts"] = [*state.get("starts", []), {"step": started} | environment(self.accelerator)]
-        if self.config["micro_batch_size"] == "auto":
+        if self.micro_batch == "auto":
             self.micro_batch = self.find_micro_batch()
             state["starts"][-1]["micro_batch_size"] = self.micro_batch
         self.wrapped = self.accelerator.prepare_model(self.model)
@@ -95,25 +96,40 @@ class Loop:
         return state | {"steps_per_epoch": self.per_epoch, "planned_steps": self.total}
 
     def find_micro_batch(self) -> int:
-        """How many examples fit on a device at once, the same number on all."""
-        most = min(len(self.examples), math.ceil(self.config["batch_size"] / self.accelerator.num_processes))
-        moments = 2 * sum(p.nbytes for p in self.trained.values() if p not in self.optimizer.state)
-        size, need, free = examples_that_fit(self.try_examples, most, self.accelerator.device, moments)
+        """How many examples fit on a device at once, the same number on all, or that of an earlier start of the run.
+
+        Another number would change the noise of dropout.
+        """
+        for start in self.state["starts"]:
+            if start.get("micro_batch_size"):
+                return start["micro_batch_size"]
+        # besides the activations there are gradients, their sums over devices, AdamW's moments, and what its step needs
+        kinds = 2 + (self.accelerator.num_processes > 1) + 2 * (not self.optimizer.state)
+        reserved = kinds * sum(p.nbytes for p in self.trained.values())
+        size, need, free = examples_that_fit(self.try_examples, self.share(), self.accelerator.device, reserved)
         size = min(self.accelerator.gather(torch.tensor([size], device=self.accelerator.device)).tolist())
-        text = f"--micro_batch_size auto: {size} of {most} examples at once"
+        text = f"--micro_batch_size auto: {size} of {self.share()} examples at once"
         self.run.print(f"{text}, which take about {need // MIB:,} of the {free // MIB:,} MiB that are free")
         return size
 
+    def share(self) -> int:
+        """The most examples of a batch that a device gets."""
+        return math.ceil(min(len(self.examples), self.config["batch_size"]) / self.accelerator.num_processes)
+
     def try_examples(self, number: int) -> None:
-        """What a step does with the `number` longest examples, in every stage, and leaves no trace."""
+        """What a step does with the `number` longest examples, in every stage; leaves no trace."""
         self.model.train()
-        index = np.argsort(-self.examples.lengths, kind="stable")[:number]
-        for name, _, _ in self.stages:
-            self.model.stage = name
-            batch = self.model.batch(self.examples, index, np.random.default_rng(0))
-            with self.accelerator.autocast():
-                terms = self.model({n: v.to(self.accelerator.device) for n, v in batch.items()})
-            sum(terms.values()).backward()
+        visited = visited_examples(len(self.examples), self.config)  # a teacher answers for no others
+        order = np.lexsort((-self.examples.num_targets[visited], -self.examples.lengths[visited]))
+        try:
+            for name, _, _ in self.stages:
+                self.model.stage = name
+                batch = self.model.batch(self.examples, visited[order[:number]], np.random.default_rng(0))
+                with self.accelerator.autocast():
+                    terms = self.model({n: v.to(self.accelerator.device) for n, v in batch.items()})
+                sum(terms.values()).backward()
+                self.optimizer.zero_grad(set_to_none=True)
+        finally:  # also where memory was short
             self.optimizer.zero_grad(set_to_none=True)
 
     def one_step(self, step: int) -> dict:
@@ -128,7 +144,7 @@ class Loop:
             if not is_out_of_memory(error):
                 raise
         if terms is None:  # what the error held is free again
-            self.out_of_memory(len(index))
+            self.out_of_memory()
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.config["max_grad_norm"]).item()
         self.check_finite(terms, norm, step)
         self.optimizer.step()
@@ -195,16 +211,18 @@ class Loop:
         values = accelerator.reduce(torch.stack([sums[name] for name in names]), "sum").tolist()
         return dict(zip(names, values, strict=True)) | {"loss": sum(values)}
 
-    def out_of_memory(self, batch_size: int) -> NoReturn:
-        """RunError that says how much an example takes, and which flags help."""
+    def out_of_memory(self) -> NoReturn:
+        """RunError that says how much an example takes, and which flag helps."""
         self.optimizer.zero_grad(set_to_none=True)
-        device = self.accelerator.device
-        size, need, free = examples_that_fit(self.try_examples, batch_size, device)
-        now = self.micro_batch or math.ceil(batch_size / self.accelerator.num_processes)
+        now, device = min(self.micro_batch or self.share(), self.share()), self.accelerator.device
+        if device.type not in MEASURED:
+            raise RunError(f"out of memory with {now} examples at once; give a smaller --micro_batch_size")
+        size, need, free = examples_that_fit(self.try_examples, now, device)
         take = f"{size} take {need // MIB:,} of {free // MIB:,} MiB, about {need / size / MIB:.1f} each"
+        less = min(size, max(1, now // 2))
         raise RunError(
-            f"out of memory with {now} examples at once; {take}; --micro_batch_size {min(size, max(1, now // 2))}, or "
-            "auto, makes it need less and may change with --resume auto"
+            f"out of memory with {now} examples at once; {take}; --micro_batch_size {less} makes it need less, and may "
+            "change with --resume auto"
         )
 
     def check_finite(self, terms: dict[str, float], norm: float, step: int) -> None:
@@ -221,6 +239,7 @@ class Loop:
         """Evaluate on validation and keep the weights if they are the best so far."""
         run, state = self.run, self.state
         metrics, _ = run.evaluate(self.model, "valid")
+        (metrics,) = broadcast_object_list([metrics])  # machines may round differently: all stop by the first's
         kind, name = self.config["select_by"].split("/")
         best = max((e["metrics"][kind][name] for e in state["evaluations"]), default=-math.inf)
         state["evaluations"].append({"step": state["step"], "metrics": metrics})

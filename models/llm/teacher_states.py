@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from models.interface import Recommender
@@ -120,25 +121,23 @@ def kept(
     parts(examples, rows): what to write, for examples whose targets have the numbers `rows` among those of all.
     """
     key = [{name: value for name, value in read_config(folder).items() if name not in NOT_COMPARED}, *key]
-    visited = np.arange(len(examples))
-    path = place(folder, key, examples)
-    if not path.exists():  # answers of all examples serve a short training too
-        visited = visited_examples(len(examples), run.config)
-        path = place(folder, key, examples.only(visited))
-    run.accelerator.wait_for_everyone()  # all have looked before the first one writes
+    visited = visited_examples(len(examples), run.config)
+    everything, path = place(folder, key, examples), place(folder, key, examples.only(visited))
+    # answers of all examples serve a short training too; the first process looks for all
+    [whole] = broadcast_object_list([run.accelerator.is_main_process and is_whole(everything)])
+    if whole:
+        visited, path = np.arange(len(examples)), everything
     rows, examples = examples.target_rows(visited), examples.only(visited)
-    digest = path.with_suffix(".sha256")
     shape = (int(examples.num_targets.sum()), *shape)
     size = stored.itemsize * math.prod(shape)
     if run.accelerator.is_main_process:
-        exists = path.exists() and digest.exists()
-        whole = exists and digest.read_text(encoding="utf-8").strip() == sha256(path)
-        state = "found" if whole else "damaged, computed anew" if exists else "computed once"
+        whole = whole or is_whole(path)
+        state = "found" if whole else "damaged, computed anew" if path.exists() else "computed once"
         run.print(f"{title}: {size / 2**20:.0f} MiB, {path} ({state})")
         if not whole:
             check_space(folder, size)
             write(path, shape, stored, parts(examples, rows))
-            with atomic_file(digest) as part:
+            with atomic_file(path.with_suffix(".sha256")) as part:
                 part.write_text(sha256(path) + "\n", encoding="utf-8")
     run.accelerator.wait_for_everyone()
     return Answers(np.load(path, mmap_mode="r", allow_pickle=False), rows)
@@ -149,6 +148,12 @@ def place(folder: Path, key: list, examples: Examples) -> Path:
     inputs = [np.ascontiguousarray(part) for part in (examples.start, examples.first, examples.end, examples.items)]
     whole = json.dumps([*key, [hashlib.sha256(part).hexdigest() for part in inputs]])
     return folder / "states" / f"{hashlib.sha256(whole.encode()).hexdigest()[:16]}.npy"
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the file is there as it was written."""
+    digest = path.with_suffix(".sha256")
+    return path.exists() and digest.exists() and digest.read_text(encoding="utf-8").strip() == sha256(path)
 
 
 def write(path: Path, shape: tuple[int, ...], stored: np.dtype, parts: Parts) -> None:

@@ -100,3 +100,13 @@ def test_a_clock_that_was_set_back_changes_nothing(name, sources, tmp_path):
             os.utime(path, times=(time.time() + 86400 + number,) * 2)
         start(name, sources, place, 2, "auto")
         assert outcome(place / "run") == wanted and set(contents(place)) == files, copy
+
+
+def test_half_removed_folders_are_among_the_copies(tmp_path):
+    """`shutil.rmtree` names what it removes by the descriptor of its folder."""
+    folder = tmp_path / "place" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name in "abc":
+        (folder / name).write_text(name)
+    copies = snapshots(tmp_path / "place", tmp_path / "copies", lambda: shutil.rmtree(folder))
+    assert [len(list(copy.glob("checkpoints/*"))) for copy in copies] == [3, 2, 1, 0]

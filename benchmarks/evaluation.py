@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -78,7 +79,7 @@ def measure_seconds(users: int) -> None:
         ranks, _ = Run.rank(run, model, "test")
         found.append(time.perf_counter() - begun)
     if accelerator.is_main_process:
-        print(json.dumps({"seconds": min(found), "ranks": int(ranks["full"].sum())}))
+        print(json.dumps({"seconds": min(found), "ranks": ranks["full"].tolist()}))
 
 
 def measure_processes(users: int, repeats: int) -> dict:
@@ -92,8 +93,9 @@ def measure_processes(users: int, repeats: int) -> dict:
             out = subprocess.run(command, capture_output=True, check=True, encoding="utf-8", env=alone).stdout
             runs.append(json.loads(out.splitlines()[-1]))
     one, two = (statistics.median(run["seconds"] for run in runs) for runs in found.values())
-    same = len({run["ranks"] for runs in found.values() for run in runs}) == 1
-    return {"users": users, "one_seconds": one, "two_seconds": two, "share": two / one, "same_ranks": same}
+    alone, shared = (np.array(runs[0]["ranks"]) for runs in found.values())
+    apart = {"other_ranks": int((alone != shared).sum()), "ranks_apart": int(np.abs(alone - shared).max())}
+    return {"users": users, "one_seconds": one, "two_seconds": two, "share": two / one} | apart
 
 
 def table(record: dict) -> str:
@@ -106,6 +108,7 @@ def table(record: dict) -> str:
         [f"seconds of one process, {processes['users']:,} users", f"{processes['one_seconds']:.2f}"],
         ["seconds of two processes", f"{processes['two_seconds']:.2f}"],
         ["two / one", f"{processes['share']:.2f}"],
+        ["users whose rank rounding moves by one, of two processes", f"{processes['other_ranks']}"],
     ]
     return markdown_table(["evaluation", ""], rows)
 

@@ -116,13 +116,15 @@ def random_moments(number: int, seed: int = 0) -> dict[str, int]:
         lasts = time.perf_counter() - begun
         wanted = [outcome(place / name) for name in FLAGS], set(contents(place))
         place.rename(done)
-        for _ in tqdm(range(number), desc="random moments", unit="kill"):
+        bar = tqdm(total=number, desc="random moments", unit="kill")
+        while found["kills"] < number:
             process = run_all(sources, place)
             until_it_begins(process)
             time.sleep(rng.uniform(0, lasts))
             if process.poll() is None:
                 os.kill(process.pid, signal.SIGKILL)
                 found["kills"] += 1
+                bar.update()
             process.wait()
             ended = run_all(sources, place).wait() == 0
             same = ended and ([outcome(place / name) for name in FLAGS], set(contents(place))) == wanted

@@ -59,7 +59,7 @@ def parts(data: Sequences, num: int, processes: int = 1) -> list[slice]:
     block, users = block_size(data.num_items), len(data.users)
     most = max(1, NEGATIVES_AT_ONCE // (max(1, num) * block)) * block
     number = processes * math.ceil(users / (processes * most))
-    size = math.ceil(users / (number * block)) * block
+    size = max(1, round(users / (number * block))) * block
     return [slice(low, min(low + size, users)) for low in range(0, users, size)]
 
 

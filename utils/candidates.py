@@ -59,7 +59,8 @@ def parts(data: Sequences, num: int, processes: int = 1) -> list[slice]:
     block, users = block_size(data.num_items), len(data.users)
     most = max(1, NEGATIVES_AT_ONCE // (max(1, num) * block)) * block
     number = processes * math.ceil(users / (processes * most))
-    size = max(1, round(users / (number * block))) * block
+    blocks = users / (number * block)
+    size = max(1, math.ceil(blocks) if processes == 1 else round(blocks)) * block
     return [slice(low, min(low + size, users)) for low in range(0, users, size)]
 
 

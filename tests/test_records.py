@@ -45,7 +45,10 @@ def test_every_table_has_a_place():
 def test_every_record_was_measured_on_a_clean_committed_tree():
     runs = {(dataset, *key): run for dataset, found in RECORDS.items() for key, run in found.items()}
     environments = {name: run["metrics"]["environment"] for name, run in runs.items()}
-    environments |= {path.stem: record(path.stem)["environment"] for path in BENCHMARKS.glob("*.json")}
+    for path in BENCHMARKS.glob("*.json"):
+        found = record(path.stem)
+        of_parts = {path.stem: found} if "environment" in found else found  # some are measured part by part
+        environments |= {f"{path.stem} {name}": part["environment"] for name, part in of_parts.items()}
     assert len(environments) >= 15
     for name, environment in environments.items():
         dirty = "(-dirty)?" if name in WHILE_RECORDING else ""
@@ -60,6 +63,20 @@ def test_speed_and_memory_are_what_the_pages_say():
     assert f"costs {speed['distillation_over_plain']:.2f} times a plain step" in PAGES["speed.md"]
     assert large["full_ranks_that_are_the_same"] == 1 and large["loss_and_gradient_difference"] <= 1e-5
     assert large["loss_peak_share"] <= 0.25
+
+
+def test_evaluation_fits_in_memory_and_is_shared():
+    memory, processes = (record("evaluation")[part] for part in ("memory", "processes"))
+    assert (memory["users"], memory["items"]) == (1_219_678, 376_858) and memory["peak_extra_bytes"] <= 2 * 2**30
+    assert processes["share"] <= 0.6 and processes["ranks_apart"] <= 1 and processes["other_ranks"] <= 5
+
+
+def test_every_kill_was_survived():
+    found = record("kills")
+    counts = [count for modes in found["events"].values() for count in modes.values()]
+    assert set(found["events"]) == {"train_sr_trad", "finetune", "distill"} and len(counts) == 9
+    assert all(count["other"] == 0 and count["kills"] >= 40 for count in counts)
+    assert found["random"] == {"kills": 24, "other": 0}
 
 
 def mean(dataset: str, run: str, split: str = "test", kind: str = "full") -> float:

@@ -81,6 +81,16 @@ def make_sequences(users: int = 60, num_items: int = 40, seed: int = 0, low: int
     return Sequences("synthetic", items, offsets, num_items, np.arange(users), "0" * 64)
 
 
+def control_groups(root: Path, groups: str, files: dict[str, str]) -> None:
+    """What Linux tells a process of its control groups: /proc/self/cgroup, and files under /sys/fs/cgroup."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
 TITLES = {1: 'The "quoted", one; with\u2028a line', 2: "Ünïcödé\u0085", 3: ""}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import control_groups
 from test_train import Interrupted, Model, finish, same, train
 
 from utils import memory
@@ -102,12 +103,7 @@ def test_other_errors_are_not_taken_for_too_little_memory():
     ],
 )
 def test_a_container_may_have_less_than_its_machine(group, files, expected, tmp_path, monkeypatch):
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(group)
-    for name, text in files.items():
-        path = tmp_path / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    control_groups(tmp_path, group, files)
     found = free_memory(CPU, tmp_path)
     assert found == expected if expected is not None else found > MIB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun's: as many look at the same memory

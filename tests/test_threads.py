@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, control_groups
 
 from utils import threads
 
@@ -47,12 +47,7 @@ def test_free_cores(used, cores, limit, free, monkeypatch):
     ],
 )
 def test_quota(groups, files, expected, tmp_path):
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(groups)
-    for name, text in files.items():
-        path = tmp_path / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    control_groups(tmp_path, groups, files)
     assert threads.quota(tmp_path) == expected
     assert threads.quota(tmp_path / "no Linux") == math.inf
 

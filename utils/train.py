@@ -121,16 +121,15 @@ class Loop:
         self.model.train()
         visited = visited_examples(len(self.examples), self.config)  # a teacher answers for no others
         order = np.lexsort((-self.examples.num_targets[visited], -self.examples.lengths[visited]))
-        try:
-            for name, _, _ in self.stages:
-                self.model.stage = name
-                batch = self.model.batch(self.examples, visited[order[:number]], np.random.default_rng(0))
+        for name, _, _ in self.stages:
+            self.model.stage = name
+            batch = self.model.batch(self.examples, visited[order[:number]], np.random.default_rng(0))
+            try:
                 with self.accelerator.autocast():
                     terms = self.model({n: v.to(self.accelerator.device) for n, v in batch.items()})
                 sum(terms.values()).backward()
+            finally:  # also where memory was short
                 self.optimizer.zero_grad(set_to_none=True)
-        finally:  # also where memory was short
-            self.optimizer.zero_grad(set_to_none=True)
 
     def one_step(self, step: int) -> dict:
         """One optimiser step, counted from 0; returns its row of the log."""

@@ -133,6 +133,34 @@ def test_scores_are_those_of_the_papers_equations(name, scale_items, monkeypatch
         np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-4, atol=1e-4 * abs(expected).max())
 
 
+def original(w: Weights, history, scale: float, L: int = 12):
+    """All L positions are computed; what is padded is 0 before each block."""
+
+    def normed(name, x):
+        return (x - x.mean()) / np.sqrt(x.var() + 1e-8) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    real = [False] * (L - len(history)) + [True] * len(history)
+    x = [np.zeros(D)] * (L - len(history))
+    x += [scale * v + p for v, p in zip(read(w, history), w["positions.weight"][-len(history) :], strict=True)]
+    for n in range(2):
+        queries = np.stack([linear(w, f"blocks.{n}.query", normed(f"blocks.{n}.norm1", v)) for v in x])
+        pairs = np.stack([linear(w, f"blocks.{n}.key_value", v) for v in x])
+        attended = seeing(True)([queries, *np.split(pairs, 2, 1)])
+        y = [normed(f"blocks.{n}.norm2", v + linear(w, f"blocks.{n}.out", a)) for v, a in zip(x, attended, strict=True)]
+        inner = [np.maximum(0, linear(w, f"blocks.{n}.feed.0", v)) for v in y]
+        x = [r * (v + linear(w, f"blocks.{n}.feed.3", i)) for r, v, i in zip(real, y, inner, strict=True)]
+    return w["items.weight"] @ normed("norm", x[-1])
+
+
+@pytest.mark.parametrize("scale_items", [False, True])
+def test_the_original_sasrec_attends_to_padding(scale_items):
+    model = small("sasrec_original", noise=0.5, item_dim=D, num_layers=2, scale_items=scale_items)
+    for history in [*OWN, list(range(1, 13))]:
+        expected = original(weights_of(model), history, D**0.5 if scale_items else 1)
+        found = model.scores(torch.tensor([history])).detach().numpy()[0]
+        np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-4, atol=1e-4 * abs(expected).max())
+
+
 def drawn(name: str, rounds: int = 1, data=None, train_targets: str = "all", stage: str = "train", **flags):
     """The model, the examples, and batches of all of them."""
     data = data or make_sequences(users=40, high=15)

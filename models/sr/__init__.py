@@ -9,6 +9,7 @@ from models.sr.lightsans import LightSANs
 from models.sr.maerec import MAERec
 from models.sr.s3rec import S3Rec
 from models.sr.sasrec import SASRec
+from models.sr.sasrec_original import SASRecOriginal
 from models.sr.sasrec_released import SASRecReleased
 
 MODELS = {
@@ -21,5 +22,6 @@ MODELS = {
     "maerec": MAERec,
     "s3rec": S3Rec,
     "sasrec": SASRec,
+    "sasrec_original": SASRecOriginal,
     "sasrec_released": SASRecReleased,
 }

@@ -1,0 +1,176 @@
+"""SASRec and GRU4Rec beside RecBole's, on the same sequences: quality on one dataset, seconds per epoch on another.
+
+    python -m venv other && other/bin/pip install torch==2.13.0 "numpy<2" "pandas<3" tqdm scipy scikit-learn pyyaml \\
+        tensorboard thop tabulate texttable psutil colorlog==4.7.2 colorama==0.4.4
+    other/bin/pip install --no-deps recbole==1.2.1
+    python benchmarks/against_recbole.py quality --python other/bin/python --dataset beauty
+    python benchmarks/against_recbole.py speed --python other/bin/python --dataset ml-1m
+
+RecBole runs in that environment (`recbole/theirs.py`), never in ours. Equal on both sides: widths, layers, heads,
+dropout, cross-entropy over all items, every position a target, newest items kept, Adam at a constant rate, about as
+many targets per step, and for quality the epoch with the best NDCG@10 on validation, with patience. RecBole makes one
+sample of each target; here a user's targets share one history. Test ranks of both are in the full ranking, with seen
+items masked. For speed, steps of both are measured in turn, `--repeats` times; an epoch is the median step times the
+steps.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.llm_step import ours_loss, training_step
+from models.sr import MODELS
+from utils.assets import dataset_folder
+from utils.checked import read_json
+from utils.cli import ROOT
+from utils.data import Sequences, shuffled_batches, training_examples
+from utils.files import write_json
+from utils.metrics import metrics_from_ranks
+from utils.report import environment, markdown_table
+
+THEIRS = Path(__file__).parent / "recbole" / "theirs.py"
+LENGTH = {"quality": 20, "speed": 200}
+TARGETS = {"quality": 512, "speed": 1024}  # of one step, on average
+SETTINGS = {  # ours, RecBole's
+    "SASRec": (
+        {"item_dim": 64, "num_layers": 2, "num_heads": 2, "dropout": 0.5},
+        {"hidden_size": 64, "inner_size": 64, "n_layers": 2, "n_heads": 2}
+        | {"hidden_dropout_prob": 0.5, "attn_dropout_prob": 0.5},
+    ),
+    "GRU4Rec": (
+        {"item_dim": 64, "hidden_dim": 64, "num_layers": 1, "dropout": 0.3},
+        {"embedding_size": 64, "hidden_size": 64, "num_layers": 1, "dropout_prob": 0.3},
+    ),
+}
+LEARNING_RATE, EPOCHS, PATIENCE, STEPS = 0.001, 100, 5, 3
+
+
+def theirs(args: argparse.Namespace, name: str, data: Sequences, folder: Path) -> dict:
+    """RecBole's result: see `recbole/theirs.py`."""
+    sequences = [data.items[data.offsets[user] : data.offsets[user + 1]].tolist() for user in data.users]
+    write_json(sequences, folder / "sequences.json")
+    settings = SETTINGS[name][1] | {
+        "MAX_ITEM_LIST_LENGTH": LENGTH[args.part],
+        "train_batch_size": TARGETS[args.part],
+        "learning_rate": LEARNING_RATE,
+        "epochs": EPOCHS,
+        "stopping_step": PATIENCE,
+        "seed": args.seed,
+        "steps": STEPS,
+    }
+    mode = {"quality": "train", "speed": "time"}[args.part]
+    subprocess.run([args.python, THEIRS, mode, folder, name, json.dumps(settings)], check=True)
+    return read_json(folder / "result.json", "RecBole wrote no result")
+
+
+def users_per_step(data: Sequences, part: str) -> int:
+    """So many that their targets are as many as RecBole's of a step."""
+    examples = training_examples(data, "all", LENGTH[part])
+    return max(1, round(TARGETS[part] / float(examples.num_targets.mean())))
+
+
+def quality(args: argparse.Namespace, name: str, data: Sequences, folder: Path) -> dict:
+    """NDCG@10 of the test users in the full ranking, ours and RecBole's."""
+    batch_size = users_per_step(data, "quality")
+    steps = math.ceil(len(training_examples(data, "all", LENGTH["quality"])) / batch_size)
+    flags = SETTINGS[name][0] | {
+        "dataset": args.dataset,
+        "model": name.lower(),
+        "loss": "ce",
+        "num_negatives": 0,
+        "train_targets": "all",
+        "max_seq_length": LENGTH["quality"],
+        "batch_size": batch_size,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler": "constant",
+        "warmup_steps": 0,
+        "num_epochs": EPOCHS,
+        "eval_steps": steps,
+        "patience": PATIENCE,
+        "select_by": "full/NDCG@10",
+        "seed": args.seed,
+        "output_dir": folder / "ours",
+    }
+    words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+    subprocess.run([sys.executable, ROOT / "train_sr_trad.py", *words], check=True)
+    ours = read_json(folder / "ours" / "metrics.json", "training wrote no metrics")
+    result = theirs(args, name, data, folder)
+    of_both = [
+        {"ours": ours[split]["full"]["NDCG@10"], "recbole": metrics_from_ranks(np.array(result[split]))["NDCG@10"]}
+        for split in ("valid", "test")
+    ]
+    return {"seed": args.seed, "valid": of_both[0], "test": of_both[1], "recbole_epochs": result["epochs"]}
+
+
+def speed(args: argparse.Namespace, name: str, data: Sequences, folder: Path) -> dict:
+    """Seconds per epoch, ours and RecBole's, from single steps of both in turn."""
+    examples, batch_size = training_examples(data, "all", LENGTH["speed"]), users_per_step(data, "speed")
+    torch.manual_seed(args.seed)
+    kind = MODELS[name.lower()]
+    model = kind(kind.Config(max_seq_length=LENGTH["speed"], **SETTINGS[name][0]), data.training_part())
+    index = shuffled_batches(len(examples), batch_size, args.seed, 0)
+    seconds: dict[str, list[float]] = {"ours": [], "recbole": []}
+    for repeat in range(args.repeats):
+        for part in index[repeat * STEPS : (repeat + 1) * STEPS]:
+            step = training_step(model, ours_loss, [model.batch(examples, part, np.random.default_rng(0))])
+            if not seconds["ours"]:
+                step()  # the first use of memory is not measured, nor RecBole's
+            began = time.perf_counter()
+            step()
+            seconds["ours"].append(time.perf_counter() - began)
+        result = theirs(args, name, data, folder)
+        seconds["recbole"] += result["seconds"]
+    steps = {"ours": len(index), "recbole": result["batches"]}
+    epochs = {side: statistics.median(values) * steps[side] for side, values in seconds.items()}
+    return {"epoch_seconds": epochs, "steps": steps, "batch_size": {"ours": batch_size, "recbole": TARGETS["speed"]}}
+
+
+def table(record: dict) -> str:
+    rows = []
+    for name in SETTINGS:
+        for run in record["quality"].get(name, []):
+            ours, other = run["test"]["ours"], run["test"]["recbole"]
+            cells = [f"{ours:.4f}", f"{other:.4f}", f"{100 * (ours / other - 1):+.1f} %"]
+            rows.append([f"{name}, NDCG@10 on {record['datasets']['quality']}, seed {run['seed']}", *cells])
+        for run in record["speed"].get(name, []):
+            ours, other = (run["epoch_seconds"][side] for side in ("ours", "recbole"))
+            cells = [f"{ours:,.1f}", f"{other:,.1f}", f"{other / ours:.0f} times as fast"]
+            rows.append([f"{name}, seconds per epoch on {record['datasets']['speed']}", *cells])
+    return markdown_table(["", "ours", "RecBole 1.2.1", "ours beside it"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("quality", "speed"))
+    parser.add_argument("--python", required=True, help="of the environment that has RecBole")
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--models", nargs="+", choices=SETTINGS, default=[*SETTINGS])
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--repeats", type=int, default=3, help="for speed")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "against_recbole.json")
+    args = parser.parse_args()
+    data, measure = Sequences.load(dataset_folder(args.dataset)), {"quality": quality, "speed": speed}[args.part]
+    for name in args.models:
+        with tempfile.TemporaryDirectory() as folder:
+            run = measure(args, name, data, Path(folder)) | {"environment": environment(Accelerator(cpu=True))}
+        found = read_json(args.out, "") if args.out.exists() else {"quality": {}, "speed": {}, "datasets": {}}
+        runs = [old for old in found[args.part].get(name, []) if args.part == "quality" and old["seed"] != args.seed]
+        found[args.part][name] = [*runs, run]
+        found["datasets"][args.part] = args.dataset
+        write_json(found, args.out)
+        print(table(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

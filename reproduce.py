@@ -67,7 +67,8 @@ HEADER = """# The paper's tables, printed beside measured
 Made by `python reproduce.py record` from `results/runs/` alone; a dash is a cell without a run.
 `recipes/paper/` says what each row is. Protocol *strong*: every position is a target, tuned on validation.
 Protocol *released*: one target per user for every model, read after the response, weights by MRR. Sampled
-metrics are in percent, among 1 + 999 candidates, ties count against; mean ± standard deviation over seeds."""
+metrics are in percent, among 1 + 999 candidates, ties count against; mean ± standard deviation over seeds.
+Items that a user touched at the same time stand in the order of the file."""
 
 
 def main() -> None:

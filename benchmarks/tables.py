@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import busy, cost, efficiency, evaluation, kills, llm_step, order
+from benchmarks import against_recbole, busy, cost, efficiency, evaluation, kills, llm_step, order, same_time
 from utils import cli
 from utils.checked import read_json
 from utils.cli import ROOT
@@ -118,6 +118,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "catalogue": lambda: large_catalogues(record("catalogue")),
     "evaluation": lambda: evaluation.table(record("evaluation")),
     "kills": lambda: kills.table(record("kills")),
+    "same time": lambda: same_time.table(record("same_time")),
+    "against RecBole": lambda: against_recbole.table(record("against_recbole")),
 }
 
 

@@ -4,19 +4,21 @@ import ast
 import importlib
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_llm_rec, tiny_sources
 
-from benchmarks import busy, cost, efficiency, llm_step
+from benchmarks import against_recbole, busy, cost, efficiency, llm_step, same_time
 from models import losses
 from models.dropout import Dropout
 from models.llm.recommender import LLMRec
 from models.sr import sasrec
 from utils import metrics
-from utils.data import Sequences
+from utils.data import Sequences, training_examples
+from utils.experiments import pack
 
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 REPLACED = {name: lambda model, off=off: llm_step.without(model, *off) for name, (off, _) in cost.OFF.items() if off}
@@ -127,3 +129,41 @@ def test_the_measures_of_cost_run(monkeypatch):
     states, many = cost.teachers_states(1, device), cost.many_targets(None, 1, device)
     for speeds in ({row["off"]: row["per_s"] for row in found}, states, many, cost.micro_batches(work, 1)):
         assert min(speeds.values()) > 0
+
+
+def test_users_whose_last_items_share_a_time_are_apart():
+    """Against a loop over users."""
+    rng = np.random.default_rng(0)
+    offsets = np.append(0, rng.integers(3, 9, 50).cumsum())
+    times, users = rng.integers(0, 3, offsets[-1]), np.flatnonzero(rng.random(50) < 0.8)
+    data = Sequences("tiny", rng.integers(1, 9, offsets[-1]).astype(np.int32), offsets, 8, users, "0" * 64)
+    same = same_time.same_time(data, times)
+    expected = []
+    for user in users:
+        *_, before, last = times[offsets[user] : offsets[user + 1]].tolist()
+        expected.append(before == last)
+    assert same.tolist() == expected and 0 < sum(expected) < len(users)
+    ranks = rng.integers(0, 20, len(users))
+    run = {"experiment": {"name": "SASRec"}, "ranks": {"test_full": pack(ranks)}}
+    (row,) = same_time.measure({("strong", "SASRec", 42): run, ("strong", "the same run", 42): run}, same)
+    for kind, wanted in (("same", True), ("others", False)):
+        hits = [
+            1 / np.log2(rank + 2) if rank < 10 else 0
+            for rank, is_same in zip(ranks, expected, strict=True)
+            if is_same == wanted
+        ]
+        assert row[kind]["NDCG@10"] == pytest.approx(np.mean(hits))
+
+
+def test_an_epoch_beside_recbole_is_the_median_step_times_the_steps(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    offsets = np.append(0, rng.integers(4, 20, 200).cumsum())
+    data = Sequences("tiny", rng.integers(1, 41, offsets[-1]).astype(np.int32), offsets, 40, np.arange(200), "0" * 64)
+    monkeypatch.setattr(against_recbole, "theirs", lambda *_: {"seconds": [2.0, 3.0, 9.0], "batches": 7})
+    monkeypatch.setitem(against_recbole.TARGETS, "speed", 100)
+    args = SimpleNamespace(part="speed", seed=0, repeats=2)
+    for name in against_recbole.SETTINGS:
+        run = against_recbole.speed(args, name, data, tmp_path)
+        targets = training_examples(data, "all", 200).num_targets.sum()
+        assert run["epoch_seconds"]["recbole"] == 21 and run["epoch_seconds"]["ours"] > 0
+        assert targets / run["steps"]["ours"] == pytest.approx(100, rel=0.15)

@@ -201,11 +201,15 @@ def shuffled_batches(examples: int, batch_size: int, seed: int, epoch: int) -> l
     return [order[at : at + batch_size] for at in range(0, examples, batch_size)]
 
 
+def planned_steps(config: dict, per_epoch: int) -> int:
+    """Steps of training: `max_steps`, or else `num_epochs` of `per_epoch` steps."""
+    return config["max_steps"] if config["max_steps"] > 0 else math.ceil(config["num_epochs"] * per_epoch)
+
+
 def visited_examples(examples: int, config: dict) -> np.ndarray:
     """Examples that training sees, in order: all of them, unless it ends within the first epoch."""
     batches = shuffled_batches(examples, config["batch_size"], config["seed"], 0)
-    steps = config["max_steps"] if config["max_steps"] > 0 else math.ceil(config["num_epochs"] * len(batches))
-    return np.sort(np.concatenate(batches[:steps]))
+    return np.sort(np.concatenate(batches[: planned_steps(config, len(batches))]))
 
 
 def sorted_batches(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:

@@ -24,6 +24,7 @@ import numpy as np
 
 from utils import cli
 from utils.checked import load_tensors, read_json
+from utils.data import planned_steps
 from utils.errors import UserError
 from utils.files import write_json
 from utils.metrics import RANKS_FILE
@@ -237,8 +238,8 @@ def by_calibration(experiment: Experiment) -> float | None:
     if short.kept().get("outcome") != "finished" or experiment.spec.script not in TRAINING:
         return wall
     config, metrics = read_config(path.parent), read_metrics(path.parent)
-    most = (experiment.of_recipe() | experiment.flags()).get("max_steps", -1)
-    steps = most if most > 0 else int(np.ceil(config["num_epochs"] * metrics["steps_per_epoch"]))
+    whole = config | {"max_steps": (experiment.of_recipe() | experiment.flags()).get("max_steps", -1)}
+    steps = planned_steps(whole, metrics["steps_per_epoch"])
     train, score = metrics["seconds"]["train"], metrics["seconds"]["score_test"]
     evaluations = int(np.ceil(steps / config["eval_steps"]))
     steps += int(np.ceil(config.get("pretrain_epochs", 0) * metrics["steps_per_epoch"]))  # as --max_steps bounds both

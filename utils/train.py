@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from utils.data import Examples, shuffled_batches, visited_examples
+from utils.data import Examples, planned_steps, shuffled_batches, visited_examples
 from utils.errors import RunError, UserError, is_out_of_memory
 from utils.memory import MEASURED, MIB, examples_that_fit
 from utils.report import environment
@@ -52,9 +52,9 @@ class Loop:
         self.optimizer = torch.optim.AdamW(parameter_groups(model, self.trained, self.config))
         self.per_epoch = math.ceil(len(examples) / self.config["batch_size"])
         self.micro_batch = self.config["micro_batch_size"]  # "auto" is looked for when training starts
-        most = self.config["max_steps"] if self.config["max_steps"] > 0 else None
-        steps = most or math.ceil(self.config["num_epochs"] * self.per_epoch)
-        before = [(name, min(math.ceil(n * self.per_epoch), most or math.inf)) for name, n in model.stages()]
+        steps = planned_steps(self.config, self.per_epoch)
+        most = steps if self.config["max_steps"] > 0 else math.inf  # of each stage
+        before = [(name, min(math.ceil(n * self.per_epoch), most)) for name, n in model.stages()]
         kind, warmup = SCHEDULES[self.config["lr_scheduler"]], self.config["warmup_steps"]
         self.stages = []  # name, steps, and learning rate as a function of the step alone
         for name, count in [*before, ("train", steps)]:

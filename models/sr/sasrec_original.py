@@ -11,11 +11,14 @@ from x, as in MTandHJ/CE-SCE-LLMRec, where it starts from LN(x) in the authors' 
 is one key whose logit is raised by the logarithm of their number, which is the same sum, but dropout takes it whole.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models.dropout import Dropout
+from models.interface import flag
 from models.sr.sasrec import SASRec
 from utils.data import TrainingPart
 
@@ -46,9 +49,13 @@ class OriginalBlock(nn.Module):
 
 
 class SASRecOriginal(SASRec):
-    """The weights start as in MTandHJ/CE-SCE-LLMRec: normal of Xavier's variance."""
+    """The tables start as in MTandHJ/CE-SCE-LLMRec: normal, of Xavier's variance."""
 
-    def __init__(self, config: SASRec.Config, data: TrainingPart) -> None:
+    @dataclass(frozen=True)
+    class Config(SASRec.Config):
+        scale_items: bool = flag(True, "item vectors that are read are multiplied by sqrt(item_dim)")
+
+    def __init__(self, config: Config, data: TrainingPart) -> None:
         super().__init__(config, data)
         d, heads, dropout = config.item_dim, config.num_heads, config.dropout
         self.blocks = nn.ModuleList(OriginalBlock(d, heads, dropout) for _ in range(config.num_layers))

@@ -10,7 +10,7 @@ ENOUGH = 0.98  # of NDCG@10, for a model that is to be as good as another
 
 
 def claim_table(table: Table) -> str:
-    """Each claim on each dataset: the paper's figures, ours on test in the full ranking, and the verdict.
+    """Each claim on each dataset, or on its `datasets`: the paper's figures, ours on test in the full ranking, and the verdict.
 
     `better: [a, b]`: the interval of a - b over users is above zero. `as_good: [a, b]`: the mean of a is at least 98 %
     of that of b. `share: [measure, a, b]`: a over b, a figure without a verdict, as it depends on the base model.
@@ -18,7 +18,7 @@ def claim_table(table: Table) -> str:
     cells = []
     for claim in table.claims:
         kind = next((name for name in VERDICTS if name in claim), None)
-        for dataset in table.seeds if kind else ():
+        for dataset in claim.get("datasets", table.seeds) if kind else ():
             found = {key: run for key, run in records(dataset).items() if key[0] == "strong"}
             ours, verdict = share(claim[kind], found) if kind == "share" else judged(kind, claim[kind], found)
             cells.append([claim["claim"], str(claim["paper"]), dataset, ours, verdict])

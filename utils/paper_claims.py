@@ -12,8 +12,9 @@ ENOUGH = 0.98  # of NDCG@10, for a model that is to be as good as another
 def claim_table(table: Table) -> str:
     """Each claim on each dataset: the paper's figures, ours on test in the full ranking, and the verdict.
 
-    `datasets`: those of one claim. `better: [a, b]`: the interval of a - b over users is above zero. `as_good: [a, b]`: the mean of a is at least 98 %
-    of that of b. `share: [measure, a, b]`: a over b, a figure without a verdict, as it depends on the base model.
+    `datasets`: those of this claim alone. `better: [a, b]`: the interval of a - b over users is above zero.
+    `as_good: [a, b]`: the mean of a is at least 98 % of that of b. `share: [measure, a, b]`: a over b, a figure without
+    a verdict, as it depends on the base model.
     """
     cells = []
     for claim in table.claims:

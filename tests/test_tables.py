@@ -4,11 +4,15 @@ import json
 import re
 import statistics
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from benchmarks import llm_step, tables
+from utils import paper_claims
 from utils.errors import UserError
+from utils.experiments import pack
+from utils.paper_tables import Table
 
 RECORDS = ROOT / "results"
 
@@ -104,3 +108,47 @@ def test_the_papers_hours_stand_beside_what_a_gpu_measured():
     training, inference = rows(llm_step.paper_table(record))[2:]
     assert training[1:] == ["3.95", "0.6", "6.6", "41.3, some GPU"]
     assert inference[1:] == ["0.415", "0.052", "8.0", "needs a GPU, not measured"]
+
+
+def test_a_claim_holds_by_the_interval_over_users(monkeypatch):
+    """Ranks of 200 users: "first" is always first, "second" always second, "shuffled" is "mixed" in another order."""
+    mixed = np.arange(200) % 10
+    ranks = {
+        "first": mixed * 0,
+        "second": mixed * 0 + 1,
+        "mixed": mixed,
+        "shuffled": mixed[::-1],
+        "best": mixed - (mixed > 8),
+    }
+
+    def run(of: np.ndarray) -> dict:
+        figure = float((1 / np.log2(of + 2)).mean())
+        test = {"full": {"NDCG@10": figure}}
+        return {"metrics": {"test": test, "seconds": {"train_epoch": figure}}, "ranks": {"test_full": pack(of)}}
+
+    found = {("strong", name, 42): run(of) for name, of in ranks.items()}
+    released = {("released", "first", 42): run(mixed)}
+    monkeypatch.setattr(paper_claims, "records", lambda name: found | released if name == "here" else {})
+    judged = {
+        ("better", "first", "second"): "holds",
+        ("better", "second", "first"): "does not hold",
+        ("better", "mixed", "shuffled"): "within noise",
+        ("as_good", "best", "mixed"): "holds",
+        ("as_good", "mixed", "best"): "holds",
+        ("as_good", "second", "first"): "does not hold",
+        ("better", "first", "missing"): "not measured yet",
+    }
+    claims = [{"claim": "c", "paper": "p", kind: pair, "datasets": ["here"]} for kind, *pair in judged]
+    claims.append(
+        {"claim": "c", "paper": "p", "share": ["seconds/train_epoch", "second", "first"], "datasets": ["here"]}
+    )
+    claims += [{"claim": "everywhere", "paper": "p", "better": ["first", "second"]}, {"claim": "none", "paper": "p"}]
+    table = Table("t", "t", {}, {"here": {"strong": [42]}, "elsewhere": {"strong": [42]}}, claims=claims)
+    _, _, *cells = rows(paper_claims.claim_table(table))
+    verdicts = [cell[-1].split(" (")[0] for cell in cells]
+    assert verdicts[: len(judged)] == list(judged.values())
+    assert [cell[3] for cell in cells if cell[-1] == "a figure of this base model"] == [f"{1 / np.log2(3):.2f}"]
+    assert [cell[2:] for cell in cells if cell[0] == "everywhere"][1] == ["elsewhere", "-", "not measured yet"]
+    assert cells[-1][2:] == ["-", "-", "not tested here"] and len(cells) == len(judged) + 4
+    gain = 1 - 1 / np.log2(3)
+    assert cells[0][3] == f"1.0000 beside {1 - gain:.4f}: {gain:+.4f} ({gain:+.4f} .. {gain:+.4f}), 1 seeds"

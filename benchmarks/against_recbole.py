@@ -41,7 +41,7 @@ from utils.report import environment, markdown_table
 
 THEIRS = Path(__file__).parent / "recbole" / "theirs.py"
 LENGTH = {"quality": 20, "speed": 200}
-TARGETS = {"quality": 512, "speed": 1024}  # of one step, on average
+TARGETS = 512  # of one step, on average
 SETTINGS = {  # ours, RecBole's
     "SASRec": (
         {"item_dim": 64, "num_layers": 2, "num_heads": 2, "dropout": 0.5},
@@ -62,7 +62,7 @@ def theirs(args: argparse.Namespace, name: str, data: Sequences, folder: Path) -
     write_json(sequences, folder / "sequences.json")
     settings = SETTINGS[name][1] | {
         "MAX_ITEM_LIST_LENGTH": LENGTH[args.part],
-        "train_batch_size": TARGETS[args.part],
+        "train_batch_size": TARGETS,
         "learning_rate": LEARNING_RATE,
         "epochs": EPOCHS,
         "stopping_step": PATIENCE,
@@ -77,7 +77,7 @@ def theirs(args: argparse.Namespace, name: str, data: Sequences, folder: Path) -
 def users_per_step(data: Sequences, part: str) -> int:
     """So many that their targets are as many as RecBole's of a step."""
     examples = training_examples(data, "all", LENGTH[part])
-    return max(1, round(TARGETS[part] / float(examples.num_targets.mean())))
+    return max(1, round(TARGETS / float(examples.num_targets.mean())))
 
 
 def quality(args: argparse.Namespace, name: str, data: Sequences, folder: Path) -> dict:
@@ -133,7 +133,7 @@ def speed(args: argparse.Namespace, name: str, data: Sequences, folder: Path) ->
         seconds["recbole"] += result["seconds"]
     steps = {"ours": len(index), "recbole": result["batches"]}
     epochs = {side: statistics.median(values) * steps[side] for side, values in seconds.items()}
-    return {"epoch_seconds": epochs, "steps": steps, "batch_size": {"ours": batch_size, "recbole": TARGETS["speed"]}}
+    return {"epoch_seconds": epochs, "steps": steps, "batch_size": {"ours": batch_size, "recbole": TARGETS}}
 
 
 def table(record: dict) -> str:

@@ -160,7 +160,7 @@ def test_an_epoch_beside_recbole_is_the_median_step_times_the_steps(tmp_path, mo
     offsets = np.append(0, rng.integers(4, 20, 200).cumsum())
     data = Sequences("tiny", rng.integers(1, 41, offsets[-1]).astype(np.int32), offsets, 40, np.arange(200), "0" * 64)
     monkeypatch.setattr(against_recbole, "theirs", lambda *_: {"seconds": [2.0, 3.0, 9.0], "batches": 7})
-    monkeypatch.setitem(against_recbole.TARGETS, "speed", 100)
+    monkeypatch.setattr(against_recbole, "TARGETS", 100)
     args = SimpleNamespace(part="speed", seed=0, repeats=2)
     for name in against_recbole.SETTINGS:
         run = against_recbole.speed(args, name, data, tmp_path)

@@ -70,7 +70,8 @@ def theirs(args: argparse.Namespace, name: str, data: Sequences, folder: Path) -
         "steps": STEPS,
     }
     mode = {"quality": "train", "speed": "time"}[args.part]
-    subprocess.run([args.python, THEIRS, mode, folder, name, json.dumps(settings)], check=True)
+    python = Path(args.python).absolute()  # RecBole writes logs into the directory where it runs
+    subprocess.run([python, THEIRS, mode, folder, name, json.dumps(settings)], check=True, cwd=folder)
     return read_json(folder / "result.json", "RecBole wrote no result")
 
 

@@ -44,7 +44,7 @@ LENGTH = {"quality": 20, "speed": 200}
 TARGETS = 512  # of one step, on average
 SETTINGS = {  # ours, RecBole's
     "SASRec": (
-        {"item_dim": 64, "num_layers": 2, "num_heads": 2, "dropout": 0.5},
+        {"item_dim": 64, "num_layers": 2, "num_heads": 2, "dropout": 0.5, "scale_items": True},  # there it is normalised
         {"hidden_size": 64, "inner_size": 64, "n_layers": 2, "n_heads": 2}
         | {"hidden_dropout_prob": 0.5, "attn_dropout_prob": 0.5},
     ),
@@ -140,10 +140,13 @@ def speed(args: argparse.Namespace, name: str, data: Sequences, folder: Path) ->
 def table(record: dict) -> str:
     rows = []
     for name in SETTINGS:
-        for run in record["quality"].get(name, []):
-            ours, other = run["test"]["ours"], run["test"]["recbole"]
-            cells = [f"{ours:.4f}", f"{other:.4f}", f"{100 * (ours / other - 1):+.1f} %"]
-            rows.append([f"{name}, NDCG@10 on {record['datasets']['quality']}, seed {run['seed']}", *cells])
+        if runs := record["quality"].get(name):
+            values = {side: [run["test"][side] for run in runs] for side in ("ours", "recbole")}
+            ours, other = (statistics.mean(of) for of in values.values())
+            spread = [f" ± {statistics.stdev(of):.4f}" if len(of) > 1 else "" for of in values.values()]
+            cells = [f"{statistics.mean(of):.4f}{plus}" for of, plus in zip(values.values(), spread, strict=True)]
+            what = f"{name}, full NDCG@10 on {record['datasets']['quality']}, {len(runs)} seeds"
+            rows.append([what, *cells, f"{100 * (ours / other - 1):+.1f} %"])
         for run in record["speed"].get(name, []):
             ours, other = (run["epoch_seconds"][side] for side in ("ours", "recbole"))
             cells = [f"{ours:,.1f}", f"{other:,.1f}", f"{other / ours:.0f} times as fast"]

@@ -44,7 +44,8 @@ LENGTH = {"quality": 20, "speed": 200}
 TARGETS = 512  # of one step, on average
 SETTINGS = {  # ours, RecBole's
     "SASRec": (
-        {"item_dim": 64, "num_layers": 2, "num_heads": 2, "dropout": 0.5, "scale_items": True},  # there it is normalised
+        # what is read is scaled here, normalised there
+        {"item_dim": 64, "num_layers": 2, "num_heads": 2, "dropout": 0.5, "scale_items": True},
         {"hidden_size": 64, "inner_size": 64, "n_layers": 2, "n_heads": 2}
         | {"hidden_dropout_prob": 0.5, "attn_dropout_prob": 0.5},
     ),

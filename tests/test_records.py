@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from collections.abc import Iterator
 
 import pytest
 from conftest import ROOT
@@ -42,17 +43,31 @@ def test_every_table_has_a_place():
     assert {name for text in PAGES.values() for name in tables.PLACE.findall(text)} == set(tables.TABLES)
 
 
+def measured_parts(found: object) -> Iterator[dict]:
+    """What of a record has an environment of its own: all of it, or parts that are measured one by one."""
+    if isinstance(found, dict) and "environment" in found:
+        yield found
+    elif isinstance(found, dict | list):
+        for part in found.values() if isinstance(found, dict) else found:
+            yield from measured_parts(part)
+
+
 def test_every_record_was_measured_on_a_clean_committed_tree():
     runs = {(dataset, *key): run for dataset, found in RECORDS.items() for key, run in found.items()}
     environments = {name: run["metrics"]["environment"] for name, run in runs.items()}
     for path in BENCHMARKS.glob("*.json"):
-        found = record(path.stem)
-        of_parts = {path.stem: found} if "environment" in found else found  # some are measured part by part
-        environments |= {f"{path.stem} {name}": part["environment"] for name, part in of_parts.items()}
+        parts = list(measured_parts(record(path.stem)))
+        assert parts, path
+        environments |= {f"{path.stem} {at}": part["environment"] for at, part in enumerate(parts)}
     assert len(environments) >= 15
     for name, environment in environments.items():
         dirty = "(-dirty)?" if name in WHILE_RECORDING else ""
         assert re.fullmatch(rf"[0-9a-f]{{40}}{dirty}", environment["git_commit"]), name
+
+
+def test_an_epoch_takes_less_than_that_of_recbole():
+    for name, (run,) in record("against_recbole")["speed"].items():
+        assert run["epoch_seconds"]["ours"] < run["epoch_seconds"]["recbole"], name
 
 
 def test_speed_and_memory_are_what_the_pages_say():

@@ -165,6 +165,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="for speed")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "against_recbole.json")
     args = parser.parse_args()
+    held = read_json(args.out, "")["datasets"].get(args.part, args.dataset) if args.out.exists() else args.dataset
+    if held != args.dataset:
+        parser.error(f"{args.out} holds what was measured on {held}: give another --out, or remove it")
     data, measure = Sequences.load(dataset_folder(args.dataset)), {"quality": quality, "speed": speed}[args.part]
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:

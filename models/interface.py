@@ -134,6 +134,13 @@ class Recommender(nn.Module):
         """Inside, while micro-batches add up to one step, they may share what they have in common."""
         return nullcontext()
 
+    def shard(self, device: torch.device) -> None:
+        """Let each process hold its part of what does not train, on `device`: for a model too large for one (FSDP)."""
+        raise UserError(
+            f"accelerate's --use_fsdp shards what is frozen, and {type(self).__name__} trains all its weights: start "
+            "this step without it"
+        )
+
     def head_parameters(self) -> list[nn.Parameter]:
         """Those that --head_learning_rate is for."""
         return []

@@ -52,6 +52,10 @@ class OnlineSLMRec(SLMRec):
         with super().for_accumulation(), self.online_teacher.for_accumulation():
             yield
 
+    def shard(self, device: torch.device) -> None:
+        super().shard(device)
+        self.online_teacher.shard(device)
+
     def head_parameters(self) -> list[nn.Parameter]:
         of_teacher = [*self.online_teacher.head_parameters(), *self.teacher_ms_heads.parameters()]
         return [*super().head_parameters(), *of_teacher]

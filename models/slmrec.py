@@ -142,5 +142,8 @@ class SLMRec(Recommender):
     def item_vectors(self) -> torch.Tensor:
         return self.student.item_vectors()
 
+    def shard(self, device: torch.device) -> None:
+        self.student.shard(device)
+
     def head_parameters(self) -> list[nn.Parameter]:
         return [*self.student.head_parameters(), *self.ms_heads.parameters()]

@@ -2,6 +2,7 @@
 
 torchrun --nproc_per_node 2 tests/processes.py SOURCES PLACE
 torchrun --nproc_per_node 3 tests/processes.py SOURCES PLACE --killed     the last process dies while the student trains
+torchrun --nproc_per_node 2 tests/processes.py SOURCES PLACE --sharded    steps 3 and 4, the base shared by both
 """
 
 import os
@@ -36,9 +37,9 @@ FLAGS = {
 KILLED_AT = 9
 
 
-def run_step(name: str, sources: Path, place: Path) -> None:
+def run_step(name: str, sources: Path, place: Path, more: str = "") -> None:
     script, section, own = FLAGS[name]
-    words = f"{COMMON} --resume auto {own}".format(sources=sources, place=place).split()
+    words = f"{COMMON} --resume auto {own} {more}".format(sources=sources, place=place).split()
     flags = ["--dataset", str(sources / "data"), *words, "--output_dir", str(place / name)]
     script.main(**cli.resolve(script.main, section, flags, models=MODELS))
 
@@ -54,8 +55,23 @@ def kill_the_last(one_step) -> None:
     return fused
 
 
+def with_a_part_of_the_base(one_step) -> None:
+    def checked(self, step: int) -> dict:
+        frozen = [p for name, p in self.model.named_parameters() if ".layers." in name and not p.requires_grad]
+        own = sum(parameter.to_local().numel() for parameter in frozen)
+        assert own <= 0.6 * sum(parameter.numel() for parameter in frozen)
+        return one_step(self, step)
+
+    return checked
+
+
 if __name__ == "__main__":
     if "--killed" in sys.argv:
         Loop.one_step = kill_the_last(Loop.one_step)
-    for name in FLAGS:
-        run_step(name, *map(Path, sys.argv[1:3]))
+    steps, more = FLAGS, ""
+    if "--sharded" in sys.argv:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch --use_fsdp` does, which wants a GPU
+        Loop.one_step = with_a_part_of_the_base(Loop.one_step)
+        steps, more = ("teacher", "student"), "--micro_batch_size 1"  # of 7 examples one process has 4, the other 3
+    for name in steps:
+        run_step(name, *map(Path, sys.argv[1:3]), more)

@@ -1,17 +1,25 @@
-"""Steps 1, 3 and 4 in two and three real processes end as in one; `tests/processes.py` says what they run."""
+"""Steps 1, 3 and 4 in two and three real processes end as in one; `tests/processes.py` says what they run.
+
+Steps 3 and 4 also with the base sharded between two.
+"""
 
 import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_sources
+from accelerate import Accelerator
+from conftest import ROOT, tiny_llm_rec, tiny_sources
 from processes import FLAGS, run_step
 from safetensors.torch import load_file
+from test_train import train
+
+from utils.errors import UserError
 
 
 def torchrun(number: int, *arguments: object) -> subprocess.CompletedProcess:
@@ -27,7 +35,7 @@ def torchrun(number: int, *arguments: object) -> subprocess.CompletedProcess:
 def places(tmp_path_factory) -> dict[str, Path]:
     """Where one, two and three processes ran; of the three, one was killed, and two went on."""
     sources = tiny_sources(tmp_path_factory.mktemp("sources"))
-    places = {name: tmp_path_factory.mktemp(name) for name in ("one", "two", "three")}
+    places = {name: tmp_path_factory.mktemp(name) for name in ("one", "two", "three", "sharded")}
     for name in FLAGS:
         run_step(name, sources, places["one"])
     done = torchrun(2, sources, places["two"])
@@ -37,6 +45,8 @@ def places(tmp_path_factory) -> dict[str, Path]:
     assert not (places["three"] / "student" / "metrics.json").exists()
     resumed = torchrun(2, sources, places["three"])
     assert resumed.returncode == 0, resumed.stderr
+    sharded = torchrun(2, sources, places["sharded"], "--sharded")
+    assert sharded.returncode == 0, sharded.stderr
     return places
 
 
@@ -44,8 +54,9 @@ def metrics_of(run: Path) -> dict:
     return json.loads((run / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("name", FLAGS)
-@pytest.mark.parametrize("number", ["two", "three"])
+@pytest.mark.parametrize(
+    ("number", "name"), [*product(["two", "three"], FLAGS), ("sharded", "teacher"), ("sharded", "student")]
+)
 def test_weights_metrics_and_ranks_are_those_of_one_process(number, name, places):
     alone, shared = places["one"] / name, places[number] / name
     files = {str(path.relative_to(alone)) for path in alone.rglob("*.safetensors")}
@@ -67,11 +78,13 @@ def test_weights_metrics_and_ranks_are_those_of_one_process(number, name, places
 def test_the_loss_of_each_step_is_that_of_the_whole_batch(places):
     for name in FLAGS:
         logs = []
-        for place in places.values():
-            rows = map(json.loads, (place / name / "log.jsonl").read_text().splitlines())
+        for path in (place / name / "log.jsonl" for place in places.values()):
+            rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
             logs.append([row["loss"] for row in rows if "loss" in row])
+        logs = [losses for losses in logs if losses]
+        assert len(logs) == (3 if name == "sasrec" else 4)
         assert len(logs[0]) == 20 and np.ptp(logs[0]) > 1e-3  # the batches differ
-        np.testing.assert_allclose(logs[1:], [logs[0]] * 2, rtol=1e-5)
+        np.testing.assert_allclose(logs[1:], [logs[0]] * (len(logs) - 1), rtol=1e-5)
 
 
 def test_records_say_how_many_processes_there_were(places):
@@ -79,3 +92,15 @@ def test_records_say_how_many_processes_there_were(places):
     for place, expected in (("one", [(0, 1)]), ("two", [(0, 2)]), ("three", [(0, 3), (8, 2)])):
         starts = metrics_of(places[place] / "student")["starts"]
         assert [(start["step"], start["processes"]) for start in starts] == expected
+    assert [start["sharded"] for start in metrics_of(places["sharded"] / "student")["starts"]] == [True]
+
+
+def test_what_cannot_be_sharded_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--train_strategy full trains the layers"):
+        tiny_llm_rec(train_strategy="full").shard(torch.device("cpu"))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    for size, words in (("auto", "give a number"), (None, "trains all its weights")):
+        with pytest.raises(UserError, match=words):
+            train(tmp_path / "run", micro_batch_size=size)
+    assert not (tmp_path / "run").exists()

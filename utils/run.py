@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import parse_flag_from_env
 from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
@@ -25,14 +26,7 @@ from utils.checked import load_tensors, read_json
 from utils.cli import ROOT, portable_path, print_config
 from utils.data import Sequences
 from utils.errors import UserError
-from utils.files import (
-    atomic_file,
-    atomic_folder,
-    remove,
-    remove_left_over,
-    save_tensors,
-    write_json,
-)
+from utils.files import atomic_file, atomic_folder, remove, remove_left_over, save_tensors, write_json
 from utils.flags import BEFORE
 from utils.metrics import RANKS_FILE, metrics_from_ranks, rank_users, save_ranks
 from utils.report import card, flatten, git_commit, log_rows, peak_memory, plot_curve, protocol
@@ -78,6 +72,10 @@ class Run:
                 InitProcessGroupKwargs(timeout=timedelta(days=1)),  # others wait for the first's teacher states
             ],
         )
+        # set by `accelerate launch --use_fsdp`; the base's frozen layers are then shared among the processes
+        self.sharded = parse_flag_from_env("ACCELERATE_USE_FSDP") and self.accelerator.num_processes > 1
+        if self.sharded and config["micro_batch_size"] == "auto":
+            raise UserError("--micro_batch_size auto tries sizes in each process alone: with --use_fsdp give a number")
         self.finished = self._open_folder()
         if self.accelerator.is_main_process:
             if (self.folder / LOCK).exists():  # tell a folder in use before long work; `start` keeps the lock
@@ -194,7 +192,10 @@ class Run:
         return {kind: metrics_from_ranks(found) for kind, found in ranks.items()}, seconds
 
     def rank(self, model: nn.Module, split: str, progress: bool = False) -> tuple[dict[str, np.ndarray], float]:
-        """`rank_users` with the protocol of the run; several processes share the users, and all get all ranks."""
+        """`rank_users` with the protocol of the run; several processes share the users, and all get all ranks.
+
+        Where the base is sharded, all must run it together, so each ranks all users.
+        """
         accelerator = self.accelerator
         model.to(accelerator.device).eval()
         ranks, seconds = rank_users(
@@ -207,8 +208,10 @@ class Run:
             device=accelerator.device,
             autocast=accelerator.autocast,
             progress=progress and accelerator.is_main_process,
-            share=(accelerator.process_index, accelerator.num_processes),
+            share=(0, 1) if self.sharded else (accelerator.process_index, accelerator.num_processes),
         )
+        if self.sharded:
+            return ranks, seconds
         own = {kind: torch.from_numpy(found).to(accelerator.device) for kind, found in ranks.items()}
         return {kind: accelerator.reduce(found, "sum").cpu().numpy() for kind, found in own.items()}, seconds
 

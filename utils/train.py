@@ -33,6 +33,8 @@ def fit(run: Run, model: nn.Module, examples: Examples) -> dict:
     """
     if not len(examples):
         raise UserError(f"dataset {run.data.name} gives no training example: every user has too few interactions")
+    if run.sharded:
+        model.shard(run.accelerator.device)
     try:
         run.start()
         return Loop(run, model, examples).train()
@@ -69,11 +71,12 @@ class Loop:
         if started > self.total or state["best_step"] not in measured or max(measured) > started:
             where = run.checkpoints / f"step-{started:08d}"
             raise UserError(f"{where} is of no run of {self.total} steps; remove it, and start again")
-        state["starts"] = [*state.get("starts", []), {"step": started} | environment(self.accelerator)]
+        start = {"step": started} | environment(self.accelerator) | ({"sharded": True} if run.sharded else {})
+        state["starts"] = [*state.get("starts", []), start]
         if self.micro_batch == "auto":
             self.micro_batch = self.find_micro_batch()
             state["starts"][-1]["micro_batch_size"] = self.micro_batch
-        self.wrapped = self.accelerator.prepare_model(self.model)
+        self.wrapped = self.model if run.sharded else self.accelerator.prepare_model(self.model)
         run.open_log(started)
         options = {"total": self.total, "initial": started, "unit": "step", "mininterval": 1}
         with tqdm(**options, disable=not self.accelerator.is_main_process) as bar:
@@ -184,21 +187,23 @@ class Loop:
         rng = np.random.default_rng([config["seed"], step, rank])
         self.wrapped.train()
         targets = examples.num_targets
-        own = index[rank::world]
-        idle = not len(own)  # a device without a share takes part in the exchange of gradients, with weight 0
-        own = index[:1] if idle else own
-        size = self.micro_batch or len(own)
+        own, size = index[rank::world], self.micro_batch or len(index)
         parts = [own[at : at + size] for at in range(0, len(own), size)]
+        weights = [float(targets[part].sum() / targets[index].sum()) for part in parts]
+        # With weight 0, a device without a share takes part in the exchange of gradients. All run a sharded base
+        # together, so as often as the first one, which has most.
+        least = math.ceil(len(index[::world]) / size) if self.run.sharded else 1
+        while len(parts) < least:
+            parts, weights = [*parts, index[:1]], [*weights, 0.0]
         sums: dict[str, torch.Tensor] = {}
         with ExitStack() as accumulation:
             if len(parts) > 1 and world == 1:  # several devices exchange gradients in a backward pass, not after it
                 with accelerator.autocast():
                     accumulation.enter_context(model.for_accumulation())
-            for number, part in enumerate(parts):
+            for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
                 batch = {n: v.to(accelerator.device) for n, v in model.batch(examples, part, rng).items()}
-                weight = 0.0 if idle else float(targets[part].sum() / targets[index].sum())
                 sync = number == len(parts) - 1
-                with nullcontext() if sync else accelerator.no_sync(self.wrapped):
+                with nullcontext() if sync or self.run.sharded else accelerator.no_sync(self.wrapped):
                     with accelerator.autocast():
                         terms = {name: value * weight for name, value in self.wrapped(batch).items()}
                     if shares and sync and len(terms) > 1:
@@ -206,6 +211,9 @@ class Loop:
                     accelerator.backward(sum(terms.values()) * world)
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0) + value.detach()
+        if self.run.sharded:  # elsewhere the backward pass sees to it
+            for parameter in self.trained.values():
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
         names = list(sums)
         values = accelerator.reduce(torch.stack([sums[name] for name in names]), "sum").tolist()
         return dict(zip(names, values, strict=True)) | {"loss": sum(values)}
@@ -214,7 +222,7 @@ class Loop:
         """RunError that says how much an example takes, and which flag helps."""
         self.optimizer.zero_grad(set_to_none=True)
         now, device = min(self.micro_batch or self.share(), self.share()), self.accelerator.device
-        if device.type not in MEASURED:
+        if device.type not in MEASURED or self.run.sharded:
             raise RunError(f"out of memory with {now} examples at once; give a smaller --micro_batch_size")
         size, need, free = examples_that_fit(self.try_examples, now, device)
         take = f"{size} take {need // MIB:,} of {free // MIB:,} MiB, about {need / size / MIB:.1f} each"

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -199,6 +201,21 @@ def keep_layers(decoder: nn.Module, layers: list[int]) -> nn.Module:
 
 
 @torch.no_grad()
+def shard_layers(decoder: nn.Module, device: torch.device) -> None:
+    """Let each process hold its part of the layers' frozen weights, moved to `device` (FSDP2).
+
+    A layer's weights are gathered when it runs, and left again after it. What trains, and what is outside the layers,
+    stands whole in each process: it is small, or used outside the decoder, as token embeddings are.
+    """
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    trained = {parameter for parameter in decoder.parameters() if parameter.requires_grad}
+    for layer in decoder.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+    inside = set(decoder.layers.parameters())
+    outside = {parameter for parameter in decoder.parameters() if parameter not in inside}
+    fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=trained | outside)
+
+
 def load_head(base_model: str | Path, decoder: nn.Module, prompt: list[int]) -> nn.Parameter:
     """The base's language-model head (vocabulary, h), in the type of `decoder`; its embedding where both are one.
 

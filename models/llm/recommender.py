@@ -12,7 +12,7 @@ gradient, and every sample attends to its keys and values; only tokens that are 
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,10 @@ from models.llm.attention import (
     merged,
     use_packed_attention,
 )
-from models.llm.decoder import check_length
+from models.llm.decoder import check_length, shard_layers
 from models.llm.packing import pack
 from models.losses import catalogue_cross_entropy
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -295,6 +296,13 @@ class LLMRec(Recommender):
 
     def item_vectors(self) -> torch.Tensor:
         return self.item_output(self.table)  # (V + 1, d)
+
+    def shard(self, device: torch.device) -> None:
+        """Shard the decoder's frozen layers. What trains stands whole in each process, as do the token embeddings."""
+        if self.train_strategy == "full":
+            raise UserError("--train_strategy full trains the layers that --use_fsdp shards: leave out one of them")
+        shard_layers(self.base, device)
+        self.fast = replace(self.fast, merge=False)  # no process has the weights that adapters are merged into
 
     def head_parameters(self) -> list[nn.Parameter]:
         """What is around the decoder. States are long, so one step of Adam on `score` moves all scores far.

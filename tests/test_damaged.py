@@ -4,7 +4,10 @@ import csv
 import io
 import json
 import os
+import tempfile
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,7 +202,7 @@ def readers():
 
 
 @pytest.mark.parametrize(("name", "read"), readers())
-@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "huge", "closed"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "huge"])
 def test_what_is_no_plain_file_is_refused_at_once(name, read, kind, tmp_path):
     path, begun = tmp_path / name, time.monotonic()
     if kind == "fifo":
@@ -208,18 +211,30 @@ def test_what_is_no_plain_file_is_refused_at_once(name, read, kind, tmp_path):
         path.mkdir()
     elif kind == "device":
         path.symlink_to("/dev/zero")
-    elif kind == "huge":
+    else:
         with open(path, "wb") as file:
             file.truncate(2**40)
-    else:
-        path.write_text("{}")
-        path.chmod(0)
-        if os.access(path, os.R_OK):
-            pytest.skip("this user may read everything")
     with pytest.raises(UserError) as refused:
         read(path)
     assert time.monotonic() - begun < 5 and name in str(refused.value)
-    assert (kind == "closed") == ("may not be read" in str(refused.value))
+
+
+@pytest.mark.parametrize(("name", "read"), readers())
+def test_a_file_of_another_user_is_not_called_damaged_or_missing(name, read):
+    with tempfile.TemporaryDirectory() as folder:
+        path, user = Path(folder) / name, os.geteuid()
+        path.write_text("{}")
+        with suppress(UserError):  # what the reader imports
+            read(path)
+        Path(folder).chmod(0o755)
+        path.chmod(0 if user else 0o600)
+        try:
+            if user == 0:
+                os.seteuid(65534)  # root may read everything
+            with pytest.raises(UserError, match=f"{name} may not be read"):
+                read(path)
+        finally:
+            os.seteuid(user)
 
 
 BOMB = "\n".join(["a: &a0 [x, x]", *(f"b{n}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]" for n in range(9))])
@@ -293,7 +308,7 @@ def test_a_checkpoint_of_another_run_or_beyond_the_end_is_refused(tmp_path, monk
     beyond = ({"step": 10**6}, {"step": "6"}, {"step": -1}, {"best_step": 7}, {"evaluations": [3]}, {"starts": {}})
     for change in (*beyond, {"evaluations": []}, {"train_seconds": None}):
         (saved / "state.json").write_text(json.dumps(state | change))
-        with pytest.raises(UserError, match=r"step-\d+"):
+        with pytest.raises(UserError, match=rf"{saved.name}"):
             train()
     (saved / "state.json").write_text(text)
     tensors = load_tensors(saved / "model.safetensors")

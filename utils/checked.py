@@ -69,12 +69,13 @@ def check(path: Path, value: object, rule: Rule, name: str = "", advice: str = A
 
 
 def check_file(path: Path, most: int | None = None) -> None:
-    """UserError where `path` is a folder, a pipe or a device, or larger than `most` bytes; OSError where it is not."""
+    """UserError for a folder, a pipe, a device, or more than `most` bytes; OSError for what is not there or closed."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path} is no plain file; remove it and {AGAIN}")
     if most is not None and status.st_size > most:
         raise UserError(f"{path} has {status.st_size:,} bytes, which no such file has; {AGAIN}")
+    path.open("rb").close()  # safetensors takes a file that may not be read for one that is missing
 
 
 def unreadable(path: Path, error: Exception, advice: str = AGAIN, how: str = "cannot be read") -> UserError:

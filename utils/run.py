@@ -160,7 +160,7 @@ class Run:
             earlier = self.folder / "config.json"
             old = read_config(self.folder) if earlier.exists() and self.config["resume"] == "auto" else {}
             self.config["run_id"] = old.get("run_id")
-            continued = bool(old) and self._newest_checkpoint() is not None
+            continued = bool(old) and self.newest_checkpoint() is not None
             if not continued:
                 self.config["run_id"] = uuid.uuid4().hex
             write_json(self.config, earlier)
@@ -178,7 +178,7 @@ class Run:
         except Exception as error:  # each tracker has errors of its own: no key, no network, no permission
             raise UserError(f"--report_to {self.config['report_to']} cannot start: {error}") from error
 
-    def _newest_checkpoint(self) -> Path | None:
+    def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint of this very run."""
         for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
             state = folder / "state.json"
@@ -236,7 +236,7 @@ class Run:
 
     def load_checkpoint(self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict:
         """The state to start from: that of the newest checkpoint, whose weights are loaded, or a fresh one."""
-        saved = self._newest_checkpoint()
+        saved = self.newest_checkpoint()
         if saved is None:
             fresh = {"step": 0, "evaluated": 0, "best_step": 0, "evaluations": [], "train_seconds": 0.0}
             return {"run_id": self.config["run_id"]} | fresh

@@ -69,8 +69,8 @@ class Loop:
         started = state["step"]
         measured = [0, *(evaluation["step"] for evaluation in state["evaluations"])]
         if started > self.total or state["best_step"] not in measured or max(measured) > started:
-            where = run.checkpoints / f"step-{started:08d}"
-            raise UserError(f"{where} is of no run of {self.total} steps; remove it, and start again")
+            saved = run.newest_checkpoint()
+            raise UserError(f"{saved} is of no run of {self.total} steps; remove it, and start again")
         start = {"step": started} | environment(self.accelerator) | ({"sharded": True} if run.sharded else {})
         state["starts"] = [*state.get("starts", []), start]
         if self.micro_batch == "auto":

@@ -137,8 +137,8 @@ class Recommender(nn.Module):
     def shard(self, device: torch.device) -> None:
         """Let each process hold its part of what does not train, on `device`: for a model too large for one (FSDP)."""
         raise UserError(
-            f"accelerate's --use_fsdp shards what is frozen, and {type(self).__name__} trains all its weights: start "
-            "this step without it"
+            f"accelerate's --use_fsdp shards the base of finetune.py and distill.py: start {type(self).__name__} "
+            "without it"
         )
 
     def head_parameters(self) -> list[nn.Parameter]:

@@ -45,6 +45,8 @@ def places(tmp_path_factory) -> dict[str, Path]:
     assert not (places["three"] / "student" / "metrics.json").exists()
     resumed = torchrun(2, sources, places["three"])
     assert resumed.returncode == 0, resumed.stderr
+    killed = torchrun(2, sources, places["sharded"], "--sharded", "--killed")
+    assert killed.returncode != 0 and "exitcode: -9" in killed.stderr
     sharded = torchrun(2, sources, places["sharded"], "--sharded")
     assert sharded.returncode == 0, sharded.stderr
     return places
@@ -92,15 +94,22 @@ def test_records_say_how_many_processes_there_were(places):
     for place, expected in (("one", [(0, 1)]), ("two", [(0, 2)]), ("three", [(0, 3), (8, 2)])):
         starts = metrics_of(places[place] / "student")["starts"]
         assert [(start["step"], start["processes"]) for start in starts] == expected
-    assert [start["sharded"] for start in metrics_of(places["sharded"] / "student")["starts"]] == [True]
+    starts = metrics_of(places["sharded"] / "student")["starts"]
+    assert [(start["step"], start["sharded"]) for start in starts] == [(0, True), (6, True)]
 
 
 def test_what_cannot_be_sharded_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--train_strategy full trains the layers"):
         tiny_llm_rec(train_strategy="full").shard(torch.device("cpu"))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="among processes, and there is one"):
+        train(tmp_path / "run")
     monkeypatch.setattr(Accelerator, "num_processes", 2)
-    for size, words in (("auto", "give a number"), (None, "trains all its weights")):
+    for flags, words in (
+        ({"micro_batch_size": "auto"}, "give a number"),
+        ({"train_strategy": "full"}, "trains the layers"),
+        ({}, "start Model without it"),
+    ):
         with pytest.raises(UserError, match=words):
-            train(tmp_path / "run", micro_batch_size=size)
+            train(tmp_path / "run", **flags)
     assert not (tmp_path / "run").exists()

@@ -98,3 +98,14 @@ def examples_that_fit(
     if not size:
         raise RunError(f"out of memory: not one example fits in {free // MIB:,} MiB; lower --max_seq_length or --dtype")
     return size, need, free
+
+
+def check_sharded(config: dict, processes: int) -> None:
+    """UserError for what cannot run on a base of which each process holds a part."""
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each process reads the base, not the first one alone
+    if processes == 1:
+        raise UserError("--use_fsdp shares the base among processes, and there is one: start several, or leave it out")
+    if config.get("train_strategy") == "full":
+        raise UserError("--train_strategy full trains the layers that --use_fsdp shards: leave out one of them")
+    if config["micro_batch_size"] == "auto":
+        raise UserError("--micro_batch_size auto tries sizes in each process alone: with --use_fsdp give a number")

@@ -28,6 +28,7 @@ from utils.data import Sequences
 from utils.errors import UserError
 from utils.files import atomic_file, atomic_folder, remove, remove_left_over, save_tensors, write_json
 from utils.flags import BEFORE
+from utils.memory import check_sharded
 from utils.metrics import RANKS_FILE, metrics_from_ranks, rank_users, save_ranks
 from utils.report import card, flatten, git_commit, log_rows, peak_memory, plot_curve, protocol
 from utils.run_files import check_shapes, read_config, read_metrics, read_state
@@ -72,10 +73,9 @@ class Run:
                 InitProcessGroupKwargs(timeout=timedelta(days=1)),  # others wait for the first's teacher states
             ],
         )
-        # set by `accelerate launch --use_fsdp`; the base's frozen layers are then shared among the processes
-        self.sharded = parse_flag_from_env("ACCELERATE_USE_FSDP") and self.accelerator.num_processes > 1
-        if self.sharded and config["micro_batch_size"] == "auto":
-            raise UserError("--micro_batch_size auto tries sizes in each process alone: with --use_fsdp give a number")
+        self.sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")  # set by `accelerate launch --use_fsdp`
+        if self.sharded:
+            check_sharded(config, self.accelerator.num_processes)
         self.finished = self._open_folder()
         if self.accelerator.is_main_process:
             if (self.folder / LOCK).exists():  # tell a folder in use before long work; `start` keeps the lock

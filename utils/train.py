@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -51,6 +51,8 @@ class Loop:
         self.config, self.accelerator = run.config, run.accelerator
         model.to(self.accelerator.device)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if run.sharded:  # elsewhere `prepare_model` sees to it: machines may round differently
+            broadcast([parameter.data for parameter in self.trained.values()])
         self.optimizer = torch.optim.AdamW(parameter_groups(model, self.trained, self.config))
         self.per_epoch = math.ceil(len(examples) / self.config["batch_size"])
         self.micro_batch = self.config["micro_batch_size"]  # "auto" is looked for when training starts
@@ -212,8 +214,9 @@ class Loop:
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0) + value.detach()
         if self.run.sharded:  # elsewhere the backward pass sees to it
-            for parameter in self.trained.values():
-                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+            gradients = [parameter.grad for parameter in self.trained.values()]
+            mean = accelerator.reduce(nn.utils.parameters_to_vector(gradients), "mean")
+            nn.utils.vector_to_parameters(mean, gradients)
         names = list(sums)
         values = accelerator.reduce(torch.stack([sums[name] for name in names]), "sum").tolist()
         return dict(zip(names, values, strict=True)) | {"loss": sum(values)}

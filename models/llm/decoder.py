@@ -200,7 +200,6 @@ def keep_layers(decoder: nn.Module, layers: list[int]) -> nn.Module:
     return decoder
 
 
-@torch.no_grad()
 def shard_layers(decoder: nn.Module, device: torch.device) -> None:
     """Let each process hold its part of the layers' frozen weights, moved to `device` (FSDP2).
 
@@ -211,11 +210,12 @@ def shard_layers(decoder: nn.Module, device: torch.device) -> None:
     trained = {parameter for parameter in decoder.parameters() if parameter.requires_grad}
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
-    inside = set(decoder.layers.parameters())
-    outside = {parameter for parameter in decoder.parameters() if parameter not in inside}
-    fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=trained | outside)
+        layer.unshard()  # makes room to gather into, which inference mode would make for inference alone
+        layer.reshard()
+    fully_shard(decoder, mesh=mesh, ignored_params=set(decoder.parameters()))
 
 
+@torch.no_grad()
 def load_head(base_model: str | Path, decoder: nn.Module, prompt: list[int]) -> nn.Parameter:
     """The base's language-model head (vocabulary, h), in the type of `decoder`; its embedding where both are one.
 

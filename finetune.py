@@ -26,6 +26,7 @@ from models.slmrec import SLMRec
 from models.sr import MODELS
 from utils import assets, cli
 from utils.data import Examples, Sequences, training_examples
+from utils.errors import UserError
 from utils.item_tables import read_tables
 from utils.metrics import DEFAULT_SELECTION, SelectBy
 from utils.report import closing_table
@@ -98,8 +99,13 @@ def find_table(config: dict, data: Sequences) -> torch.Tensor:
     """The item table (V + 1, d); what is recorded of it, and whose logits are learned beside it, goes into `config`."""
     table, found = read_tables("--item_embeddings", config["item_embeddings"], data, config["normalize_items"])
     config["item_embeddings"], maker = found.pop("item_embeddings"), found.pop("sr_dir", None)
+    weights = found.pop("sr_weights_sha256", None)
     cli.inherit(config, found, list(found), config["item_embeddings"])
     find_kl_teacher(config, maker and cli.ROOT / maker, data)
+    same = weights and config["lambda_kl"] and config["kl_teacher"] == maker
+    if same and config["kl_teacher_sha256"].get("model.safetensors") != weights:
+        made = config["item_embeddings"]
+        raise UserError(f"{maker} was trained again since {made} was made of it: run extract_emb.py again")
     return table
 
 

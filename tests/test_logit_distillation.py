@@ -353,3 +353,18 @@ def test_a_teachers_flags_are_refused_too(flags, words, runs, sources, table_of_
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and contents(runs) == before, lines
     assert words.format(runs) in lines[0]
+
+
+def test_logits_of_other_weights_than_those_of_the_table_are_refused(runs, sources, table_of_sasrec, capsys):  # noqa: F811
+    """The run was trained again after its table was taken; a run that is named may have other weights."""
+    path = table_of_sasrec / "config.json"
+    whole = path.read_text()
+    path.write_text(json.dumps(json.loads(whole) | {"sr_weights_sha256": "0" * 64}))
+    flags = ["--item_embeddings", table_of_sasrec, "--output_dir", runs / "refused"]
+    with pytest.raises(SystemExit) as stopped:
+        teacher_with_logits(runs, sources, *flags, "--lambda_kl", 2)
+    words = capsys.readouterr().err
+    assert stopped.value.code == 2 and "sasrec was trained again since" in words and "run extract_emb.py again" in words
+    assert not (runs / "refused").exists()
+    teacher_with_logits(runs, sources, *flags)  # without them nothing depends on it
+    path.write_text(whole)

@@ -112,7 +112,8 @@ def read_tables(flag: str, names: str | None, data: Sequences, normalize: bool =
 
     names: comma-separated, None for that of SASRec. normalize: each as `normalized` makes it. A dot product with
     several is the sum of those with each. So that none of them outweighs another by its scale alone, all get the mean
-    norm of the first one's rows, those of zeros left out. "sr_dir" is the run of which they are, if it is but one.
+    norm of the first one's rows, those of zeros left out. If they are all of one run, "sr_dir" is that run, and
+    "sr_weights_sha256" the hash of its weights.
     """
     names = names or str(cli.ROOT / "outputs" / data.name / "item_embeddings-sasrec")
     whole = (find_table(names, data) / "config.json").is_file()  # a path may hold a comma
@@ -128,9 +129,9 @@ def read_tables(flag: str, names: str | None, data: Sequences, normalize: bool =
         raise UserError(f"{flag}: {folders[twice]} is the same table as {folders[hashes.index(hashes[twice])]}")
     found = {"item_embeddings": ",".join(map(cli.portable_path, folders)), "table_sha256": ",".join(hashes)}
     found["item_dim"] = sum(table.shape[1] for table in tables)
-    makers = {config["sr_dir"] for config in configs if config.get("sr_dir")}
+    makers = {(config["sr_dir"], config.get("sr_weights_sha256")) for config in configs if config.get("sr_dir")}
     if len(makers) == 1:
-        found["sr_dir"] = makers.pop()
+        found["sr_dir"], found["sr_weights_sha256"] = makers.pop()
     if len(tables) == 1:
         return tables[0], found
     means = [norm_summary(table)["norm_mean"] for table in tables]

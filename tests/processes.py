@@ -74,6 +74,7 @@ if __name__ == "__main__":
     if "--sharded" in sys.argv:
         os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch --use_fsdp` does, which wants a GPU
         Loop.one_step = with_a_part_of_the_base(Loop.one_step)
-        steps, more = ("teacher", "student"), "--micro_batch_size 1"  # of 7 examples one process has 4, the other 3
+        # of 7 examples one process has 4, the other 3; of 5 batches of users one has 3, the other 2
+        steps, more = ("teacher", "student"), "--micro_batch_size 1 --eval_batch_size 6"
     for name in steps:
         run_step(name, *map(Path, sys.argv[1:3]), more)

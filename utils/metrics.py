@@ -6,7 +6,6 @@ A recommender is what `models/interface.py` says; this module uses its `score_bl
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -110,12 +109,14 @@ def rank_each(
     autocast: Callable = torch.no_grad,
     progress: bool = False,
     share: tuple[int, int] = (0, 1),
+    together: bool = False,
 ) -> tuple[list[dict[str, np.ndarray]], float]:
     """`rank_users` by each of `count` scores that a recommender gives the items; and the seconds of all.
 
     score_blocks: as the recommender's own, but with `count` tensors of scores per block, which are overwritten one
     after another. negatives (users, N). batched_length: users whose histories differ in earlier items alone are batched
     as alike. share: rank and number of the processes among which the users are shared; those of others get rank 0.
+    together: all these run the recommender as often, as a base of which each holds a part needs.
     """
     examples = split_examples(data, split, max_length)
     ranks = [{kind: np.zeros(len(examples), np.int64) for kind in ("sampled", "full")} for _ in range(count)]
@@ -124,23 +125,29 @@ def rank_each(
     lengths = np.minimum(examples.lengths, batched_length or max_length)
     rank, processes = share
     own, some = math.ceil(len(examples) / processes), parts(data, negatives.shape[1], processes)
-    if len(some) >= processes:  # each draws only the candidates of its users
+    if len(some) >= processes and not together:  # each draws only the candidates of its users
         some, rank, processes = some[rank::processes], 0, 1
+
+    def scored(index: np.ndarray) -> Iterator[tuple[slice, Iterable[torch.Tensor]]]:
+        batch = {name: values.to(device) for name, values in examples.batch(index).items()}
+        return score_blocks(batch["histories"], batch["users"], users_at_once)
+
     bar = tqdm(total=own, desc=f"rank {split}", unit="user", disable=not progress, leave=False)
     with autocast(), recommender.for_inference(), bar:
         for part in some:
             paused = time.perf_counter()
             drawn = negatives[part]
             begun += time.perf_counter() - paused  # candidates are drawn once for all models: not their time
-            batches = sorted_batches(lengths[part], min(batch_size, own))
-            for within in islice(batches, rank, None, processes):
+            batches = list(sorted_batches(lengths[part], min(batch_size, own)))
+            for within in batches[rank::processes]:
                 index = part.start + within
-                batch = {name: values.to(device) for name, values in examples.batch(index).items()}
-                for block, several in score_blocks(batch["histories"], batch["users"], users_at_once):
+                for block, several in scored(index):
                     for found, scores in zip(ranks, several, strict=True):
                         of_block = rank_block(scores, data, examples, index[block], drawn[within[block]])
                         found["sampled"][index[block]], found["full"][index[block]] = of_block
                 bar.update(len(index))
+            if together and len(batches[rank::processes]) < len(batches[::processes]):
+                next(scored(part.start + batches[0]))
     return ranks, time.perf_counter() - begun
 
 

@@ -192,10 +192,7 @@ class Run:
         return {kind: metrics_from_ranks(found) for kind, found in ranks.items()}, seconds
 
     def rank(self, model: nn.Module, split: str, progress: bool = False) -> tuple[dict[str, np.ndarray], float]:
-        """`rank_users` with the protocol of the run; several processes share the users, and all get all ranks.
-
-        Where the base is sharded, all must run it together, so each ranks all users.
-        """
+        """`rank_users` with the protocol of the run; several processes share the users, and all get all ranks."""
         accelerator = self.accelerator
         model.to(accelerator.device).eval()
         ranks, seconds = rank_users(
@@ -208,10 +205,9 @@ class Run:
             device=accelerator.device,
             autocast=accelerator.autocast,
             progress=progress and accelerator.is_main_process,
-            share=(0, 1) if self.sharded else (accelerator.process_index, accelerator.num_processes),
+            share=(accelerator.process_index, accelerator.num_processes),
+            together=self.sharded,
         )
-        if self.sharded:
-            return ranks, seconds
         own = {kind: torch.from_numpy(found).to(accelerator.device) for kind, found in ranks.items()}
         return {kind: accelerator.reduce(found, "sum").cpu().numpy() for kind, found in own.items()}, seconds
 

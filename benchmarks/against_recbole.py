@@ -32,11 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.llm_step import ours_loss, training_step
 from models.sr import MODELS
 from utils.assets import dataset_folder
-from utils.checked import read_json
+from utils.checked import load_tensors, read_json
 from utils.cli import ROOT
 from utils.data import Sequences, shuffled_batches, training_examples
+from utils.experiments import pack, unpack
 from utils.files import write_json
-from utils.metrics import metrics_from_ranks
+from utils.metrics import RANKS_FILE, metrics_from_ranks, paired_bootstrap
 from utils.report import environment, markdown_table
 
 THEIRS = Path(__file__).parent / "recbole" / "theirs.py"
@@ -120,7 +121,10 @@ def quality(args: argparse.Namespace, name: str, data: Sequences, folder: Path) 
         {"ours": ours[split]["full"]["NDCG@10"], "recbole": metrics_from_ranks(np.array(result[split]))["NDCG@10"]}
         for split in ("valid", "test")
     ]
-    return {"seed": args.seed, "valid": of_both[0], "test": of_both[1], "recbole_epochs": result["epochs"]}
+    ranks = {"ours": load_tensors(folder / "ours" / RANKS_FILE)["test_full"].numpy(), "recbole": result["test"]}
+    packed = {side: pack(np.array(found)) for side, found in ranks.items()}
+    run = {"seed": args.seed, "valid": of_both[0], "test": of_both[1], "ranks": packed}
+    return run | {"recbole_epochs": result["epochs"]}
 
 
 def speed(args: argparse.Namespace, name: str, data: Sequences, folder: Path) -> dict:
@@ -156,7 +160,10 @@ def table(record: dict) -> str:
             cells = [f"{statistics.mean(of):.4f}{plus}" for of, plus in zip(values.values(), spread, strict=True)]
             seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
             what = f"{name}, full NDCG@10 on {record['datasets']['quality']}, {seeds}"
-            rows.append([what, *cells, f"{100 * (ours / other - 1):+.1f} %"])
+            ranks = [np.concatenate([unpack(run["ranks"][side]) for run in runs]) for side in ("ours", "recbole")]
+            mean, low, high = paired_bootstrap(*ranks, clusters=len(runs))
+            beside = f"{100 * (ours / other - 1):+.1f} %: {mean:+.4f}, interval {low:+.4f} to {high:+.4f}"
+            rows.append([what, *cells, beside])
         for run in record["speed"].get(name, []):
             ours, other = (run["epoch_seconds"][side] for side in ("ours", "recbole"))
             cells = [f"{ours:,.1f}", f"{other:,.1f}", f"{other / ours:.0f} times as fast"]

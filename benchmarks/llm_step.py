@@ -47,7 +47,6 @@ from utils.metrics import rank_users
 from utils.report import environment, markdown_table
 
 MAX_ITEMS, LLAMA = 30, "llama-7b-shape"
-READ_OUTS = ("response", "item")
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
 # Sequence lengths of Amazon 2014 Beauty (22,363 users, 5-core), as counts of users with 5, 6, ... 32, and 33 or more
 # items, of which 30 are read.
@@ -249,7 +248,6 @@ class Benchmark:
     def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
         self.args, self.device, self.dtype = args, device, dtype
         self.rows: list[dict] = []
-        self.read_out_rows: list[dict] = []
         self.distillation = 0.0
         self.worst = [0.0, 0.0]
 
@@ -352,30 +350,6 @@ class Benchmark:
             self.distillation = max(self.distillation, cost)
             self.inference(work, names, slow, base)
 
-    def read_outs(self, work: Workload) -> None:
-        """Every position of a history as a target, read after response tokens and at items, beside the released one.
-
-        The two read-outs are different models: only their speed is compared.
-        """
-        models = {kind: self.model(self.args.num_layers, work.data.num_items, read_out=kind) for kind in READ_OUTS}
-        released = models["response"]
-        examples = training_examples(work.data, "all", MAX_ITEMS)
-        index = shuffled_batches(len(examples), work.batch_size, seed=0, epoch=0)[:4]
-        batches = [{k: v.to(self.device) for k, v in examples.batch(part).items()} for part in index]
-        targets = int(examples.num_targets[np.concatenate(index)].sum())
-        steps = {kind: (training_step(model, ours_loss, batches), targets) for kind, model in models.items()}
-        one = training_step(released, released_loss, work.batches(work.index()[:1]))
-        drawn = draw_negatives(work.ranked, "test")
-        ranks = {kind: (lambda model=model: work.rank(model, drawn), len(work.tests)) for kind, model in models.items()}
-        slow = (lambda: work.released_rank(released), work.infer_batch_size)
-        for kind, run in (
-            ("training, targets", {"released": (one, work.batch_size)} | steps),
-            ("inference, users", {"released": slow} | ranks),
-        ):
-            speeds = alternate(self.args.repeats, **run)
-            self.read_out_rows.append({"kind": kind, "batch": work.batch_size} | speeds)
-            print(f"{kind} per second: {speeds}", flush=True)
-
     def summary(self) -> dict[str, float]:
         def ratio(kind: str, same: bool) -> float:
             return min(r["ratio"] for r in self.rows if r["kind"] == kind and (r["released"] == r["ours"]) == same)
@@ -388,7 +362,7 @@ class Benchmark:
             "max_relative_difference": self.worst[0],
             "max_relative_gradient_difference": self.worst[1],
             "distillation_over_plain": self.distillation,
-        } | {f"read_out_{row['kind'].split(',')[0]}_ratio": row["item"] / row["response"] for row in self.read_out_rows}
+        }
 
 
 def speed_table(record: dict) -> str:
@@ -406,16 +380,6 @@ def speed_table(record: dict) -> str:
         ]
         for r in record["rows"]
     ]
-    return markdown_table(header, rows)
-
-
-def read_out_table(record: dict) -> str:
-    header = ["per second", "batch", "released, one target", "response", "item", "item / response", "item / released"]
-    rows = []
-    for r in record["read_outs"]:
-        speeds = [r["released"], r["response"], r["item"]]
-        ratios = [r["item"] / r["response"], r["item"] / r["released"]]
-        rows.append([r["kind"], str(r["batch"]), *(f"{speed:.1f}" for speed in speeds), *(f"{x:.1f}" for x in ratios)])
     return markdown_table(header, rows)
 
 
@@ -477,13 +441,12 @@ def main() -> None:
         benchmark.equal_depth(Workload(args.dataset, batch_size, **more))
     for depth in args.student_layers:
         benchmark.student(Workload(args.dataset, args.student_batch_size, **more), depth)
-    benchmark.read_outs(Workload(args.dataset, max(args.batch_sizes), users=2048, **more))
     summary = benchmark.summary()
-    record = {"summary": summary, "rows": benchmark.rows, "read_outs": benchmark.read_out_rows}
+    record = {"summary": summary, "rows": benchmark.rows}
     settings = {name: str(value) for name, value in vars(args).items() if name != "out"}
     record |= {"settings": settings, "environment": environment(accelerator)}
     write_json(record, args.out)
-    print(speed_table(record), read_out_table(record), paper_table(record), sep="\n\n", end="\n\n")
+    print(speed_table(record), paper_table(record), sep="\n\n", end="\n\n")
     print(markdown_table(["summary", "value"], [[name, f"{value:.3g}"] for name, value in summary.items()]))
     plot(benchmark.rows, args.out.with_suffix(".png"))
     print(args.out)

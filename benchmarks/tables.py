@@ -14,7 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import against_recbole, busy, cost, efficiency, evaluation, kills, llm_step, order, same_time
+from benchmarks import (
+    against_recbole,
+    busy,
+    cost,
+    efficiency,
+    evaluation,
+    kills,
+    llm_step,
+    order,
+    read_outs,
+    same_time,
+)
 from utils import cli
 from utils.checked import read_json
 from utils.cli import ROOT
@@ -110,7 +121,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"differences on {name}": of_ladder(difference_table, name) for name in DATASETS},
     "order": lambda: order.table(record("order")),
     "llm_step": lambda: llm_step.speed_table(record("llm_step")),
-    "read-outs": lambda: llm_step.read_out_table(record("llm_step")),
+    "read-outs": lambda: read_outs.table(record("read_outs")),
     "hours of the paper": lambda: llm_step.paper_table(record("llm_step")),
     "cost": lambda: cost.measures_table(record("cost")),
     "single ratios": lambda: single_ratios(record("cost")),

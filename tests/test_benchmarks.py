@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_llm_rec, tiny_sources
+from safetensors.torch import load_file
 
-from benchmarks import against_recbole, busy, cost, efficiency, llm_step, same_time
+from benchmarks import against_recbole, busy, cost, efficiency, llm_step, read_outs, same_time
 from models import losses
 from models.dropout import Dropout
 from models.llm.recommender import LLMRec
@@ -113,7 +114,7 @@ def test_efficiency_scales_a_few_steps_to_an_epoch_and_compares_with_full_depth(
     assert cells[1:4] == ["SLMRec_4", "0.5 (4.0)", "2.0 (1.0)"]
 
 
-def test_the_measures_of_cost_run(monkeypatch):
+def test_the_measures_of_cost_and_of_the_read_outs_run(monkeypatch):
     """With tiny models, on users of different lengths; their speeds say nothing."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(4, 20, 128)
@@ -121,7 +122,9 @@ def test_the_measures_of_cost_run(monkeypatch):
     data = Sequences("tiny", rng.integers(1, 41, offsets[-1]).astype(np.int32), offsets, 40, np.arange(128), "0" * 64)
     for module in (cost, llm_step):
         monkeypatch.setattr(module, "make_data", lambda *_: data)
-    monkeypatch.setattr(cost, "make_model", lambda _, layers, *__, **options: tiny_llm_rec(layers, **options))
+    for module in (cost, read_outs):
+        monkeypatch.setattr(module, "make_model", lambda _, layers, *__, **options: tiny_llm_rec(layers, **options))
+    monkeypatch.setattr(llm_step, "released_ranks", lambda *_: None)  # it draws 999 of an item's 39 rivals
     device = torch.device("cpu")
     work = llm_step.Workload(None, cost.BATCH, device)
     found = cost.one_off(work, 1)
@@ -129,6 +132,8 @@ def test_the_measures_of_cost_run(monkeypatch):
     states, many = cost.teachers_states(1, device), cost.many_targets(None, 1, device)
     for speeds in ({row["off"]: row["per_s"] for row in found}, states, many, cost.micro_batches(work, 1)):
         assert min(speeds.values()) > 0
+    for row in read_outs.measure(work, 1, 1):
+        assert min(row["released"], row["response"], row["item"]) > 0
 
 
 def test_users_whose_last_items_share_a_time_are_apart():
@@ -167,3 +172,22 @@ def test_an_epoch_beside_recbole_is_the_median_step_times_the_steps(tmp_path, mo
         targets = training_examples(data, "all", 200).num_targets.sum()
         assert run["epoch_seconds"]["recbole"] == 21 and run["epoch_seconds"]["ours"] > 0
         assert targets / run["steps"]["ours"] == pytest.approx(100, rel=0.15)
+
+
+def test_quality_beside_recbole_is_of_the_same_users(tmp_path, monkeypatch):
+    """Ours is trained; RecBole's ranks are given. The table's interval is that of a bootstrap over users."""
+    place = tiny_sources(tmp_path)
+    data = Sequences.load(place / "data")
+    given = {split: np.arange(len(data.users)) for split in ("valid", "test")}
+    monkeypatch.setattr(against_recbole, "theirs", lambda *_: given | {"epochs": 3})
+    monkeypatch.setattr(against_recbole, "EPOCHS", 1)
+    args = SimpleNamespace(part="quality", seed=5, dataset=place / "data")
+    run = against_recbole.quality(args, "SASRec", data, tmp_path)
+    ours = load_file(tmp_path / "ours" / metrics.RANKS_FILE)["test_full"].numpy()
+    expected = [
+        sum(1 / np.log2(rank + 2) for rank in ranks if rank < 10) / len(data.users) for ranks in (ours, given["test"])
+    ]
+    assert [run["test"]["ours"], run["test"]["recbole"]] == pytest.approx(expected) and run["seed"] == 5
+    record = {"quality": {"SASRec": [run]}, "speed": {}, "datasets": {"quality": "tiny"}}
+    cells = against_recbole.table(record).splitlines()[-1]
+    assert f"{expected[0]:.4f}" in cells and f": {expected[0] - expected[1]:+.4f}, interval" in cells

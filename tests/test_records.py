@@ -80,6 +80,13 @@ def test_speed_and_memory_are_what_the_pages_say():
     assert large["loss_peak_share"] <= 0.25
 
 
+def test_items_learn_five_times_the_targets_of_response_tokens():
+    ratios: dict[str, list[float]] = {}
+    for row in record("read_outs")["rows"]:
+        ratios.setdefault(row["kind"], []).append(row["item"] / row["response"])
+    assert max(ratios["training, targets"]) >= 5 and min(ratios["inference, users"]) >= 1.5
+
+
 def test_evaluation_fits_in_memory_and_is_shared():
     memory, processes = (record("evaluation")[part] for part in ("memory", "processes"))
     assert (memory["users"], memory["items"]) == (1_219_678, 376_858) and memory["peak_extra_bytes"] <= 2 * 2**30

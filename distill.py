@@ -38,10 +38,11 @@ from models.sr import MODELS
 from utils import assets, cli
 from utils.data import Examples, Sequences, check_same_dataset, training_examples
 from utils.errors import UserError
+from utils.flags import BEFORE, alternatives
 from utils.metrics import DEFAULT_SELECTION, SelectBy
 from utils.report import closing_table
 from utils.run import Run
-from utils.run_files import finished_run
+from utils.run_files import TYPES, finished_run
 from utils.train import fit
 
 INHERITED = ["base_model", "layer_selection", "train_strategy", "lora_r", "lora_alpha", "lora_dropout"]
@@ -122,7 +123,12 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
         raise UserError(f"--teacher {source} is no run of finetune.py or distill.py{instead}")
     check_same_dataset(data, taught.get("dataset_fingerprint"), source)
     given, depth, blocks = config["max_seq_length"], taught["num_layers"], config["num_blocks"]
-    cli.inherit(config, taught, INHERITED, cli.portable_path(source))
+    cli.inherit(config, BEFORE | taught, INHERITED, cli.portable_path(source))
+    needed = [name for name in INHERITED if name in TYPES and type(None) not in alternatives(TYPES[name])]
+    if lacking := [name for name in needed if config[name] is None]:
+        raise UserError(f"{source}/config.json has no {lacking[0]}: another version made it; run finetune.py again")
+    if (rows := len(read_heads(source, taught.get("item_dim"))["item_table"]) - 1) != data.num_items:
+        raise UserError(f"{source}: its item table has {rows} items, the dataset {data.num_items}; train it again")
     if config["num_layers"] > depth:
         raise UserError(f"--num_layers {config['num_layers']}: the teacher has {depth} layers, a student needs no more")
     if config["max_seq_length"] > taught["max_seq_length"]:

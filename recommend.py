@@ -28,12 +28,13 @@ import torch
 from tqdm import tqdm
 
 from models.fusion import Fusion
-from models.llm.open_p5 import load_open_p5
+from models.llm.open_p5 import OpenP5, load_open_p5
 from models.llm.storage import load_llm_rec
 from models.sr.storage import load_recommender
 from utils import cli
 from utils.catalogue import Catalogue
-from utils.errors import UserError
+from utils.checked import HALF
+from utils.errors import RunError, UserError
 from utils.files import atomic_file
 from utils.report import check_parts
 from utils.run_files import finished_run
@@ -100,6 +101,10 @@ class Trained:
             width = min(self.config["max_seq_length"], max(len(known[row]) for row in rows))
             padded = torch.tensor([[0] * (width - len(known[row])) + known[row][-width:] for row in rows])
             scores[rows] = self.model.scores(padded.to(self.device)).float().cpu().numpy()
+            if np.isnan(scores[:, 1:]).any():
+                raise RunError(
+                    "scores are no numbers: the model has diverged, or its weights are damaged; train it again"
+                )
         answers = []
         for items, history, row in zip(known, histories, scores, strict=True):
             open_to = allowed.copy()
@@ -138,6 +143,11 @@ def load(folder: str | Path) -> Trained:
         model = load_fusion(config)
     else:
         model = (load_open_p5 if config.get("kind") == "open_p5" else load_llm_rec)(folder)
+        known = len(model.item_tokens if isinstance(model, OpenP5) else model.table) - 1
+        if known != len(catalogue):
+            raise UserError(
+                f"{folder}: its model knows {known} items, its items.jsonl {len(catalogue)}; train it again"
+            )
     return Trained(model, config, catalogue)
 
 
@@ -153,7 +163,9 @@ def text_of(flag: str, path: str) -> str:
     """What a file or a pipe, or standard input for -, holds."""
     try:
         if path == "-":
-            return sys.stdin.read()
+            if sys.stdin is None:
+                raise UserError(f"{flag} -: there is no standard input")
+            return sys.stdin.read().removeprefix("\ufeff")  # the mark that some programs begin a file with
         with open(path, encoding="utf-8-sig", newline="") as file:  # a quoted cell may hold any line end
             return file.read()
     except UnicodeDecodeError as error:
@@ -182,6 +194,10 @@ def read_histories(path: str) -> Iterator[list[str]]:
             raise UserError(
                 f"--input {path}, line {number}: {error}; expected a list or {{'history': [...]}}"
             ) from error
+        if not all(isinstance(item, str | int) and not isinstance(item, bool) for item in history):
+            raise UserError(f"--input {path}, line {number}: an item is no text or number; expected ids or titles")
+        if any(HALF.search(str(item)) for item in history):
+            raise UserError(f"--input {path}, line {number}: an item holds half a character; write it anew")
         yield [str(item) for item in history]
 
 

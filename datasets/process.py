@@ -165,7 +165,12 @@ def export(args: argparse.Namespace) -> None:
         users, names = ids_in(folder / "user_ids.txt"), ids_in(folder / "items.tsv")
         timed, decimals = info["timestamp_ties"] is not None, int(info.get("timestamp_decimals") or 0)
         fit = all(part.ndim == 1 and part.dtype.kind == "i" and len(part) for part in (items, offsets, moments))
-        fit = fit and offsets[0] == 0 and offsets[-1] == len(items) == len(moments) and (np.diff(offsets) >= 0).all()
+        fit = (
+            fit
+            and offsets[0] == 0
+            and offsets[-1] == len(items) == len(moments)
+            and (offsets[1:] >= offsets[:-1]).all()
+        )
         if not fit or len(users) != len(offsets) - 1 or items.min() < 1 or items.max() >= len(names):
             raise ValueError("its parts do not fit together")
     except (OSError, ValueError, TypeError, EOFError) as error:

@@ -19,11 +19,14 @@ from safetensors.torch import save, save_file
 
 import recommend
 from models.llm.storage import save_adapter
+from models.llm.teacher_states import is_whole
 from models.sr import MODELS
 from utils import checked, cli, recipes
-from utils.checked import load_tensors, read_array, read_json, read_yaml
-from utils.errors import UserError
-from utils.flags import FLAGS, alternatives, choices
+from utils.checked import fingerprint_of, load_tensors, read_array, read_json, read_yaml
+from utils.data import Sequences
+from utils.errors import RunError, UserError
+from utils.files import sha256
+from utils.flags import FLAGS, Flag, alternatives, choices, coerce
 from utils.run_files import CONFIG, TYPES, read_config, read_metrics, read_state
 
 # The same inputs each time, and no file of those that failed: a test that fails tells of a change.
@@ -187,6 +190,75 @@ def test_the_types_of_flags_are_those_of_the_scripts():
     assert seen | {"eval_batch_size"} >= {name for name in TYPES if name in FLAGS} - {"sr_dir"}
 
 
+def test_items_that_occur_without_end_take_no_memory(run):
+    rows = [json.loads(line) | {"count": 2**62} for line in (run / "items.jsonl").read_text().splitlines()]
+    (run / "items.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert recommend.load(run).recommend([["1", "2"]], 3)[0].items
+
+
+def test_weights_that_are_no_numbers_recommend_nothing(run):
+    weights = load_tensors(run / "model.safetensors")
+    save_file({name: value * float("nan") for name, value in weights.items()}, run / "model.safetensors")
+    with pytest.raises(RunError, match="scores are no numbers"):
+        recommend.load(run).recommend([["1", "2"]], 3)
+    save_file({name: value.to(torch.int64) for name, value in weights.items()}, run / "model.safetensors")
+    with pytest.raises(UserError, match="do not fit its flags"):
+        recommend.load(run)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: np.save(path, np.zeros((4, 3), ">f4")),
+        lambda path: np.save(path, np.zeros((4, 3))),
+        lambda path: np.save(path, np.zeros((3, 3), np.float32)),
+        lambda path: np.save(path, np.array([[{}] * 3] * 4)),
+        lambda path: path.write_bytes(path.read_bytes()[:-4]),
+        lambda path: path.write_bytes(b""),
+        lambda path: [path.unlink(), os.mkfifo(path)],
+    ],
+)
+def test_answers_of_a_teacher_that_are_damaged_are_computed_anew(damage, tmp_path):
+    """Also where the hash beside them is that of the damaged file."""
+    path, of = tmp_path / "a.npy", (np.dtype(np.float32), (4, 3))
+    np.save(path, np.zeros((4, 3), np.float32))
+    path.with_suffix(".sha256").write_text(sha256(path))
+    assert is_whole(path, *of)
+    damage(path)
+    with suppress(UserError):
+        path.with_suffix(".sha256").write_text(sha256(path))
+    assert not is_whole(path, *of)
+    for digest in (b"\xff\xfe", b""):
+        path.with_suffix(".sha256").write_bytes(digest)
+        assert not is_whole(path, *of)
+
+
+def test_offsets_that_overflow_are_refused(tmp_path):
+    data = make_sequences()
+    items, offsets = data.items, np.array([0, 2**62 + 10, -(2**62) - 10, len(data.items)])
+    info = {"name": "d", "items": data.num_items, "fingerprint": fingerprint_of(items, offsets, data.num_items)}
+    np.save(tmp_path / "items.npy", items), np.save(tmp_path / "offsets.npy", offsets)
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"offsets\.npy does not fit"):
+        Sequences.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "words"),
+    [
+        (10**400, int, "at most 64 bits"),
+        ("9" * 5000, int, "expected a whole number"),
+        pytest.param(10**5000, float, "expected a number", id="long"),
+        ("nan", float, "at most 64 bits"),
+        ("a\0b", str, "no path or name"),
+    ],
+)
+def test_values_that_no_flag_can_hold(value, annotation, words):
+    with pytest.raises(UserError, match=words) as refused:
+        coerce("--flag", value, Flag(annotation, None, "", ">= 0"))
+    assert len(str(refused.value)) < 200
+
+
 # --- what is no plain file, or has no end ---
 
 
@@ -257,6 +329,8 @@ MERGES = "\n".join(["a: &a0 {x: 1}", *(f"b{n}: &a{n + 1} {{<<: [{', '.join([f'*a
         ("- sr", "expected name: value lines"),
         ("sr: {seed: 1, seed: 2}", "stands twice"),
         ("sr: \x00", "is no YAML"),
+        ('sr: {seed: !!int ""}', "is no YAML"),
+        ('sr: {dropout: !!float "-"}', "is no YAML"),
     ],
 )
 def test_recipes_that_are_none(text, words, tmp_path):
@@ -306,6 +380,7 @@ def test_a_checkpoint_of_another_run_or_beyond_the_end_is_refused(tmp_path, monk
     text, state = (saved / "state.json").read_text(), json.loads((saved / "state.json").read_text())
     weights = (saved / "model.safetensors").read_bytes()
     beyond = ({"step": 10**6}, {"step": "6"}, {"step": -1}, {"best_step": 7}, {"evaluations": [3]}, {"starts": {}})
+    beyond += ({"evaluated": 10**6}, {"step": 4}, {"starts": [{"step": 0, "micro_batch_size": -2}]})
     for change in (*beyond, {"evaluations": []}, {"train_seconds": None}):
         (saved / "state.json").write_text(json.dumps(state | change))
         with pytest.raises(UserError, match=rf"{saved.name}"):
@@ -317,10 +392,21 @@ def test_a_checkpoint_of_another_run_or_beyond_the_end_is_refused(tmp_path, monk
         with pytest.raises(UserError, match=r"step-\d+ does not belong to this run"):
             train()
     (saved / "model.safetensors").write_bytes(weights)
+    moments = (saved / "optimizer.safetensors").read_bytes()
+    tensors = load_tensors(saved / "optimizer.safetensors")
+    for broken in ({"exp_avg.norm.bias": torch.ones(8, dtype=torch.int64)}, {"step.norm.bias": torch.tensor(-1.0)}):
+        save_file(tensors | broken, saved / "optimizer.safetensors")
+        with pytest.raises(UserError, match=rf"{saved.name}"):
+            train()
+    save_file({k: v for k, v in tensors.items() if k != "exp_avg_sq.norm.bias"}, saved / "optimizer.safetensors")
+    with pytest.raises(UserError, match="has no 'exp_avg_sq'"):
+        train()
+    (saved / "optimizer.safetensors").write_bytes(moments)
     (tmp_path / "run" / ".state.json.part").write_text("a stray file")
     (saved / "state.json.part").write_text("another")
     with open(tmp_path / "run" / "log.jsonl", "a") as log:
-        log.write('[1]\n"step"\n{"step": "4"}\n{"st')
+        log.write('[1]\n"step"\n{"step": "4"}\n{"step": 1, "loss": "x"}\n{"step": 2, "loss": 1e400}\n')
+        log.write('{"step": 3, "valid": {}}\n{"step": 4, "valid": 3}\n{"loss": 3}\n{"st')
     monkeypatch.setattr(Run, "finish", kept)
     train()
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 6

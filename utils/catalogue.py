@@ -33,6 +33,8 @@ class Catalogue:
             try:
                 rows = read_text(path, advice="make it anew with datasets/process.py").split("\n")[1:-1]
                 ids, titles = map(list, zip(*(row.split("\t", 1) for row in rows), strict=True))
+            except FileNotFoundError:
+                raise UserError(f"{path} is missing; make it anew with datasets/process.py") from None
             except ValueError as error:
                 raise UserError(f"{path} is damaged ({error}); make it anew with datasets/process.py") from error
             if len(ids) != data.num_items:
@@ -64,8 +66,8 @@ class Catalogue:
         return len(self.ids)
 
     def training_part(self, num_users: int) -> TrainingPart:
-        """What a model without its dataset is built from: the items with their counts, of one user."""
-        items = np.repeat(np.arange(len(self.counts)), self.counts)
+        """What a model without its dataset is built from: one user, who met each item that training has once."""
+        items = np.flatnonzero(self.counts)
         return TrainingPart(len(self), num_users, np.zeros_like(items), items)
 
     @cached_property

@@ -6,6 +6,7 @@ rule: a pair of words and a test, or a dictionary or list of rules. No pickle an
 
 import hashlib
 import json
+import re
 import stat
 from collections.abc import Callable
 from functools import partial
@@ -25,13 +26,15 @@ MOST_JSON = 2**26
 MOST_YAML = 2**20
 ALIASES = 16  # of a YAML file: nested ones stand for exponentially many values
 AGAIN = "run the step that writes it again"
-DAMAGE = (ValueError, TypeError, KeyError, EOFError, SyntaxError, AttributeError, OverflowError, RecursionError)
+DAMAGE = (ValueError, TypeError, LookupError, EOFError, SyntaxError, AttributeError, OverflowError, RecursionError)
 
 Rule = tuple[str, Callable[[object], bool]] | dict | list
-TEXT: Rule = ("text", lambda value: type(value) is str)
+# a JSON escape may stand for half a character, which no file can hold
+HALF = re.compile("[\ud800-\udfff]")
+TEXT: Rule = ("text", lambda value: type(value) is str and not HALF.search(value))
 FLAG: Rule = ("true or false", lambda value: type(value) is bool)
 COUNT: Rule = ("a whole number of at least 0", lambda value: type(value) is int and 0 <= value < 2**63)
-SIZE: Rule = ("a whole number of at least 1", lambda value: type(value) is int and 1 <= value < 2**63)
+SIZE: Rule = ("a whole number of at least 1, of 31 bits", lambda value: type(value) is int and 1 <= value < 2**31)
 NUMBER: Rule = ("a number", lambda value: type(value) in (int, float) and abs(value) < float("inf"))
 
 
@@ -43,8 +46,9 @@ def maybe(rule: Rule) -> Rule:
 
 # dataset.json
 INFO: Rule = {"name": TEXT, "fingerprint": TEXT, "order": TEXT, "density": NUMBER} | {
-    **dict.fromkeys(("users", "items", "interactions"), SIZE),
-    **{"timestamp_ties": maybe(NUMBER), "timestamp_decimals": maybe(COUNT)},
+    **dict.fromkeys(("users", "items"), SIZE),
+    **{"interactions": COUNT, "timestamp_ties": maybe(NUMBER)},
+    "timestamp_decimals": maybe(("a whole number from 0 to 20", lambda value: COUNT[1](value) and value <= 20)),
 }
 
 

@@ -52,7 +52,7 @@ class Sequences:
             raise UserError(f"dataset {folder}: dataset.json has the name {name!r}, no plain name; {remake}")
         if items.ndim != 1 or offsets.ndim != 1 or not len(items):
             raise UserError(f"dataset {folder} is empty; {remake}")
-        if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(items) or (np.diff(offsets) < 0).any():
+        if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(items) or (offsets[1:] < offsets[:-1]).any():
             raise UserError(f"dataset {folder}: offsets.npy does not fit items.npy; {remake}")
         low, high = int(items.min()), int(items.max())
         if low < 1 or high > num_items:

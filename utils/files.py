@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import psutil
 from filelock import FileLock, Timeout
 
+from utils.checked import check_file
 from utils.errors import UserError
 
 if TYPE_CHECKING:  # datasets/process.py uses this module and needs no torch
@@ -191,5 +192,6 @@ def save_tensors(tensors: dict[str, "torch.Tensor"], path: Path, metadata: dict[
 
 
 def sha256(path: Path) -> str:
+    check_file(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

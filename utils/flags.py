@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import math
 import operator
 import types
 import typing
@@ -178,18 +177,22 @@ def coerce(source: str, value: object, flag: Flag) -> object:
     if wanted is str:
         if value is None or str(value) in ("True", ""):  # what fire makes of a flag without a value
             raise UserError(f"{source} needs a value")
+        if "\0" in str(value):
+            raise UserError(f"{source} holds a character that no path or name can")
         return str(value)
     if wanted is bool:
         if str(value).lower() not in ("true", "false"):
             raise UserError(f"{source} {value}: expected true or false")
         return str(value).lower() == "true"
     try:
-        number = wanted(str(value))
+        text = str(value)  # ValueError for one of thousands of digits
+        number = wanted(text)
     except ValueError:
         kind = {int: "a whole number", float: "a number"}[wanted]
-        raise UserError(f"{source} {value}: expected {' or '.join([kind, *names])}") from None
-    if not math.isfinite(number) or not within(number, flag.limits) or abs(number) >= 2**63:
-        raise UserError(f"{source} {value}: expected a number {flag.limits}, of at most 64 bits")
+        given = value if isinstance(value, str) else "that is no such number"
+        raise UserError(f"{source} {given:.60}: expected {' or '.join([kind, *names])}") from None
+    if not abs(number) < 2**63 or not within(number, flag.limits):
+        raise UserError(f"{source} {text:.60}: expected a number {flag.limits}, of at most 64 bits")
     return number
 
 

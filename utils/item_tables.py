@@ -102,9 +102,9 @@ def read_table(flag: str, folder: Path, data: Sequences) -> tuple[torch.Tensor, 
         raise UserError(f"{path} changed since extract_emb.py wrote it; {again}")
     if table.shape != (data.num_items + 1, config["item_dim"]):
         raise UserError(f"{path} is {tuple(table.shape)}, not {data.num_items + 1} x {config['item_dim']}; {again}")
-    if not (table.is_floating_point() and table.isfinite().all()):
+    if not (table.is_floating_point() and (table := table.float()).isfinite().all()):
         raise UserError(f"{path} holds what is no finite number; train the recommender anew, and {again}")
-    return table.float(), config
+    return table, config
 
 
 def read_tables(flag: str, names: str | None, data: Sequences, normalize: bool = False) -> tuple[torch.Tensor, dict]:

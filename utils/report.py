@@ -16,12 +16,12 @@ import psutil
 import torch
 
 from utils.candidates import CANDIDATE_SEED, NUM_NEGATIVES, negative_counts
-from utils.checked import load_tensors, read_text
+from utils.checked import check, load_tensors, read_text
 from utils.cli import ROOT, portable_path
 from utils.data import Sequences
 from utils.errors import UserError
 from utils.metrics import RANKS_FILE, bootstrap, metrics_from_ranks, metrics_of_users
-from utils.run_files import finished_run, read_config
+from utils.run_files import LOG, finished_run, read_config
 
 try:
     import resource
@@ -101,9 +101,10 @@ def log_rows(path: Path) -> list[dict]:
     """Rows of log.jsonl; what a kill cut off is left out, as what is no row of a step."""
     rows = []
     for line in read_text(path).splitlines():
-        with suppress(ValueError, RecursionError):
+        with suppress(ValueError, RecursionError, UserError):
             row = json.loads(line)
-            if isinstance(row, dict) and type(row.get("step")) is int:
+            check(path, row, LOG)
+            if "step" in row:
                 rows.append(row)
     return rows
 
@@ -126,8 +127,9 @@ def plot_curve(folder: Path, select_by: str) -> None:
     left.set(xlabel="step", ylabel=f"loss, mean of {window} steps")
     for metric in dict.fromkeys(("sampled/HR@10", "sampled/NDCG@10", select_by)):
         kind, name = metric.split("/")
-        values = [row["valid"][kind][name] for row in evaluations]
-        right.plot([row["step"] for row in evaluations], values, marker="o", label=f"{kind} {name}")
+        own = [row for row in evaluations if name in row["valid"].get(kind, {})]
+        values = [row["valid"][kind][name] for row in own]
+        right.plot([row["step"] for row in own], values, marker="o", label=f"{kind} {name}")
     right.set(xlabel="step", ylabel="validation")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -230,7 +232,10 @@ def finished_ranks(folder: Path) -> tuple[dict, dict, dict[str, np.ndarray]]:
 
 def check_parts(config: dict) -> None:
     """UserError where a fusion was made of runs that have been trained anew since."""
-    for flag, run_id in zip(("run", "fuse"), config.get("run_ids", ()), strict=False):
+    run_ids = config.get("run_ids", ())
+    if config.get("kind") == "fusion" and len(run_ids) != 2:
+        raise UserError("a fusion without the run_ids of its two runs: another version made it; fuse them again")
+    for flag, run_id in zip(("run", "fuse"), run_ids, strict=False):
         part = ROOT / config[flag] / "config.json"
         if part.exists() and read_config(part.parent).get("run_id") != run_id:
             again = f"python evaluate.py --run {config['run']} --fuse {config['fuse']}"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from utils.candidates import SPLITS, Negatives
 from utils.catalogue import CATALOGUE_FILE, Catalogue
-from utils.checked import load_tensors, read_json
+from utils.checked import FromFile, load_tensors, read_json
 from utils.cli import ROOT, portable_path, print_config
 from utils.data import Sequences
 from utils.errors import UserError
@@ -113,6 +113,8 @@ class Run:
                 f"{self.folder} holds a run with {name}={old.get(name)}, not {self.config[name]}: pass its "
                 "flags to continue it, --resume never to replace it, or another --output_dir"
             )
+        if old.get("run_id") is None and list(self.checkpoints.glob("step-*")):
+            raise UserError(f"{earlier} has no run_id, so its checkpoints are of no run: pass --resume never")
         metrics = self.folder / "metrics.json"
         return metrics.exists() and read_metrics(self.folder).get("run_id") == old.get("run_id")
 
@@ -230,6 +232,7 @@ class Run:
             write_json(state, part / "state.json")
         remove(sorted(self.checkpoints.glob("step-*"))[:-1])
 
+    @torch.no_grad()
     def load_checkpoint(self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict:
         """The state to start from: that of the newest checkpoint, whose weights are loaded, or a fresh one."""
         saved = self.newest_checkpoint()
@@ -237,16 +240,20 @@ class Run:
             fresh = {"step": 0, "evaluated": 0, "best_step": 0, "evaluations": [], "train_seconds": 0.0}
             return {"run_id": self.config["run_id"]} | fresh
         state = read_state(saved)
+        if saved.name != f"step-{state['step']:08d}":
+            raise UserError(f"{saved} holds the state of step {state['step']}; remove it and start again")
         weights, moments = (load_tensors(saved / f"{kind}.safetensors") for kind in ("model", "optimizer"))
         check_shapes(saved, weights, trained)
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(weights[name])
-                found = {key: moments[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in moments}
-                check_shapes(saved, found, {key: parameter for key in found if key != "step"})
-                if found:
-                    step = found.pop("step", torch.tensor(float(state["step"])))  # not there in older checkpoints
-                    optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in found.items()} | {"step": step}
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+            found = {key: moments[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in moments}
+            if found:
+                found.setdefault("step", torch.tensor(float(state["step"])))  # not there in older checkpoints
+                wanted = dict.fromkeys(MOMENTS[:2], parameter) | {"step": torch.zeros(())}
+                check_shapes(saved, FromFile(saved / "optimizer.safetensors", found), wanted)
+                if not 0 <= found["step"] <= state["step"]:
+                    raise UserError(f"{saved}: its optimizer is of step {found['step']}; remove it")
+                optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in found.items()}
         self.print(f"continuing from step {state['step']} ({saved})")
         return state
 

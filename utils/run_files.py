@@ -48,12 +48,13 @@ def rule_of(annotation: object, limits: str) -> Rule:
 
 CONFIG: Rule = {name: rule_of(annotation, FLAGS[name][1]) for name, annotation in TYPES.items()} | {
     **dict.fromkeys(("kind", "title", "dataset_fingerprint", "run_id", "model", "table_sha256", "run", "fuse"), TEXT),
+    "sr_weights_sha256": TEXT,
     "base_fingerprint": maybe(TEXT),  # early versions had none
     "output_dir": TEXT,
     **dict.fromkeys(("num_users", "item_dim", "teacher_layers"), SIZE),
     "base_shape": {"model_type": TEXT, "*": SIZE},
     "run_ids": [TEXT],
-    "weight": NUMBER,
+    "weight": ("a number from 0 to 1", lambda value: NUMBER[1](value) and 0 <= value <= 1),
 }
 
 
@@ -78,8 +79,10 @@ STATE: Rule = dict.fromkeys(("step", "evaluated", "best_step"), COUNT) | {
     "run_id": TEXT,
     "train_seconds": NUMBER,
     "evaluations": [{"step": COUNT, "metrics": OF_SPLIT}],
-    "starts": [{"step": COUNT}],
+    "starts": [{"step": COUNT, "micro_batch_size": SIZE}],
 }
+# a row of log.jsonl
+LOG: Rule = {"step": COUNT, "valid": OF_SPLIT, "gradient_share": {"*": NUMBER}, "*": NUMBER}
 
 
 def read_config(folder: Path, missing: str = "") -> dict:
@@ -106,8 +109,9 @@ def finished_run(folder: Path, missing: str) -> tuple[dict, dict]:
 
 
 def check_shapes(folder: Path, saved: dict, wanted: dict) -> None:
-    """UserError unless a checkpoint has each of the `wanted` tensors, in its shape."""
+    """UserError unless a checkpoint has each of the `wanted` tensors, in its type and shape."""
     for name, value in wanted.items():
-        if saved[name].shape != value.shape:
-            what = f"{name} is {tuple(saved[name].shape)}, not {tuple(value.shape)}"
+        if (saved[name].dtype, saved[name].shape) != (value.dtype, value.shape):
+            kinds = [f"{part.dtype} {tuple(part.shape)}" for part in (saved[name], value)]
+            what = f"{name} is {kinds[0]}, not {kinds[1]}"
             raise UserError(f"{folder} does not belong to this run ({what}); remove it and start again")

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
 
+from utils.catalogue import Catalogue
 from utils.data import Examples, planned_steps, shuffled_batches, visited_examples
 from utils.errors import RunError, UserError, is_out_of_memory
 from utils.memory import MEASURED, MIB, examples_that_fit
@@ -33,6 +34,7 @@ def fit(run: Run, model: nn.Module, examples: Examples) -> dict:
     """
     if not len(examples):
         raise UserError(f"dataset {run.data.name} gives no training example: every user has too few interactions")
+    Catalogue.of(run.data)  # the run will need it when it has trained
     if run.sharded:
         model.shard(run.accelerator.device)
     try:
@@ -70,7 +72,8 @@ class Loop:
         self.state = state = run.load_checkpoint(self.trained, self.optimizer)
         started = state["step"]
         measured = [0, *(evaluation["step"] for evaluation in state["evaluations"])]
-        if started > self.total or state["best_step"] not in measured or max(measured) > started:
+        evaluated = state["best_step"] in measured and state["evaluated"] in measured
+        if started > self.total or not evaluated or max(measured) > started:
             saved = run.newest_checkpoint()
             raise UserError(f"{saved} is of no run of {self.total} steps; remove it, and start again")
         start = {"step": started} | environment(self.accelerator) | ({"sharded": True} if run.sharded else {})

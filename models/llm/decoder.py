@@ -25,6 +25,7 @@ PREFIX = (
     "### Input:\n"
 )
 RESPONSE = "\n### Response:\n"
+MOST_LAYERS = 1000  # the largest models have 126
 
 
 def listed_layers(layer_selection: str) -> list[int] | None:
@@ -121,6 +122,8 @@ def base_config(base_model: str | Path) -> AutoConfig:
         ) from error
     if whole.is_encoder_decoder or not getattr(config, "num_hidden_layers", None):
         raise UserError(f"--base_model {base_model}: a {whole.model_type} model is no decoder-only language model")
+    if not 1 <= config.num_hidden_layers <= MOST_LAYERS:
+        raise UserError(f"--base_model {base_model}: its config.json names {config.num_hidden_layers} layers; mend it")
     if config is not whole and getattr(whole, "quantization_config", None):
         raise quantised(base_model, f"a {whole.model_type} model")
     return config

@@ -166,6 +166,8 @@ def recorded_base(config: dict, base_model: str | Path | None = None) -> str:
     On the hub it is the revision that the run was trained on, whatever has become of the model since.
     """
     recorded = config["base_model"]
+    if recorded is None:
+        raise UserError("the run has no base_model in its config.json: train it again")
     if base_model is None:
         try:
             return base_model_path(recorded, ROOT)
@@ -261,8 +263,8 @@ def check_weights(
     model: nn.Module, saved: dict[str, torch.Tensor], config: dict, base_model: str, folder: Path
 ) -> None:
     """UserError unless `saved` are the weights of `model` that train."""
-    trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    found = {name: value.shape for name, value in saved.items()}
+    trained = {name: (p.shape, True) for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: (value.shape, value.is_floating_point()) for name, value in saved.items()}
     if trained != found:
         odd = min(name for name in trained.keys() | found.keys() if trained.get(name) != found.get(name))
         raise UserError(f"{folder}: its weights do not fit {config['num_layers']} layers of {base_model}: {odd}")

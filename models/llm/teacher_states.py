@@ -21,7 +21,9 @@ from tqdm import tqdm
 from models.interface import Recommender
 from models.llm.recommender import LLMRec
 from models.llm.storage import load_llm_rec
+from utils.checked import read_array, read_text
 from utils.data import Examples, sorted_batches, visited_examples
+from utils.errors import UserError
 from utils.files import atomic_file, check_space, remove_left_over, sha256
 from utils.run import NOT_COMPARED, Run
 from utils.run_files import read_config
@@ -123,15 +125,16 @@ def kept(
     key = [{name: value for name, value in read_config(folder).items() if name not in NOT_COMPARED}, *key]
     visited = visited_examples(len(examples), run.config)
     everything, path = place(folder, key, examples), place(folder, key, examples.only(visited))
+    wanted = stored, (int(examples.num_targets.sum()), *shape)
     # answers of all examples serve a short training too; the first process looks for all
-    [whole] = broadcast_object_list([run.accelerator.is_main_process and is_whole(everything)])
+    [whole] = broadcast_object_list([run.accelerator.is_main_process and is_whole(everything, *wanted)])
     if whole:
         visited, path = np.arange(len(examples)), everything
     rows, examples = examples.target_rows(visited), examples.only(visited)
     shape = (int(examples.num_targets.sum()), *shape)
     size = stored.itemsize * math.prod(shape)
     if run.accelerator.is_main_process:
-        whole = whole or is_whole(path)
+        whole = whole or is_whole(path, stored, shape)
         state = "found" if whole else "damaged, computed anew" if path.exists() else "computed once"
         run.print(f"{title}: {size / 2**20:.0f} MiB, {path} ({state})")
         if not whole:
@@ -140,7 +143,7 @@ def kept(
             with atomic_file(path.with_suffix(".sha256")) as part:
                 part.write_text(sha256(path) + "\n", encoding="utf-8")
     run.accelerator.wait_for_everyone()
-    return Answers(np.load(path, mmap_mode="r", allow_pickle=False), rows)
+    return Answers(read_array(path), rows)
 
 
 def place(folder: Path, key: list, examples: Examples) -> Path:
@@ -150,10 +153,15 @@ def place(folder: Path, key: list, examples: Examples) -> Path:
     return folder / "states" / f"{hashlib.sha256(whole.encode()).hexdigest()[:16]}.npy"
 
 
-def is_whole(path: Path) -> bool:
-    """Whether the file is there as it was written."""
-    digest = path.with_suffix(".sha256")
-    return path.exists() and digest.exists() and digest.read_text(encoding="utf-8").strip() == sha256(path)
+def is_whole(path: Path, stored: np.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether the file is there as it was written, an array of this type and shape."""
+    try:
+        if read_text(path.with_suffix(".sha256")).strip() != sha256(path):
+            return False
+        array = read_array(path)
+        return (array.dtype, array.shape) == (stored, shape)
+    except (OSError, UserError):
+        return False
 
 
 def write(path: Path, shape: tuple[int, ...], stored: np.dtype, parts: Parts) -> None:

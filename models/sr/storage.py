@@ -45,7 +45,10 @@ def check_flags(folder: Path, config: dict, weights: dict[str, torch.Tensor]) ->
 def check_weights(folder: Path, recommender: Recommender, weights: dict[str, torch.Tensor]) -> None:
     """UserError unless a recommender has these weights, in these shapes."""
     recommender.resize(weights)
-    wanted, found = ({n: tuple(v.shape) for n, v in part.items()} for part in (recommender.state_dict(), weights))
+    wanted, found = (
+        {n: f"{'float' if v.is_floating_point() else 'other'} {tuple(v.shape)}" for n, v in part.items()}
+        for part in (recommender.state_dict(), weights)
+    )
     if wanted != found:
         odd = min(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         what = f"{odd} is {found.get(odd)}, not {wanted.get(odd)}"

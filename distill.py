@@ -125,7 +125,7 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     given, depth, blocks = config["max_seq_length"], taught["num_layers"], config["num_blocks"]
     cli.inherit(config, BEFORE | taught, INHERITED, cli.portable_path(source))
     needed = [name for name in INHERITED if name in TYPES and type(None) not in alternatives(TYPES[name])]
-    if lacking := [name for name in needed if config[name] is None]:
+    if lacking := [name for name in needed if config.get(name) is None]:
         raise UserError(f"{source}/config.json has no {lacking[0]}: another version made it; run finetune.py again")
     if (rows := len(read_heads(source, taught.get("item_dim"))["item_table"]) - 1) != data.num_items:
         raise UserError(f"{source}: its item table has {rows} items, the dataset {data.num_items}; train it again")
@@ -206,7 +206,7 @@ def untrained(config: dict, base: Base, source: Path, taught: dict) -> SLMRec:
 
 def start_of_student(config: dict, base: Base, source: Path) -> LLMRec:
     """The untrained student, with the item tables of the teacher in `source`, for the input and for the output."""
-    heads = read_heads(source, config["item_dim"])
+    heads = read_heads(source, config.get("item_dim"))
     student = build_llm_rec(config, base, heads["item_table"])
     output = {name: value for name, value in heads.items() if name.startswith("item_output.")}
     own = {name: value.shape for name, value in student.state_dict().items() if name.startswith("item_output.")}

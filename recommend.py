@@ -140,7 +140,7 @@ def load(folder: str | Path) -> Trained:
     if config.get("kind") == "sr":
         model = load_recommender(folder, config, catalogue.training_part(config["num_users"]))
     elif config.get("kind") == "fusion":
-        model = load_fusion(config)
+        model = load_fusion(config, len(catalogue))
     else:
         model = (load_open_p5 if config.get("kind") == "open_p5" else load_llm_rec)(folder)
         known = len(model.item_tokens if isinstance(model, OpenP5) else model.table) - 1
@@ -151,10 +151,12 @@ def load(folder: str | Path) -> Trained:
     return Trained(model, config, catalogue)
 
 
-def load_fusion(config: dict) -> Fusion:
-    """The two runs that evaluate.py fused, with the weight that it chose."""
+def load_fusion(config: dict, items: int) -> Fusion:
+    """The two runs that evaluate.py fused, over so many items, with the weight that it chose."""
     check_parts(config)
     parts = [load(config[name]) for name in ("run", "fuse")]
+    if {len(part.catalogue) for part in parts} != {items}:
+        raise UserError(f"{config['run']} and {config['fuse']} do not know the {items} items of the fusion; fuse again")
     lengths = [part.config["max_seq_length"] for part in parts]
     return Fusion([part.model for part in parts], lengths, [part.autocast for part in parts], config["weight"])
 
@@ -196,8 +198,6 @@ def read_histories(path: str) -> Iterator[list[str]]:
             ) from error
         if not all(isinstance(item, str | int) and not isinstance(item, bool) for item in history):
             raise UserError(f"--input {path}, line {number}: an item is no text or number; expected ids or titles")
-        if any(HALF.search(str(item)) for item in history):
-            raise UserError(f"--input {path}, line {number}: an item holds half a character; write it anew")
         yield [str(item) for item in history]
 
 
@@ -245,6 +245,8 @@ def main(
     histories = (
         [[part.strip() for part in history.split(";") if part.strip()]] if history else list(read_histories(input))
     )
+    if any(HALF.search(item) for items in histories for item in items):
+        raise UserError("an item of a history is no text in UTF-8: write it anew")
     begun = time.perf_counter()
     with tqdm(histories, desc="recommend", unit="history", disable=None if len(histories) > 1 else True) as bar:
         answers = trained.recommend(bar, k, exclude_seen, wanted, batch_size)

@@ -25,7 +25,7 @@ from utils import checked, cli, recipes
 from utils.checked import fingerprint_of, load_tensors, read_array, read_json, read_yaml
 from utils.data import Sequences
 from utils.errors import RunError, UserError
-from utils.files import sha256
+from utils.files import sha256, write_json
 from utils.flags import FLAGS, Flag, alternatives, choices, coerce
 from utils.run_files import CONFIG, TYPES, read_config, read_metrics, read_state
 
@@ -199,6 +199,9 @@ def test_items_that_occur_without_end_take_no_memory(run):
 def test_weights_that_are_no_numbers_recommend_nothing(run):
     weights = load_tensors(run / "model.safetensors")
     save_file({name: value * float("nan") for name, value in weights.items()}, run / "model.safetensors")
+    with pytest.raises(UserError, match="holds what is no finite number"):
+        recommend.load(run)
+    save_file({name: torch.full_like(value, 3e38) for name, value in weights.items()}, run / "model.safetensors")
     with pytest.raises(RunError, match="scores are no numbers"):
         recommend.load(run).recommend([["1", "2"]], 3)
     save_file({name: value.to(torch.int64) for name, value in weights.items()}, run / "model.safetensors")
@@ -215,7 +218,6 @@ def test_weights_that_are_no_numbers_recommend_nothing(run):
         lambda path: np.save(path, np.array([[{}] * 3] * 4)),
         lambda path: path.write_bytes(path.read_bytes()[:-4]),
         lambda path: path.write_bytes(b""),
-        lambda path: [path.unlink(), os.mkfifo(path)],
     ],
 )
 def test_answers_of_a_teacher_that_are_damaged_are_computed_anew(damage, tmp_path):
@@ -225,12 +227,30 @@ def test_answers_of_a_teacher_that_are_damaged_are_computed_anew(damage, tmp_pat
     path.with_suffix(".sha256").write_text(sha256(path))
     assert is_whole(path, *of)
     damage(path)
-    with suppress(UserError):
-        path.with_suffix(".sha256").write_text(sha256(path))
+    path.with_suffix(".sha256").write_text(sha256(path))
     assert not is_whole(path, *of)
     for digest in (b"\xff\xfe", b""):
         path.with_suffix(".sha256").write_bytes(digest)
         assert not is_whole(path, *of)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"a\.npy is no plain file"):
+        is_whole(path, *of)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_plain_file_is_never_replaced(kind, tmp_path):
+    path = tmp_path / "a.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/null")
+    before = path.stat().st_mode
+    with pytest.raises(UserError, match="is no plain file"):
+        write_json({}, path)
+    assert path.stat().st_mode == before
 
 
 def test_offsets_that_overflow_are_refused(tmp_path):

@@ -68,8 +68,8 @@ def test_a_folder_that_is_replaced_is_never_absent(tmp_path):
 def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path):
     fill(tmp_path / "data", "old")
     before = contents(tmp_path)
-    for whole in (files.atomic_folder, files.atomic_file):
-        with pytest.raises(ZeroDivisionError), whole(tmp_path / "data") as part:
+    for whole, name in ((files.atomic_folder, "data"), (files.atomic_file, "new.txt")):
+        with pytest.raises(ZeroDivisionError), whole(tmp_path / name) as part:
             part.mkdir(exist_ok=True) if whole is files.atomic_folder else part.write_text("half")
             raise ZeroDivisionError
     assert contents(tmp_path) == before

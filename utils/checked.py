@@ -35,7 +35,8 @@ TEXT: Rule = ("text", lambda value: type(value) is str and not HALF.search(value
 FLAG: Rule = ("true or false", lambda value: type(value) is bool)
 COUNT: Rule = ("a whole number of at least 0", lambda value: type(value) is int and 0 <= value < 2**63)
 SIZE: Rule = ("a whole number of at least 1, of 31 bits", lambda value: type(value) is int and 1 <= value < 2**31)
-NUMBER: Rule = ("a number", lambda value: type(value) in (int, float) and abs(value) < float("inf"))
+NUMBER: Rule = ("a number", lambda value: type(value) in (int, float) and abs(value) < 1e300)
+SINGLE: Rule = ("a single value", lambda value: value is None or type(value) in (str, bool) or NUMBER[1](value))
 
 
 def maybe(rule: Rule) -> Rule:
@@ -159,6 +160,7 @@ def read_yaml(path: Path) -> dict:
     """A YAML mapping whose names are text, {} of an empty file; FileNotFoundError where there is none."""
     try:
         value = yaml.load(read_text(path, "utf-8-sig", "mend it", MOST_YAML), CheckedYaml)
+        json.dumps(value, default=str)  # ValueError for a number of thousands of digits, which Python will not print
     except (yaml.YAMLError, *DAMAGE) as error:
         raise UserError(f"{path} is no YAML: {str(error)[:300]}; mend it") from error
     if value is not None and not isinstance(value, dict):
@@ -191,14 +193,20 @@ def fingerprint_of(items: np.ndarray, offsets: np.ndarray, num_items: int) -> st
 
 
 def load_tensors(path: Path) -> dict[str, "torch.Tensor"]:
-    """Read safetensors; UserError where the file is missing or damaged."""
+    """Read safetensors; UserError where the file is missing or damaged, or holds what is no finite number."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         check_file(path)
-        return FromFile(path, load_file(path))
+        found = load_file(path)
+        odd = [
+            name for name, value in found.items() if value.is_floating_point() and not value.float().isfinite().all()
+        ]
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; {AGAIN}") from error
     except (SafetensorError, OSError, RuntimeError, MemoryError, *DAMAGE) as error:
         raise unreadable(path, error, how="is damaged") from error
+    if odd:
+        raise UserError(f"{path}: {odd[0]} holds what is no finite number; {AGAIN}")
+    return FromFile(path, found)

@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from utils import cli
-from utils.checked import load_tensors, read_json
+from utils.checked import COUNT, DAMAGE, NUMBER, TEXT, Rule, load_tensors, maybe, read_json, unreadable
 from utils.data import planned_steps
 from utils.errors import UserError
 from utils.files import write_json
 from utils.metrics import RANKS_FILE
 from utils.paper_runs import SECTIONS, Spec, protocols, recipe, specs
-from utils.run_files import finished_run, read_config, read_metrics
+from utils.run_files import METRICS, finished_run, read_config, read_metrics
 
 READS = {"train_sr_trad": ["--init_items"], "extract_emb": ["--sr_dir"], "finetune": ["--item_embeddings"]}
 READS |= {"distill": ["--teacher", "--kl_teacher"], "train_open_p5": [], "evaluate": ["--run", "--fuse"]}
@@ -220,7 +220,7 @@ def expected_seconds(experiment: Experiment) -> float | None:
         return 0.0
     others = [replace(experiment, seed=seed) for seed in seeds_seen(experiment.dataset)]
     known = [kept["seconds"] for other in others if (kept := other.kept()).get("outcome") == "finished"]
-    recorded = [read_json(other.record_file, "") for other in others if other.record_file.exists()]
+    recorded = [read_record(other.record_file) for other in others if other.record_file.exists()]
     known += [run["seconds"] for run in recorded if "seconds" in run]  # those of an earlier version have none
     return known[0] if known else by_calibration(experiment)
 
@@ -228,7 +228,7 @@ def expected_seconds(experiment: Experiment) -> float | None:
 def seeds_seen(dataset: str) -> set[int]:
     folders = (cli.ROOT / "outputs" / dataset / "paper", cli.ROOT / "results" / "runs" / dataset)
     names = [path.stem for folder in folders for path in folder.glob("*-seed*.json")]
-    return {int(name.rpartition("seed")[2]) for name in names}
+    return {int(found[1]) for name in names if (found := re.search(r"-seed(\d{1,18})$", name))}
 
 
 def by_calibration(experiment: Experiment) -> float | None:
@@ -281,9 +281,31 @@ def unpack(text: str) -> np.ndarray:
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).astype(np.int64)
 
 
+RECORD: Rule = {
+    "experiment": {**dict.fromkeys(("dataset", "protocol", "name"), TEXT), "seed": COUNT, "base_model": maybe(TEXT)},
+    **{"fingerprint": TEXT, "seconds": NUMBER, "outcome": TEXT, "ranks": {"*": TEXT}, "metrics": METRICS},
+}
+
+
+def read_record(path: Path) -> dict:
+    """A committed record; UserError where it is damaged."""
+    again = "bring it back from version control"
+    run = read_json(path, f"{path} is missing; {again}", RECORD)
+    try:
+        Experiment(**run["experiment"]).flags()  # of a run and a protocol that are known
+        users = {len(unpack(text)) for text in run.get("ranks", {}).values()}
+        if len(users | {run["metrics"]["protocol"]["users"]} if users else users) > 1:
+            raise ValueError("its ranks are not of its users")
+    except UserError:
+        raise
+    except (zlib.error, *DAMAGE) as error:
+        raise unreadable(path, error, again, "is damaged") from error
+    return run
+
+
 def records(dataset: str, base_model: str | None = None) -> dict[tuple[str, str, int], dict]:
     """The committed records of a dataset by protocol, run and seed; also by the names of runs that compute the same."""
-    found = [read_json(path, "") for path in sorted((cli.ROOT / "results" / "runs" / dataset).glob("*.json"))]
+    found = [read_record(path) for path in sorted((cli.ROOT / "results" / "runs" / dataset).glob("*.json"))]
     of = [Experiment(**run["experiment"]) for run in found]
     pairs = [(e, run) for e, run in zip(of, found, strict=True) if e == replace(e, base_model=base_model)]
     found = {(e.protocol, e.name, e.seed): run for e, run in pairs}

@@ -43,6 +43,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     A `path` that is a symbolic link stays one: what it points to is replaced.
     """
     path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():  # a device, or a pipe that another program reads
+        raise UserError(f"{path} is no plain file; remove it, or choose another place")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_left_over(path.parent, path.name)
     temporary = beside(path, "part")

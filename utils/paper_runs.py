@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from utils import cli
-from utils.checked import read_yaml
+from utils.checked import NUMBER, SINGLE, TEXT, Rule, check, read_yaml
 from utils.errors import UserError
 from utils.flags import suggest
 from utils.recipes import read_recipe
@@ -17,6 +17,17 @@ SECTIONS = {
     "train_open_p5": "open_p5",
     "evaluate": "",
 }
+
+WEIGHT: Rule = ("a number, or numbers by dataset and for others", lambda weight: is_weight(weight))
+RULE: Rule = {
+    "runs": {"*": {"script": TEXT, "reads": [TEXT], "flags": {"*": SINGLE}}},
+    "protocols": {"*": {"weights": {"*": WEIGHT}, "flags": {"*": {"*": SINGLE}}}},
+}
+
+
+def is_weight(value: object) -> bool:
+    numbers = list(value.values()) if isinstance(value, dict) else [value]
+    return all(map(NUMBER[1], numbers)) and (not isinstance(value, dict) or "others" in value)
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ def book() -> tuple[dict[str, Protocol], dict[str, Spec]]:
     """Protocols and runs of recipes/paper/runs.yaml; UserError where they do not fit together."""
     path = cli.ROOT / "recipes" / "paper" / "runs.yaml"
     found = read_yaml(path)
+    check(path, found, RULE, advice="mend it")
     try:
         runs = {name: Spec(**entry | {"reads": tuple(entry.get("reads", ()))}) for name, entry in found["runs"].items()}
         by_name = {name: Protocol(**entry) for name, entry in found["protocols"].items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from utils import cli
-from utils.checked import read_json, read_yaml
+from utils.checked import COUNT, TEXT, Rule, check, maybe, read_json, read_yaml
 from utils.errors import UserError
 from utils.experiments import Experiment, records, unpack
 from utils.flags import suggest
@@ -82,6 +82,13 @@ class Table:
         return found
 
 
+RULE: Rule = {
+    **{"title": TEXT, "shape": TEXT, "paper": [TEXT], "claims": [{}], "seeds": {"*": {"*": [COUNT]}}},
+    "pairs": [("two runs", lambda pair: isinstance(pair, list) and len(pair) == 2 and all(map(TEXT[1], pair)))],
+}
+ROWS: Rule = {"*": dict.fromkeys(("run", "baseline", "paper"), maybe(TEXT)) | {"model": TEXT}}
+
+
 def table_names() -> list[str]:
     return [path.stem for path in sorted((cli.ROOT / "recipes" / "paper").glob("*.yaml")) if path.stem != "runs"]
 
@@ -90,8 +97,9 @@ def read_table(name: str) -> Table:
     """recipes/paper/<name>.yaml; UserError where it names a run, protocol or key that is not there."""
     if name not in table_names():
         raise UserError(f"no table {name}{suggest(name, table_names(), '')}: it is one of {', '.join(table_names())}")
-    path = cli.ROOT / "recipes" / "paper" / f"{name}.yaml"
-    found = read_yaml(path)
+    found = read_yaml(path := cli.ROOT / "recipes" / "paper" / f"{name}.yaml")
+    check(path, found, RULE, advice="mend it")
+    check(path, found.get("rows"), [TEXT] if isinstance(found.get("rows"), list) else ROWS, "rows", "mend it")
     try:
         rows = found.pop("rows")
         rows = {row: {"run": row} for row in rows} if isinstance(rows, list) else rows

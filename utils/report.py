@@ -116,7 +116,8 @@ def plot_curve(folder: Path, select_by: str) -> None:
     evaluations = [row for row in rows if "valid" in row]
     figure, (left, right) = plt.subplots(1, 2, sharex=True, figsize=(10, 4), layout="constrained")
     skipped = {"step", "grad_norm", "lr", "head_lr", "samples_per_second"}
-    names = [name for name in dict.fromkeys(name for row in steps for name in row) if name not in skipped]
+    terms = dict.fromkeys(name for row in steps for name in row if name.isidentifier())
+    names = [name for name in terms if name not in skipped]
     names = [name for name in names if len(names) > 2 or name == "loss"]  # a single term is the loss itself
     window = max(1, len(steps) // 50)
     for name in names:
@@ -218,7 +219,10 @@ def finished_ranks(folder: Path) -> tuple[dict, dict, dict[str, np.ndarray]]:
     saved, protocol = load_tensors(folder / RANKS_FILE), metrics["protocol"]
     try:
         ranks = {kind: saved[f"test_{kind}"].numpy() for kind in ("sampled", "full")}
-        fits = all(found.shape == (protocol["users"],) and (found >= 0).all() for found in ranks.values())
+        fits = all(
+            found.dtype.kind == "i" and found.shape == (protocol["users"],) and (found >= 0).all()
+            for found in ranks.values()
+        )
         means = {kind: metrics_from_ranks(found) for kind, found in ranks.items()} if fits else {}
         # hits are counts, the same on every machine; sums of others differ in the last digit
         hits = [(kind, name) for kind, of_kind in means.items() for name in of_kind if name.startswith("HR")]

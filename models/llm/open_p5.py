@@ -189,8 +189,8 @@ def load_open_p5(folder: Path) -> OpenP5:
     tokens, base = saved.pop("item_tokens", torch.zeros(0)), load_base(config, base_model)
     if tokens.ndim != 2 or len(tokens) < 2 or tokens.shape[1] != 2 or tokens.dtype != torch.int64 or tokens.min() < 0:
         raise UserError(f"{folder / HEADS_FILE}: its item tokens are no two numbers per item; train the run again")
-    if int(tokens.max()) >= len(saved["tokens"]):
-        raise UserError(f"{folder / HEADS_FILE}: an item has a token that has no vector; train the run again")
+    if tokens.max() >= len(saved["tokens"]) or tokens[1:, 1].min() <= tokens[:, 0].max():
+        raise UserError(f"{folder / HEADS_FILE}: its item tokens are none of its own; train the run again")
     model = build_open_p5(config, base, base_model, tokens)
     saved |= read_adapter(folder, config["lora_r"])
     check_weights(model, saved, config, base_model, folder)

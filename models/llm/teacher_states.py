@@ -21,7 +21,7 @@ from tqdm import tqdm
 from models.interface import Recommender
 from models.llm.recommender import LLMRec
 from models.llm.storage import load_llm_rec
-from utils.checked import read_array, read_text
+from utils.checked import check_file, read_array, read_text
 from utils.data import Examples, sorted_batches, visited_examples
 from utils.errors import UserError
 from utils.files import atomic_file, check_space, remove_left_over, sha256
@@ -154,13 +154,17 @@ def place(folder: Path, key: list, examples: Examples) -> Path:
 
 
 def is_whole(path: Path, stored: np.dtype, shape: tuple[int, ...]) -> bool:
-    """Whether the file is there as it was written, an array of this type and shape."""
+    """Whether the file is there as it was written, an array of this type and shape; UserError for no plain file."""
+    digest = path.with_suffix(".sha256")
+    if not (path.exists() and digest.exists()):
+        return False
+    check_file(path), check_file(digest)
     try:
-        if read_text(path.with_suffix(".sha256")).strip() != sha256(path):
+        if read_text(digest).strip() != sha256(path):
             return False
         array = read_array(path)
         return (array.dtype, array.shape) == (stored, shape)
-    except (OSError, UserError):
+    except UserError:
         return False
 
 

@@ -21,7 +21,6 @@ BENCHMARKS = ROOT / "results" / "benchmarks"
 WHILE_RECORDING = {
     ("beauty", "strong", f"teacher, {switch}", 42)
     for switch in (
-        "input_map mlp",
         "item_output residual",
         "LoRA on all linear maps",
         "LoRA on down_proj alone",

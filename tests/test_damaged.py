@@ -199,7 +199,7 @@ def test_items_that_occur_without_end_take_no_memory(run):
 def test_weights_that_are_no_numbers_recommend_nothing(run):
     weights = load_tensors(run / "model.safetensors")
     save_file({name: value * float("nan") for name, value in weights.items()}, run / "model.safetensors")
-    with pytest.raises(UserError, match="holds what is no finite number"):
+    with pytest.raises(UserError, match="holds NaN or infinity"):
         recommend.load(run)
     save_file({name: torch.full_like(value, 3e38) for name, value in weights.items()}, run / "model.safetensors")
     with pytest.raises(RunError, match="scores are no numbers"):

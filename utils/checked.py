@@ -193,7 +193,7 @@ def fingerprint_of(items: np.ndarray, offsets: np.ndarray, num_items: int) -> st
 
 
 def load_tensors(path: Path) -> dict[str, "torch.Tensor"]:
-    """Read safetensors; UserError where the file is missing or damaged, or holds what is no finite number."""
+    """Read safetensors; UserError where the file is missing or damaged, or holds NaN or infinity."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -208,5 +208,5 @@ def load_tensors(path: Path) -> dict[str, "torch.Tensor"]:
     except (SafetensorError, OSError, RuntimeError, MemoryError, *DAMAGE) as error:
         raise unreadable(path, error, how="is damaged") from error
     if odd:
-        raise UserError(f"{path}: {odd[0]} holds what is no finite number; {AGAIN}")
+        raise UserError(f"{path}: {odd[0]} holds NaN or infinity; {AGAIN}")
     return FromFile(path, found)

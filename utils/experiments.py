@@ -294,7 +294,8 @@ def read_record(path: Path) -> dict:
     try:
         Experiment(**run["experiment"]).flags()  # of a run and a protocol that are known
         users = {len(unpack(text)) for text in run.get("ranks", {}).values()}
-        if len(users | {run["metrics"]["protocol"]["users"]} if users else users) > 1:
+        known = run.get("metrics", {}).get("protocol", {}).get("users")
+        if len(users | ({known} if users and known else set())) > 1:
             raise ValueError("its ranks are not of its users")
     except UserError:
         raise

@@ -497,7 +497,7 @@ SIDE_BY_SIDE = {
     "not a number": (
         BOTH,
         lambda p: anew(p, torch.full((41, 5), torch.nan)),
-        "no finite",
+        "holds NaN",
     ),
     "whole numbers": (BOTH, lambda p: anew(p, torch.ones(41, 5, dtype=torch.int64)), "no finite"),
     "changed since": (BOTH, lambda p: edit("item_embeddings-b", table_sha256="x"), "changed since"),

@@ -18,16 +18,21 @@ SECTIONS = {
     "evaluate": "",
 }
 
-WEIGHT: Rule = ("a number, or numbers by dataset and for others", lambda weight: is_weight(weight))
-RULE: Rule = {
-    "runs": {"*": {"script": TEXT, "reads": [TEXT], "flags": {"*": SINGLE}}},
-    "protocols": {"*": {"weights": {"*": WEIGHT}, "flags": {"*": {"*": SINGLE}}}},
-}
-
 
 def is_weight(value: object) -> bool:
     numbers = list(value.values()) if isinstance(value, dict) else [value]
     return all(map(NUMBER[1], numbers)) and (not isinstance(value, dict) or "others" in value)
+
+
+RULE: Rule = {
+    "runs": {"*": {"script": TEXT, "reads": [TEXT], "flags": {"*": SINGLE}}},
+    "protocols": {
+        "*": {
+            "weights": {"*": ("a number, or numbers by dataset and for others", is_weight)},
+            "flags": {"*": {"*": SINGLE}},
+        }
+    },
+}
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ def measure_seconds(users: int) -> None:
         accelerator=accelerator,
         data=data,
         negatives=negatives,
+        sharded=False,
         config={"max_seq_length": LENGTH, "eval_batch_size": 512},
     )
     model, found = sasrec(data, 64, 2), []
@@ -90,7 +91,7 @@ def measure_processes(users: int, repeats: int) -> dict:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
             command += [__file__, "seconds", "--users", str(users)]
             alone = os.environ | {"OMP_NUM_THREADS": "1"}
-            out = subprocess.run(command, capture_output=True, check=True, encoding="utf-8", env=alone).stdout
+            out = subprocess.run(command, stdout=subprocess.PIPE, check=True, encoding="utf-8", env=alone).stdout
             runs.append(json.loads(out.splitlines()[-1]))
     one, two = (statistics.median(run["seconds"] for run in runs) for runs in found.values())
     alone, shared = (np.array(runs[0]["ranks"]) for runs in found.values())

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, tiny_llm_rec, tiny_sources
 from safetensors.torch import load_file
 
-from benchmarks import against_recbole, busy, cost, efficiency, llm_step, read_outs, same_time
+from benchmarks import against_recbole, busy, cost, efficiency, evaluation, llm_step, read_outs, same_time
 from models import losses
 from models.dropout import Dropout
 from models.llm.recommender import LLMRec
@@ -191,3 +191,9 @@ def test_quality_beside_recbole_is_of_the_same_users(tmp_path, monkeypatch):
     record = {"quality": {"SASRec": [run]}, "speed": {}, "datasets": {"quality": "tiny"}}
     cells = against_recbole.table(record).splitlines()[-1]
     assert f"{expected[0]:.4f}" in cells and f": {expected[0] - expected[1]:+.4f}, interval" in cells
+
+
+def test_an_evaluation_that_processes_share_is_timed(capsys):
+    evaluation.measure_seconds(30)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["seconds"] > 0 and len(found["ranks"]) == 30 and min(found["ranks"]) >= 0

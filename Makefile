@@ -15,7 +15,7 @@ run: setup
 	$(PY) recommend.py --history "Star Wars; Return of the Jedi; Raiders of the Lost Ark" --k 3
 
 test: setup lint
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 docs: setup
 	$(PY) benchmarks/tables.py

@@ -37,7 +37,8 @@ from utils.run import Run
 
 pytestmark = pytest.mark.pipeline
 SCRIPTS = {"train_sr_trad": "sr", "extract_emb": "extract", "finetune": "teacher", "distill": "student"}
-FAST = ["--max_steps", "24", "--eval_steps", "4", "--warmup_steps", "2", "--seed", "1"]
+STEPS = {"sasrec": 24, "teacher": 12, "student": 12}
+FAST = ["--eval_steps", "4", "--warmup_steps", "2", "--seed", "1", "--max_steps"]  # and how many
 
 
 def start(script: str, *arguments: object, cwd: Path, **options) -> subprocess.Popen:
@@ -74,10 +75,13 @@ def work(tmp_path_factory) -> Path:
 
 def steps(place: Path) -> dict[str, tuple[str, list]]:
     data = ["--dataset", place / "small"]
-    many = ["--train_targets", 4, "--batch_size", 8, "--head_learning_rate", "1e-3", *FAST]
+    many = ["--train_targets", 4, "--batch_size", 8, "--head_learning_rate", "1e-3", *FAST, STEPS["teacher"]]
     student = ["--num_layers", 2, "--num_blocks", 2, "--block_reduction", "mean", "--lambda_ms", 0.1]
     return {
-        "sasrec": ("train_sr_trad", [*data, *FAST, "--train_targets", "all", "--learning_rate", "3e-3"]),
+        "sasrec": (
+            "train_sr_trad",
+            [*data, *FAST, STEPS["sasrec"], "--train_targets", "all", "--learning_rate", "3e-3"],
+        ),
         "items": ("extract_emb", [*data, "--sr_dir", place / "sasrec"]),
         "teacher": ("finetune", [*data, *many, "--item_embeddings", place / "items", "--num_layers", 4]),
         "student": ("distill", [*data, *many, *student, "--teacher", place / "teacher"]),
@@ -113,7 +117,7 @@ def test_run_folders_are_complete(work):
         assert found == common | own
         report = json.loads((work / name / "metrics.json").read_text())
         assert set(report["test"]["sampled"]) == {"HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR"}
-        assert report["protocol"]["users"] == 80 and report["steps"] == 24 and report["best_step"] % 4 == 0
+        assert report["protocol"]["users"] == 80 and report["steps"] == STEPS[name] and report["best_step"] % 4 == 0
         assert report["environment"]["packages"]["torch"] and report["peak_memory_bytes"] > 1e8
         assert report["parameters"]["total"] >= report["parameters"]["trained"] > 0
         size = sum(path.stat().st_size for path in (work / name).rglob("*.safetensors"))
@@ -142,7 +146,9 @@ def test_distillation_terms_are_in_the_log(work):
     """Fault 1, in the real process: every term is there and the shares of the gradient are told."""
     rows = [json.loads(line) for line in (work / "student" / "log.jsonl").read_text().splitlines()]
     trained = [row for row in rows if "loss" in row]
-    assert len(trained) == 24 and all(row[term] > 0 for row in trained for term in ("ce", "cos", "norm", "ms"))
+    assert len(trained) == STEPS["student"] and all(
+        row[term] > 0 for row in trained for term in ("ce", "cos", "norm", "ms")
+    )
     assert all(set(row["gradient_share"]) == {"ce", "cos", "norm", "ms"} for row in rows if "gradient_share" in row)
 
 

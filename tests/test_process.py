@@ -275,8 +275,8 @@ def test_blocks_of_a_large_file_are_parsed_in_parallel_and_nothing_is_lost_betwe
 @pytest.mark.parametrize(
     ("kind", "data", "words"),
     [
-        ("amazon2018", gzip.compress(GOOD.encode() * 9000)[:-20], "damaged or cut off"),
-        ("amazon2018", gzip.compress(GOOD.encode() * 9)[:14] + b"garbage" * 9, "damaged or cut off"),
+        ("amazon2018", gzip.compress(GOOD.encode() * 9000, mtime=0)[:-20], "damaged or cut off"),
+        ("amazon2018", gzip.compress(GOOD.encode() * 9, mtime=0)[:14] + b"garbage" * 9, "damaged or cut off"),
         ("amazon2018", b"", "nothing is left"),
         ("sequences", b"", "is empty"),
         ("sequences", b"1 2 3\n2 x 4\n", "line 2: 'x' is no whole number"),

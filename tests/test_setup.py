@@ -71,7 +71,8 @@ def test_an_active_environment_is_used_whatever_its_path(name, checkout, tmp_pat
 @pytest.mark.parametrize("active", [{}, {"VIRTUAL_ENV": ""}])
 def test_without_one_it_is_made_once_and_filled_when_the_requirements_change(active, checkout):
     assert checkout.make("setup", **active) == (0, ["-m venv .venv", INSTALL])
-    assert checkout.make("test", **active) == (0, ["-m ruff check .", "-m ruff format --check .", "-m pytest"])
+    shared = "-m pytest --numprocesses auto --maxprocesses 4 --dist loadfile"
+    assert checkout.make("test", **active) == (0, ["-m ruff check .", "-m ruff format --check .", shared])
     requirements = checkout.folder / "requirements.txt"
     before = requirements.read_bytes()
     for content in (b"torch\n", before):  # also when they change back

@@ -3,10 +3,7 @@
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from utils.checked import read_json
 from utils.files import atomic_file
@@ -23,7 +20,8 @@ def depth_figure(table: Table, dataset: str, protocol: str, found: dict, path: P
         return
     base = measured(found, protocol, table.rows["SASRec"])
     printed = read_json(PAPER, "")[table.paper[0]]["trained_at_depth"]
-    figure, panels = plt.subplots(1, len(IN_FIGURE), figsize=(4 * len(IN_FIGURE), 3.6), layout="constrained")
+    figure = Figure(figsize=(4 * len(IN_FIGURE), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(IN_FIGURE))
     for panel, metric in zip(panels, IN_FIGURE, strict=True):
         values = {depth: [run["sampled"][metric] for run in runs] for depth, runs in trained.items()}
         means = [statistics.mean(of) for of in values.values()]
@@ -48,4 +46,3 @@ def depth_figure(table: Table, dataset: str, protocol: str, found: dict, path: P
     figure.legend(*zip(*lines, strict=True), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     with atomic_file(path) as part:
         figure.savefig(part, format="png", dpi=110)
-    plt.close(figure)

@@ -10,10 +10,10 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import psutil
 import torch
+from matplotlib.figure import Figure
 
 from utils.candidates import CANDIDATE_SEED, NUM_NEGATIVES, negative_counts
 from utils.checked import check, load_tensors, read_text
@@ -27,9 +27,6 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy")
 ORDER = ("sr", "open_p5", "teacher", "student", "fusion")
@@ -114,7 +111,8 @@ def plot_curve(folder: Path, select_by: str) -> None:
     rows = log_rows(folder / "log.jsonl")
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "valid" in row]
-    figure, (left, right) = plt.subplots(1, 2, sharex=True, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True)
     skipped = {"step", "grad_norm", "lr", "head_lr", "samples_per_second"}
     terms = dict.fromkeys(name for row in steps for name in row if name.isidentifier())
     names = [name for name in terms if name not in skipped]
@@ -136,7 +134,6 @@ def plot_curve(folder: Path, select_by: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(folder / "curve.png", dpi=100)
-    plt.close(figure)
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, float]:

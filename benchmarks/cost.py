@@ -20,11 +20,11 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -310,8 +310,8 @@ def users(number: int) -> dict[str, float]:
 
 def plot_panels(panels: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
     """Draws each panel, "x label, y label" -> size -> name -> value, on logarithmic axes, marked at its sizes."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for (title, sizes), panel in zip(panels.items(), axes.flat, strict=True):
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    for (title, sizes), panel in zip(panels.items(), figure.subplots(2, 2).flat, strict=True):
         for name in next(iter(sizes.values())):
             panel.loglog(list(sizes), [values[name] for values in sizes.values()], marker="o", label=name)
         panel.set_xticks(list(sizes), [f"{n:,}" for n in sizes])
@@ -322,7 +322,6 @@ def plot_panels(panels: dict[str, dict[int, dict[str, float]]], path: Path) -> N
         panel.grid(alpha=0.3)
         panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def main() -> None:

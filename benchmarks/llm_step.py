@@ -23,11 +23,11 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from matplotlib.figure import Figure
 from torch import nn
 from transformers import AutoModel, LlamaConfig
 from transformers.utils import ModelOutput
@@ -406,7 +406,8 @@ def paper_table(record: dict) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 0.5 * len(rows) + 1.2), layout="constrained")
+    figure = Figure(figsize=(8, 0.5 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
     names = [f"{r['kind']}, batch {r['batch']}\n{r['released']} -> {r['ours']}" for r in rows]
     bars = axes.barh(names, [r["ratio"] for r in rows], color=["C0" if r["kind"] == "training" else "C1" for r in rows])
     axes.bar_label(bars, fmt="%.1f x", padding=3)

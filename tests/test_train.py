@@ -1,5 +1,6 @@
 """The training loop: resuming, accumulation, selection, schedules, refusals. Real kills are in test_pipeline.py."""
 
+import itertools
 import json
 import math
 import shutil
@@ -25,7 +26,7 @@ from utils.files import check_space, save_tensors
 from utils.metrics import SelectBy
 from utils.report import closing_table, comparison, finished_runs, git_commit, protocol
 from utils.run import LOCK, Run
-from utils.train import Loop, fit, gradient_shares
+from utils.train import Loop, fit, gradient_shares, rate_factor
 
 CONFIG = {
     "dataset": "synthetic",
@@ -152,7 +153,7 @@ def rows_of(folder) -> list[dict]:
 def test_max_steps_bounds_each_stage(tmp_path):
     run = Run(CONFIG | {"output_dir": str(tmp_path / "a"), "max_steps": 3}, make_sequences(users=80), "unused")
     examples = training_examples(make_sequences(users=80), "all", 8)
-    assert [count for _, count, _ in Loop(run, Staged(), examples).stages] == [3, 3]
+    assert [count for _, count in Loop(run, Staged(), examples).stages] == [3, 3]
 
 
 def test_a_kill_between_checkpoint_and_evaluation_loses_nothing(tmp_path, monkeypatch):
@@ -364,6 +365,24 @@ def test_schedule_is_warm_up_and_cosine(tmp_path):
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx(expected) and max(rates) == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_schedules_are_those_of_transformers(kind):
+    """To the last bit, so that a run of before ends in the same digits."""
+    for warmup, total in itertools.product([0, 1, 3, 100], [1, 2, 87, 716]):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        name = "constant_with_warmup" if kind == "constant" else kind
+        expected = get_scheduler(name, optimizer, warmup, total).lr_lambdas[0]
+        for step in range(total):
+            assert rate_factor(kind, warmup, total, step) == expected(step), (warmup, total, step)
+
+
+def test_step_1_starts_without_transformers():
+    """Which takes longer to import than all else that it needs."""
+    code = "import sys, train_sr_trad; print({'transformers', 'peft'} & set(sys.modules))"
+    got = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert got.stdout == "set()\n", got.stdout + got.stderr
 
 
 @pytest.mark.parametrize("head_learning_rate", [None, 1e-4])

@@ -15,7 +15,6 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 from tqdm import tqdm
-from transformers import get_scheduler
 
 from utils.catalogue import Catalogue
 from utils.data import Examples, planned_steps, shuffled_batches, visited_examples
@@ -23,8 +22,6 @@ from utils.errors import RunError, UserError, is_out_of_memory
 from utils.memory import MEASURED, MIB, examples_that_fit
 from utils.report import environment
 from utils.run import Run
-
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 def fit(run: Run, model: nn.Module, examples: Examples) -> dict:
@@ -61,11 +58,9 @@ class Loop:
         steps = planned_steps(self.config, self.per_epoch)
         most = steps if self.config["max_steps"] > 0 else math.inf  # of each stage
         before = [(name, min(math.ceil(n * self.per_epoch), most)) for name, n in model.stages()]
-        kind, warmup = SCHEDULES[self.config["lr_scheduler"]], self.config["warmup_steps"]
-        self.stages = []  # name, steps, and learning rate as a function of the step alone
-        for name, count in [*before, ("train", steps)]:
-            self.stages.append((name, count, get_scheduler(kind, self.optimizer, warmup, count).lr_lambdas[0]))
-        self.pre_training, self.total = sum(count for _, count in before), sum(count for _, count, _ in self.stages)
+        self.stages = [*before, ("train", steps)]  # name, steps
+        self.pre_training = sum(count for _, count in before)
+        self.total = self.pre_training + steps
 
     def train(self) -> dict:
         run = self.run
@@ -129,7 +124,7 @@ class Loop:
         self.model.train()
         visited = visited_examples(len(self.examples), self.config)  # a teacher answers for no others
         order = np.lexsort((-self.examples.num_targets[visited], -self.examples.lengths[visited]))
-        for name, _, _ in self.stages:
+        for name, _ in self.stages:
             self.model.stage = name
             batch = self.model.batch(self.examples, visited[order[:number]], np.random.default_rng(0))
             try:
@@ -164,13 +159,14 @@ class Loop:
 
     def set_stage(self, step: int) -> None:
         """Tell the model its stage, and set the learning rate: each stage has a warm-up and a schedule of its own."""
-        for name, count, factor in self.stages:  # noqa: B007
+        for name, count in self.stages:  # noqa: B007
             if step < count:
                 break
             step -= count
         self.model.stage = name
+        factor = rate_factor(self.config["lr_scheduler"], self.config["warmup_steps"], count, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor(step)
+            group["lr"] = group["initial_lr"] * factor
 
     def batch_index(self, step: int) -> np.ndarray:
         """Examples of a step: a pure function of the seed and the step."""
@@ -274,6 +270,17 @@ class Loop:
         return self.config["patience"] is not None and since >= self.config["patience"]
 
 
+def rate_factor(kind: str, warmup: int, total: int, step: int) -> float:
+    """What the learning rate is multiplied by at `step`, from 0: `warmup` steps up, then as `kind` says up to `total`.
+
+    transformers has the same functions, but to import them takes longer than all else that step 1 imports.
+    """
+    if step < warmup:
+        return step / warmup
+    done, left = (step - warmup) / max(1, total - warmup), (total - step) / max(1, total - warmup)
+    return {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": left, "constant": 1.0}[kind]
+
+
 def parameter_groups(model: nn.Module, trained: dict[str, nn.Parameter], config: dict) -> list[dict]:
     """What trains, for the optimizer. Norms and biases have no weight decay.
 
@@ -286,7 +293,8 @@ def parameter_groups(model: nn.Module, trained: dict[str, nn.Parameter], config:
     for parameter in trained.values():
         rate, lr = ("head_lr", own) if id(parameter) in heads else ("lr", config["learning_rate"])
         decay = config["weight_decay"] if parameter.ndim > 1 else 0.0
-        group = groups.setdefault((rate, decay), {"params": [], "lr": lr, "weight_decay": decay, "rate": rate})
+        values = {"lr": lr, "initial_lr": lr, "weight_decay": decay, "rate": rate}
+        group = groups.setdefault((rate, decay), {"params": [], **values})
         group["params"].append(parameter)
     return list(groups.values())
 

@@ -154,7 +154,7 @@ def read_sequences(args: argparse.Namespace) -> Interactions:
 def read_lists(args: argparse.Namespace) -> Interactions:
     """A TSV with columns user_id, item_ids, timestamps (the latter two space-separated lists); what `export` writes."""
     wanted = {"user": "user_id", "items": "item_ids", "times": "timestamps", "numbers": "item_numbers"}
-    table = read_table(args.input, wanted, Layout.of(args), optional=("numbers",))
+    table = read_table(args.input, wanted, Layout.of(args), fixed=("numbers",))
     timed = any(cell.strip() for cell in table["times"])
     if not timed:
         no_times(args)
@@ -217,7 +217,7 @@ def read_prepared(args: argparse.Namespace) -> Interactions:
     """The authors' CSV: reviewerID, asin (a list of whole numbers from 0, oldest first), title (a list of as many)."""
     no_times(args)
     wanted = {"user": "reviewerID", "items": "asin", "titles": "title"}
-    table = read_table(args.input, wanted, Layout.of(args), optional=("titles",))
+    table = read_table(args.input, wanted, Layout.of(args), fixed=("titles",))
     rows, titles = [], {} if "titles" in table else None
     for row, (user, text) in enumerate(zip(table["user"], table["items"], strict=True)):
         try:

@@ -80,23 +80,24 @@ class Table:
         return int(rows[0]) if len(rows) else None
 
 
-def read_table(path: Path, wanted: dict[str, str | None], layout: Layout, optional: tuple[str, ...] = ()) -> Table:
+def read_table(
+    path: Path, wanted: dict[str, str | None], layout: Layout, fixed: tuple[str, ...] | None = None
+) -> Table:
     """Columns renamed to the keys of `wanted`; RecBole's `name:type` headers are understood.
 
     wanted: new name -> name in the file, or None where the file has no such column.
-    optional: those of the new names whose column may be absent.
+    fixed: given for a format whose names no flag changes: those of the new names whose column may be absent.
     """
     if is_parquet(path):
         names, table, where = read_parquet(path, set(wanted.values()))
     else:
         names, table, where = read_text(path, layout)
-    found = {new: name for new, name in wanted.items() if name and not (new in optional and name not in names)}
-    for name in found.values():
+    found = {new: name for new, name in wanted.items() if name and (name in names or new not in (fixed or ()))}
+    for new, name in found.items():
         if name not in names:
+            advice = f"name yours with --{layout.prefix}{new}" if fixed is None else "this format must have it"
             alone = len(names) == 1 and f"; --{layout.prefix}separator says what stands between the columns"
-            raise UserError(
-                f"{path} has no column {name!r}; it has {', '.join(names)}: name yours with the flags{alone or ''}"
-            )
+            raise UserError(f"{path} has no column {name!r}; it has {', '.join(names)}: {advice}{alone or ''}")
         if names.count(name) > 1:
             raise UserError(f"{path} has two columns of one name: {', '.join(names)}")
     columns = pd.DataFrame({new: table[names.index(name)] for new, name in found.items()}).fillna("")

@@ -159,7 +159,10 @@ def test_csv_without_times_keeps_file_order(tmp_path):
     [
         ("", "is empty"),
         ("user_id,item_id,timestamp\n", "no row"),
-        ("user,item_id,timestamp\n1,2,3\n", "no column 'user_id'"),
+        (
+            "user,item_id,timestamp\n1,2,3\n",
+            "no column 'user_id'; it has user, item_id, timestamp: name yours with --user",
+        ),
         ("user_id,item_id,timestamp\n1,2,3\n1,,4\n", "line 3: user or item is empty"),
         ("user_id,item_id,timestamp\n1,2,soon\n", "line 2: timestamp 'soon' is no number"),
         ("user_id,item_id,timestamp\n1,2,3\n1,2,3,4,5\n", "cannot be parsed"),

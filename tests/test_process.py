@@ -286,7 +286,11 @@ def test_blocks_of_a_large_file_are_parsed_in_parallel_and_nothing_is_lost_betwe
         ("lists", b"user_id\titem_ids\n1\t2 3\n", "no column 'timestamps'"),
         ("lists", b"user_id\titem_ids\ttimestamps\n1\t2 3\t5\n", "2 items but 1 timestamps"),
         ("lists", b"user_id\titem_ids\ttimestamps\n1\t2\t5\n1\t2\t5\n", "line 3: user 1 stands in line 2"),
-        ("prepared", b"reviewerID,title\nA,B\n", "no column 'asin'"),
+        (
+            "prepared",
+            b"reviewerID,title\nA,B\n",
+            "no column 'asin'; it has reviewerID, title: this format must have it",
+        ),
         ("prepared", b'reviewerID,asin\nA,"[1, 2]"\nB,none\n', "line 3: asin is no list"),
         ("interactions", b"user_id,item_id\n", "no row"),
     ],

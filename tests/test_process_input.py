@@ -294,6 +294,13 @@ def test_layouts_that_do_not_fit_are_refused(data, flags, words, run):
     assert code == 2 and len(err) == 1 and words in err[0], err
 
 
+@pytest.mark.parametrize(("header", "flag"), [("id,title", "--titles_item"), ("item_id,name", "--titles_title")])
+def test_columns_of_titles_that_are_called_otherwise_name_their_flag(header, flag, run, tmp_path):
+    (tmp_path / "titles").write_text(f"{header}\n1,Toy Story\n")
+    code, _, err = run("interactions", "user_id,item_id\n1,1\n", "--titles", tmp_path / "titles")
+    assert code == 2 and len(err) == 1 and f"it has {header.replace(',', ', ')}: name yours with {flag}" in err[0], err
+
+
 def test_titles_without_a_header_name_their_own_flags(run, tmp_path):
     (tmp_path / "titles").write_text("1,Toy Story\n")
     code, _, err = run("pairs", "1 2\n", "--titles", tmp_path / "titles")

@@ -17,15 +17,6 @@ PAGES = {path.name: path.read_text(encoding="utf-8") for path in tables.FILES}
 RECORDS = {path.name: records(path.name) for path in (ROOT / "results" / "runs").iterdir()}
 SASREC, TEACHER, STUDENT, ALONE = "SASRec", "teacher", "student", "student, without any teacher"
 BENCHMARKS = ROOT / "results" / "benchmarks"
-# These ran on commit b7d2510 while `reproduce.py record` had changed files of results/, which then counted as dirty.
-WHILE_RECORDING = {
-    ("beauty", "strong", f"teacher, {switch}", 42)
-    for switch in (
-        "item_output residual",
-        "LoRA on all linear maps",
-        "LoRA on down_proj alone",
-    )
-}
 
 
 def record(name: str) -> dict:
@@ -60,8 +51,7 @@ def test_every_record_was_measured_on_a_clean_committed_tree():
         environments |= {f"{path.stem} {at}": part["environment"] for at, part in enumerate(parts)}
     assert len(environments) >= 15
     for name, environment in environments.items():
-        dirty = "(-dirty)?" if name in WHILE_RECORDING else ""
-        assert re.fullmatch(rf"[0-9a-f]{{40}}{dirty}", environment["git_commit"]), name
+        assert re.fullmatch("[0-9a-f]{40}", environment["git_commit"]), name
 
 
 def test_an_epoch_takes_less_than_that_of_recbole():

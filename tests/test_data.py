@@ -4,12 +4,11 @@ import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_sequences
+from conftest import make_sequences
+from test_process import process
 
 from utils.checked import fingerprint_of
 from utils.data import (
@@ -21,8 +20,6 @@ from utils.data import (
     visited_examples,
 )
 from utils.errors import UserError
-
-PROCESS = ROOT / "datasets" / "process.py"
 
 
 def users(data: Sequences) -> list[list[int]]:
@@ -115,11 +112,6 @@ def test_bad_train_targets(sequences, bad):
 
 
 # --- dataset folders ---
-
-
-def process(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(PROCESS), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_interactions_become_sequences_in_time_order(tmp_path):

@@ -1,7 +1,8 @@
-"""The four steps as real processes on real data (80 users of MovieLens-100K) and the real SmolLM2-135M.
+"""The four steps on real data (80 users of MovieLens-100K) and the real SmolLM2-135M.
 
-Processes start in another folder than the checkout. `work` runs the four steps once; the tests look at what they left,
-kill and resume them, load their results, and feed them bad input.
+`work` runs them once, as processes that start in another folder than the checkout; the tests look at what they left,
+kill others, load their results, and feed them bad input. What needs no process of its own is called in the process of
+the tests: half of a short process goes into importing.
 """
 
 import hashlib
@@ -15,6 +16,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -51,6 +54,11 @@ def run(script: str, *arguments: object, cwd: Path, **options) -> str:
     out, err = process.communicate()
     assert process.returncode == 0, err
     return out
+
+
+def train(script: str, *arguments: object) -> None:
+    """The same in the process of the tests, with the error line and the exit code of the shell."""
+    cli.run(importlib.import_module(script).main, SCRIPTS[script], list(map(str, arguments)), models=MODELS)
 
 
 @pytest.fixture(scope="session")
@@ -131,15 +139,15 @@ def test_the_ranks_of_the_users_are_kept(name, work):
     assert {kind: metrics_from_ranks(found) for kind, found in ranks.items()} == metrics(work / name)["test"]
 
 
-def test_each_step_inherits_from_its_predecessor_and_says_so(work):
+def test_each_step_inherits_from_its_predecessor_and_says_so(work, tmp_path, capsys):
     teacher, student = (json.loads((work / n / "config.json").read_text()) for n in ("teacher", "student"))
     for name in ("base_model", "lora_r", "max_seq_length", "train_targets", "dataset_fingerprint", "table_sha256"):
         assert teacher[name] == student[name]
     assert student["teacher_layers"] == 4 and teacher["item_dim"] == 128
     script, arguments = steps(work)["student"]
-    out = run(script, *arguments, "--lora_r", 4, "--max_steps", 1, "--output_dir", work / "narrow", cwd=work)
+    train(script, *arguments, "--lora_r", 4, "--max_steps", 1, "--output_dir", tmp_path / "narrow")
+    out = capsys.readouterr().out
     assert "inherited from" in out and "lora_alpha=16.0" in out and "overridden: lora_r=4 (was 16)" in out
-    shutil.rmtree(work / "narrow")
 
 
 def test_distillation_terms_are_in_the_log(work):
@@ -152,30 +160,29 @@ def test_distillation_terms_are_in_the_log(work):
     assert all(set(row["gradient_share"]) == {"ce", "cos", "norm", "ms"} for row in rows if "gradient_share" in row)
 
 
-def test_the_frozen_teacher_is_untouched_and_its_states_are_reused(work):
+def test_the_frozen_teacher_is_untouched_and_its_states_are_reused(work, tmp_path, capsys):
     states = list((work / "teacher" / "states").glob("*.npy"))
     assert len(states) == 1
     before = tree(work / "teacher")
     script, arguments = steps(work)["student"]
     stamp = states[0].stat().st_mtime_ns
-    out = run(script, *arguments, "--lambda_cos", 2, "--output_dir", work / "other", cwd=work)
+    train(script, *arguments, "--lambda_cos", 2, "--output_dir", tmp_path / "other")
     assert tree(work / "teacher") == before and states[0].stat().st_mtime_ns == stamp
-    assert re.search(r"teacher states: \d+ MiB, .*\(found\)", out)
+    assert re.search(r"teacher states: \d+ MiB, .*\(found\)", capsys.readouterr().out)
     with open(states[0], "r+b") as file:  # one wrong bit
         file.seek(-1000, os.SEEK_END)
         byte = file.read(1)
         file.seek(-1000, os.SEEK_END)
         file.write(bytes([byte[0] ^ 1]))
-    out = run(script, *arguments, "--output_dir", work / "other", cwd=work)
-    assert "(damaged, computed anew)" in out and tree(work / "teacher") == before
-    shutil.rmtree(work / "other")
+    train(script, *arguments, "--output_dir", tmp_path / "other")
+    assert "(damaged, computed anew)" in capsys.readouterr().out and tree(work / "teacher") == before
 
 
 # --- kill and resume ---
 
 
 @pytest.mark.parametrize("name", ["sasrec", "teacher", "student"])
-def test_sigkill_and_resume_equal_the_uninterrupted_run(name, work):
+def test_sigkill_and_resume_equal_the_uninterrupted_run(name, work, capsys):
     script, arguments = steps(work)[name]
     folder = work / f"{name}-killed"
     process = start(script, *arguments, "--output_dir", folder, cwd=work)
@@ -184,14 +191,14 @@ def test_sigkill_and_resume_equal_the_uninterrupted_run(name, work):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (folder / "metrics.json").exists()
-    out = run(script, *arguments, "--output_dir", folder, "--resume", "auto", cwd=work)
-    assert "continuing from step" in out
+    train(script, *arguments, "--output_dir", folder, "--resume", "auto")
+    assert "continuing from step" in capsys.readouterr().out
     assert metrics(folder) == metrics(work / name) and weights(folder) == {
         path: digest for path, digest in weights(work / name).items() if not path.startswith("states/")
     }
     before = tree(folder)
-    again = run(script, *arguments, "--output_dir", folder, "--resume", "auto", cwd=work)  # finished: nothing to do
-    assert tree(folder) == before and "NDCG@10" in again
+    train(script, *arguments, "--output_dir", folder, "--resume", "auto")  # finished: nothing to do
+    assert tree(folder) == before and "NDCG@10" in capsys.readouterr().out
     shutil.rmtree(folder)
 
 
@@ -288,10 +295,6 @@ def test_an_adapter_on_a_base_of_another_depth_is_refused(work, tiny_base, tmp_p
             load_llm_rec(copy, assets.base_model_path("smollm2-135m"))
 
 
-def train(script: str, *arguments: object) -> None:
-    cli.run(importlib.import_module(script).main, SCRIPTS[script], list(map(str, arguments)), models=MODELS)
-
-
 def on_tiny(script: str, work: Path, more: list, folder: Path) -> list:
     """Arguments of a short run of two layers, or of one with its teacher beside it."""
     options = {"--dataset": work / "small", "--max_steps": 2, "--eval_steps": 2, "--output_dir": folder}
@@ -365,7 +368,7 @@ def refused(script: str, *arguments: object, place: Path, words: str, capsys, mo
     before = tree(place)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        cli.run(importlib.import_module(script).main, SCRIPTS[script], list(map(str, arguments)), models=MODELS)
+        train(script, *arguments)
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"{script}.py: "), lines
     assert words in lines[0], lines[0]
@@ -548,22 +551,29 @@ def test_base_models_that_are_damaged_or_no_decoders_are_refused(work, tiny_base
     assert not (tmp_path / "new").exists()
 
 
-def small_files() -> None:
+@contextmanager
+def small_files() -> Iterator[None]:
     """No file above 100 KiB: what a full disk does to a process, without one."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 1024, 100 * 1024))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 1024, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("name", ["sasrec", "items", "teacher", "student"])
-def test_a_full_disk_gets_one_line_and_leaves_no_broken_file(name, work, tmp_path):
+def test_a_full_disk_gets_one_line_and_leaves_no_broken_file(name, work, tmp_path, capsys):
     script, arguments = steps(work)[name]
     if name == "student":  # its first large file are the teacher's states, beside the teacher
         shutil.copytree(work / "teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("states"))
         before = tree(tmp_path)
         arguments = [*arguments[:-1], tmp_path / "teacher"]
-    process = start(script, *arguments, "--output_dir", tmp_path / "new", cwd=tmp_path, preexec_fn=small_files)
-    _, err = process.communicate()
+    with small_files(), pytest.raises(SystemExit) as stop:
+        train(script, *arguments, "--output_dir", tmp_path / "new")
+    err = capsys.readouterr().err
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith(f"{script}.py")]
-    assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in err, err
+    assert stop.value.code == 2 and len(lines) == 1 and "Traceback" not in err, err
     assert "free space" in lines[0]
     assert not list(tmp_path.rglob("*.part"))
     assert tree(tmp_path) == before if name == "student" else not list(tmp_path.rglob("*.safetensors"))

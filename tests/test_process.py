@@ -2,9 +2,11 @@
 
 import ast
 import csv
+import functools
 import gzip
 import http.server
 import importlib.util
+import io
 import json
 import os
 import re
@@ -13,7 +15,10 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -25,9 +30,34 @@ RAW = SHARED / "amazon2018_raw"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the sample files in ../shared/data are not here")
 
 
-def process(*arguments: object, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(PROCESS), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+def started(*arguments: object) -> subprocess.CompletedProcess:
+    """A command as a process of its own."""
+    return subprocess.run([sys.executable, PROCESS, *map(str, arguments)], capture_output=True, text=True)
+
+
+@functools.cache
+def load_process() -> ModuleType:
+    """datasets/process.py as a module."""
+    spec = importlib.util.spec_from_file_location("process", PROCESS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def process(*arguments: object) -> subprocess.CompletedProcess:
+    """The same in the process of the tests: most commands take less time than a start."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    code = 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            load_process().main(list(map(str, arguments)))
+        except SystemExit as ended:
+            code = ended.code
+    printed = []
+    for stream in (out, err):
+        stream.flush()
+        printed.append(stream.buffer.getvalue().decode("utf-8"))
+    return subprocess.CompletedProcess(arguments, code, *printed)
 
 
 def make(place: Path, kind: str, name: str = "made", *flags: object) -> dict:
@@ -35,14 +65,6 @@ def make(place: Path, kind: str, name: str = "made", *flags: object) -> dict:
     done = process(kind, "--name", name, "--output", place, *flags)
     assert done.returncode == 0, done.stderr
     return read(place / name) | {"printed": done.stdout, "err": done.stderr}
-
-
-def load_process():
-    """datasets/process.py as a module, where a process for each case would take too long."""
-    spec = importlib.util.spec_from_file_location("process", PROCESS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def read(folder: Path) -> dict:
@@ -221,11 +243,10 @@ def test_stats_prints_table_1(tmp_path):
 GOOD = '{"reviewerID": "u", "asin": "x", "overall": 5.0, "unixReviewTime": 3}\n'
 
 
-def amazon(tmp_path: Path, text: str | bytes, *flags: object) -> subprocess.CompletedProcess:
-    data = text if isinstance(text, bytes) else text.encode()
-    (tmp_path / "r.json").write_bytes(data)
+def amazon(tmp_path: Path, text: str, *flags: object, how: Callable = process) -> subprocess.CompletedProcess:
+    (tmp_path / "r.json").write_bytes(text.encode())
     flags = ("--filter", "none", "--name", "made", "--output", tmp_path, *flags)
-    return process("amazon2018", "--input", tmp_path / "r.json", *flags)
+    return how("amazon2018", "--input", tmp_path / "r.json", *flags)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +286,8 @@ def test_blocks_of_a_large_file_are_parsed_in_parallel_and_nothing_is_lost_betwe
     assert sum(len(line.encode()) + 1 for line in lines) > 4 * 2**23
     meta = "".join(json.dumps({"asin": f"i{i}", "title": f"t{i}", "also": "x" * 90_000}) + "\n" for i in range(400))
     (tmp_path / "meta.json").write_text(meta)
-    done = amazon(tmp_path, "\n".join(lines), "--filter", "none", "--repeats", "all", "--meta", tmp_path / "meta.json")
+    flags = ["--repeats", "all", "--meta", tmp_path / "meta.json"]
+    done = amazon(tmp_path, "\n".join(lines), *flags, how=started)
     assert done.returncode == 0 and "1 of 12001 lines cannot be used, the first is line 11901" in done.stderr
     made = read(tmp_path / "made")
     assert {user: [item for item, _ in rows] for user, rows in made["users"].items()} == per_user

@@ -26,7 +26,7 @@ from recommend import Trained, load, run_folder
 from utils import assets, cli
 from utils.candidates import CANDIDATE_SEED, NUM_NEGATIVES, Negatives, negative_counts
 from utils.catalogue import CATALOGUE_FILE
-from utils.checked import read_json
+from utils.checked import REPLACED, read_json
 from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
 from utils.files import atomic_folder, check_replaceable, write_json
@@ -160,7 +160,7 @@ def save_layers(
 def check_target(target: Path, kind: str, names: list[str]) -> None:
     """UserError unless `target` is free, or holds the files `names` of an earlier record of this kind alone."""
     check_replaceable(target, names, "--output_dir")
-    if (target / "config.json").exists() and read_json(target / "config.json", "").get("kind") != kind:
+    if (target / "config.json").exists() and read_json(target / "config.json", "", advice=REPLACED).get("kind") != kind:
         raise UserError(f"--output_dir {target} holds something else (config.json); choose another place")
 
 

@@ -4,8 +4,9 @@ python recommend.py --history "Star Wars; Fargo"                          titles
 python recommend.py --input histories.jsonl --output top.csv              one history per line; - is standard input
 python recommend.py --run outputs/ml-100k/sasrec --history 50 --candidates candidates.txt
 
-JSONL: a list of items per line, or an object with such a list under `history`. CSV: one history per line, one item per
-cell. In Python: `recommend.load("outputs/ml-100k/sasrec").recommend([["50", "181"]], k=10)`.
+JSONL: a list of items per line, or an object with such a list under `history`. CSV: one history per line, also per
+empty one, and one item per cell.
+In Python: `recommend.load("outputs/ml-100k/sasrec").recommend([["50", "181"]], k=10)`.
 """
 
 import utils.threads  # noqa: F401  before torch is imported
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
@@ -77,7 +79,10 @@ class Trained:
         candidates: list[str] | None = None,
         batch_size: int = 64,
     ) -> list[Answer]:
-        """The k best items after each history of ids or titles, oldest first; `candidates`: of these alone."""
+        """The k best items after each history of ids or titles, oldest first; `candidates`: of these alone.
+
+        What the dataset does not have is left out: `catalogue.doubts` tells of it, and of titles that items share.
+        """
         allowed = np.zeros(len(self.catalogue) + 1, bool)
         numbers = None if candidates is None else [self.catalogue.number(item) for item in candidates]
         allowed[1:] = candidates is None
@@ -201,6 +206,17 @@ def read_histories(path: str) -> Iterator[list[str]]:
         yield [str(item) for item in history]
 
 
+def check_output(output: str, read: list[str]) -> None:
+    """Refuse a place for the answers that has another kind of file, is read itself, or is a file of a run."""
+    path = Path(output)
+    if path.suffix not in (".csv", ".jsonl"):
+        raise UserError(f"--output {output}: a name that ends in .csv or .jsonl")
+    if path.exists() and any(name != "-" and Path(name).exists() and path.samefile(name) for name in read):
+        raise UserError(f"--output {output} is read by this command; choose another name")
+    if path.exists() and (path.parent / "config.json").exists():
+        raise UserError(f"--output {output} is a file of a run; choose another place")
+
+
 def write_answers(answers: list[Answer], file: TextIO, form: str) -> None:
     if form == "jsonl":
         for answer in answers:
@@ -235,9 +251,10 @@ def main(
 ) -> None:
     if (history is None) == (input is None):
         raise UserError('give one of --history "item; item" and --input FILE')
-    form = Path(output).suffix.lstrip(".") if output else ""
-    if output and form not in ("csv", "jsonl"):
-        raise UserError(f"--output {output}: a name that ends in .csv or .jsonl")
+    if input == candidates == "-":
+        raise UserError("--input and --candidates are both standard input; give one of them a file")
+    if output:
+        check_output(output, [path for path in (input, candidates) if path])
     trained = load(run)
     wanted = None
     if candidates:
@@ -251,14 +268,11 @@ def main(
     with tqdm(histories, desc="recommend", unit="history", disable=None if len(histories) > 1 else True) as bar:
         answers = trained.recommend(bar, k, exclude_seen, wanted, batch_size)
     seconds = time.perf_counter() - begun
-    told = set()
-    for item in (item for answer in answers for item in answer.unknown):
-        if item not in told and len(told) < 20:
-            print(trained.catalogue.unknown(item), file=sys.stderr)
-        told.add(item)
+    for line in trained.catalogue.doubts(chain(*histories)) + trained.catalogue.doubts(wanted or []):
+        print(line, file=sys.stderr)
     if output:
         with atomic_file(Path(output)) as part, open(part, "w", encoding="utf-8", newline="") as file:
-            write_answers(answers, file, form)
+            write_answers(answers, file, Path(output).suffix.lstrip("."))
         print(f"{output}: {len(answers):,} histories, {len(answers) / seconds:,.0f} per second")
     else:
         show(answers, trained.catalogue)

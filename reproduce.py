@@ -14,6 +14,7 @@ import utils.threads  # noqa: F401  before torch is imported
 # isort: split
 
 import argparse
+import re
 import time
 from dataclasses import replace
 from functools import partial
@@ -32,7 +33,7 @@ from utils.experiments import (
     records,
     with_parents,
 )
-from utils.files import atomic_file, write_json
+from utils.files import atomic_file, is_plain_name, write_json
 from utils.flags import suggest
 from utils.paper_claims import claim_table
 from utils.paper_figures import depth_figure
@@ -73,6 +74,8 @@ Items that a user touched at the same time stand in the order of the file."""
 
 def main() -> None:
     args = command_line().parse_args()
+    if getattr(args, "dataset", None) and not is_plain_name(args.dataset):
+        raise UserError(f"--dataset {args.dataset}: the name of a dataset in datasets/ is expected")
     verb = {"list": show_list, "plan": show_plan, "run": run, "show": show, "record": write_records, "compare": compare}
     verb[args.verb](args)
 
@@ -92,12 +95,14 @@ def command_line() -> argparse.ArgumentParser:
         if name != "record":
             verb.add_argument("table", **tables)
         verb.add_argument("--dataset", help="one dataset instead of the table's (default: all of them)")
-        verb.add_argument("--base_model", help="language model of every teacher and student (default: the recipe's)")
         if name != "record":
+            verb.add_argument(
+                "--base_model", help="language model of every teacher and student (default: the recipe's)"
+            )
             verb.add_argument("--protocol", help="one protocol instead of the table's")
             verb.add_argument("--rows", nargs="+", help="these rows of the table alone")
         if name in ("plan", "run"):
-            verb.add_argument("--seeds", type=int, nargs="+", help="instead of the table's")
+            verb.add_argument("--seeds", type=natural, nargs="+", help="instead of the table's")
         if name == "plan":
             verb.add_argument("--calibrate", action="store_true", help="run 3 steps where no time is known yet")
         if name == "run":
@@ -107,6 +112,12 @@ def command_line() -> argparse.ArgumentParser:
     verb = verbs.add_parser("compare", help="the difference between two runs over the users of test")
     verb.add_argument("runs", nargs=2, type=Path, metavar="FOLDER")
     return parser
+
+
+def natural(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 0")
+    return int(text)
 
 
 def positive(text: str) -> float:
@@ -197,6 +208,8 @@ def run(args: argparse.Namespace) -> None:
     begun, outcomes = time.monotonic(), {}
     missing = list(with_parents(wanted_runs(args)))
     check_unchanged(missing)
+    for dataset in dict.fromkeys(experiment.dataset for experiment in missing):
+        assets.dataset_folder(dataset)  # told before anything is run
     for at, experiment in enumerate(missing, 1):
         title = f"{experiment.name} on {experiment.dataset}, {experiment.protocol}, seed {experiment.seed}"
         left = 3600 * args.budget_hours - (time.monotonic() - begun)

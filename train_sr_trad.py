@@ -40,6 +40,7 @@ def main(
     eval_batch_size: int = 512,
     num_epochs: float = 20.0,
     max_steps: int = -1,
+    optimizer: Literal["adamw", "adam"] = "adamw",
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
     warmup_steps: int = 50,

@@ -13,6 +13,7 @@ from sources import BLOCK
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.files import is_plain_name
 
 HOME_PAGE = "https://nijianmo.github.io/amazon/index.html"
 MIRRORS = (
@@ -60,6 +61,8 @@ def fetch(url: str, target: Path, timeout: float) -> None:
 
 def download(args: argparse.Namespace) -> None:
     """The 2018 5-core reviews and the metadata of a category, from the first mirror that serves them whole."""
+    if not is_plain_name(args.category):
+        raise UserError(f"--category {args.category!r}: a name as in Clothing_Shoes_and_Jewelry is expected")
     args.output.mkdir(parents=True, exist_ok=True)
     wanted = {
         f"{args.category}_5.json.gz": f"categoryFilesSmall/{args.category}_5.json.gz",
@@ -73,7 +76,7 @@ def download(args: argparse.Namespace) -> None:
                 try:
                     fetch(f"{mirror.rstrip('/')}/{path}", target, args.timeout)
                     break
-                except (OSError, http.client.HTTPException) as error:
+                except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no address at all
                     failures.append(f"{mirror}: {error}")
             if target.exists():
                 break

@@ -67,6 +67,12 @@ def as_lines(ids: Iterable[str]) -> list[str]:
     return list(seen)
 
 
+def check_roles(names: dict[str, str | None]) -> None:
+    """UserError where one column is to be the user and the item."""
+    if names["user"] == names["item"]:
+        raise UserError(f"--user and --item are both {names['user']}; name two columns")
+
+
 def from_columns(user: Iterable[str], item: Iterable[str], **rest) -> Interactions:
     """Codes from columns of ids, numbered by first appearance."""
     user_codes, user_ids = pd.factorize(np.asarray(user, object))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 import times
-from interactions import Interactions, add_titles, as_lines
+from interactions import Interactions, add_titles, as_lines, check_roles
 from sources import in_parallel
 from tqdm import tqdm
 
@@ -187,6 +187,7 @@ def read_jsonl(args: argparse.Namespace) -> Interactions:
     """JSON lines of any source; --preset or flags name the fields, --meta a file of the same kind with titles."""
     names = dict(zip(FIELDS, PRESETS.get(args.preset, NO_PRESET), strict=True))
     names |= {flag: value for flag in FIELDS if (value := getattr(args, flag, None))}
+    check_roles(names)
     if args.order == "time" and not names["timestamp"]:
         raise UserError("--order time needs times; name their field with --timestamp")
     users: dict[str, int] = {}

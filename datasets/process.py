@@ -12,8 +12,8 @@
     python datasets/process.py stats beauty clothing2014
     python datasets/process.py export beauty > beauty.tsv
 
-Of the rest of the project it imports utils.files and utils.errors alone, and nothing imports it. datasets/README.md
-describes what it reads and writes.
+Of the rest of the project it imports utils.files, utils.checked and utils.errors alone, and nothing imports it.
+datasets/README.md describes what it reads and writes.
 """
 
 import argparse
@@ -92,6 +92,9 @@ def make_dataset(args: argparse.Namespace) -> None:
         held.enter_context(locked(target))  # until the folder has its place
         check_target(target, inputs)
     exact = [] if found.time is None or found.time.unit != RANK else [f"{args.input}: timestamps are stored as {RANK}"]
+    if args.filter == "paper" and read.rating is None:
+        flag = "; name their column with --rating" if hasattr(args, "rating") else ""
+        exact.append(f"{args.input}: no ratings are read, so --filter paper goes without its step rating >= 3{flag}")
     for note in found.notes + exact:
         print(f"process.py: {note}", file=sys.stderr)
     ties = "no timestamps" if info["timestamp_ties"] is None else f"{info['timestamp_ties']:.1%} timestamp ties"
@@ -228,7 +231,7 @@ def at_least(low: float, kind: type = float) -> Callable[[str], float]:
 def source(commands, name: str, read, repeats: str = "all", filters: str = "none") -> Parser:
     """The command of a format, with the flags that all have."""
     one = commands.add_parser(name, help=read.__doc__.splitlines()[0], description=read.__doc__)
-    one.set_defaults(read=read, do=make_dataset)
+    one.set_defaults(read=read, do=make_dataset, usual_repeats=repeats)
     one.add_argument("--input", type=Path, required=True, help="plain, gzip, bz2, xz or zip")
     one.add_argument("--name", required=True, help="the dataset is written to datasets/NAME")
     one.add_argument("--output", type=Path, default=HERE, help="write to OUTPUT/NAME instead")
@@ -236,7 +239,9 @@ def source(commands, name: str, read, repeats: str = "all", filters: str = "none
     one.add_argument("--k", type=at_least(1, int), default=5, help="of --filter kcore (default: %(default)s)")
     one.add_argument("--order", choices=("time", "file"), help="default: time where the source has times")
     one.add_argument(
-        "--repeats", choices=("first", "all"), default=repeats, help="of a user's items (default: %(default)s)"
+        "--repeats",
+        choices=("first", "all"),
+        help=f"of a user's items (default: first with --filter paper, else {repeats})",
     )
     return one
 
@@ -246,9 +251,7 @@ def layout_flags(one: Parser, prefix: str = "", whole: bool = True) -> None:
     what = "of --titles" if prefix else "of --input"
     one.add_argument(f"--{prefix}encoding", default="utf-8", help=f"{what}, such as utf-16 (default: %(default)s)")
     if whole:
-        one.add_argument(
-            f"--{prefix}separator", help=f"{what}, such as ';' or '|' (default: tab, :: or comma, as found)"
-        )
+        one.add_argument(f"--{prefix}separator", help=f"{what}, such as ';' or '|' (default: as found)")
         one.add_argument(f"--{prefix}header", choices=("first", "none"), default="first", help=f"line {what}")
         example = "item_id,title,genres" if prefix else "user,item,rating,timestamp"
         one.add_argument(f"--{prefix}columns", help=f"{what} with --{prefix}header none: names of all, {example}")
@@ -311,8 +314,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.do is make_dataset and not is_plain_name(args.name):
         raise UserError(f"--name {args.name!r}: use letters, digits, '-', '_' and '.'")
-    if getattr(args, "user", None) and args.user == args.item:
-        raise UserError(f"--user and --item are both {args.user}; name two columns")
+    if args.do is make_dataset:
+        usual = vars(args).pop("usual_repeats")
+        args.repeats = args.repeats or ("first" if args.filter == "paper" else usual)
     return args
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import times
-from interactions import Interactions, add_titles, from_columns, is_header
+from interactions import Interactions, add_titles, check_roles, from_columns, is_header
 from sources import text_of
 from table import Layout, Table, numbers, read_table
 
@@ -63,6 +63,7 @@ def read_interactions(args: argparse.Namespace) -> Interactions:
     given = layout.columns or ()
     names = {role: getattr(args, role) or (role if role in given else None) for role in ROLES}
     names |= {role: names[role] or f"{role}_id" for role in ("user", "item")}
+    check_roles(names)
     if not names["timestamp"]:
         no_times(args)
     table = read_table(args.input, names, layout)

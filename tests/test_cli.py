@@ -256,7 +256,13 @@ def test_the_order_of_sections_does_not_matter(order, tmp_path, monkeypatch):
 
 
 def failing(error: Exception):
-    def main(*, dataset: str = "none-such", micro_batch_size: int | None = None, eval_batch_size: int = 1) -> None:
+    def main(
+        *,
+        dataset: str = "none-such",
+        micro_batch_size: int | None = None,
+        eval_batch_size: int = 1,
+        resume: str = "never",
+    ) -> None:
         raise error
 
     return main
@@ -272,9 +278,14 @@ def failing(error: Exception):
         (OSError(errno.EMFILE, "Too many open files"), 2, "Too many open files; allow more open files"),
         (OSError(errno.EIO, "Input/output error", "/a"), 2, "Input/output error: /a\n"),
         (ConnectionError("the host does not answer"), 2, "the host does not answer\n"),
-        (MemoryError(), 1, "out of memory; --micro_batch_size and --eval_batch_size make it need less"),
-        (torch.OutOfMemoryError("CUDA out of memory."), 1, "out of memory; --micro_batch_size"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; --micro_batch_size"),
+        (
+            MemoryError(),
+            1,
+            "out of memory; a smaller --micro_batch_size or --eval_batch_size needs less, and may change",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1, "out of memory; a smaller --micro_batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; a smaller --micro_batch_size"),
+        (KeyboardInterrupt(), 130, "interrupted; start it again with --resume auto to go on"),
     ],
 )
 def test_errors_of_the_system_get_the_advice_that_fits(error, code, words, capsys):
@@ -284,13 +295,16 @@ def test_errors_of_the_system_get_the_advice_that_fits(error, code, words, capsy
     assert stop.value.code == code and len(lines.splitlines()) == 1 and words in lines
 
 
-def test_a_step_without_batches_names_no_flag_of_them(capsys):
+@pytest.mark.parametrize(
+    ("error", "told"), [(MemoryError(), "out of memory"), (KeyboardInterrupt(), "interrupted; nothing was written")]
+)
+def test_a_step_without_batches_and_resuming_names_no_flag_of_them(error, told, capsys):
     def main(*, dataset: str = "none-such") -> None:
-        raise MemoryError
+        raise error
 
     with pytest.raises(SystemExit):
         cli.run(main, "sr", [])
-    assert capsys.readouterr().err == "test_cli.py: out of memory\n"
+    assert capsys.readouterr().err == f"test_cli.py: {told}\n"
 
 
 def test_other_errors_keep_their_traceback():

@@ -347,9 +347,12 @@ BAD = {
     "no number": ("t.csv", "a,1\nb,one\n", LETTERS, None, "line 2: could not convert"),
     "another width": ("t.csv", "a,1,2\nb,1\n", LETTERS, None, "line 2: 1 numbers, but 2 in the first row"),
     "no numbers": ("t.csv", "a,\nb,\n", LETTERS, None, "shape (2, 0)"),
-    "a gap": ("t.csv", "a,1,2\nb,,1\nc,1,\n", LETTERS, None, "line 2: 1 numbers"),
+    "a gap": ("t.csv", "a,1,2\nb,,1\nc,1,\n", LETTERS, None, "line 2: a cell is empty"),
+    "a gap in each row": ("t.csv", "a,1,,2\nb,,1,3\nc,1,2,\n", LETTERS, None, "line 1: a cell is empty"),
+    "a column of nothing": ("t.csv", "item_id,x,y\na,1,\nb,2,\nc,3,\n", LETTERS, None, "line 2: a cell is empty"),
+    "a row too short": ("t.csv", "a,1,2\nb,1\nc,1,2\n", LETTERS, None, "line 2: 1 numbers"),
     "nan in text": ("t.csv", "a,1\nb,nan\nc,1\n", LETTERS, None, "row 2 holds NaN"),
-    "commas alone": ("t.csv", "a,1\n,\nb,2\n", LETTERS, None, "line 2: 0 numbers"),
+    "commas alone": ("t.csv", "a,1\n,\nb,2\n", LETTERS, None, "line 2: a cell is empty"),
 }
 
 

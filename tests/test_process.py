@@ -230,6 +230,22 @@ def test_export_and_lists_are_inverse(tmp_path):
     assert again["users"] == made["users"] and again["info"]["fingerprint"] == made["info"]["fingerprint"]
 
 
+@needs_shared
+@pytest.mark.parametrize("rated", [True, False])
+def test_the_papers_filter_is_the_same_in_every_format(rated, tmp_path):
+    """The ratings' step needs ratings, which is told; of repeated items the first is kept."""
+    rows = reviews("Gift_Cards_5")
+    text = "".join(f"{user},{item},{rating},{time}\n" for user, item, rating, time in rows)
+    (tmp_path / "a.csv").write_text("user_id,item_id,rating,time\n" + text)
+    flags = ["--timestamp", "time", "--filter", "paper", *(["--rating", "rating"] if rated else [])]
+    made = make(tmp_path, "interactions", "a", "--input", tmp_path / "a.csv", *flags)
+    assert ("no ratings are read" in made["err"] and "--rating" in made["err"]) != rated
+    wanted = naive_funnel(sorted(rows if rated else [(u, i, 5, t) for u, i, _, t in rows], key=lambda r: r[3]), "paper")
+    steps = [(s["rows"], s["users"], s["items"], s["interactions"]) for s in made["info"]["funnel"]]
+    assert steps == [counts(rows) for rows in (wanted if rated else [wanted[0], *wanted[2:]])]
+    assert made["info"]["flags"]["repeats"] == "first"
+
+
 def test_stats_prints_table_1(tmp_path):
     (tmp_path / "a.txt").write_text("1 4 5 6\n2 4 4 4 5\n")
     make(tmp_path, "sequences", "tiny", "--input", tmp_path / "a.txt")
@@ -406,6 +422,21 @@ def test_download_ends_whole_and_goes_on_where_it_broke_off(mirror, tmp_path):
     assert any(ranged for _, ranged in handler.seen) == (handler.behaviour != "good")
     asked = len(handler.seen)
     assert fetch(tmp_path, url).returncode == 0 and len(handler.seen) == asked  # what is there is not fetched again
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--category", "X", "--mirror", "foo"], "foo: unknown url type"),
+        (["--category", "X", "--mirror", "http://127.0.0.1:9/é"], "http://127.0.0.1:9/é"),
+        (["--category", "Café au lait"], "--category 'Café au lait'"),
+        (["--category", "../X"], "--category '../X'"),
+    ],
+)
+def test_what_can_be_no_address_is_told(flags, words, tmp_path):
+    done = process("download", *flags, "--output", tmp_path / "raw")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
+    assert not list(tmp_path.rglob("*.gz"))
 
 
 @pytest.mark.parametrize("mirror", ["error page", "missing", "truncated gzip"], indirect=True)

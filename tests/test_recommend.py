@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TITLES
-from kills import step
+from kills import contents, step
 from test_kill import sources  # noqa: F401
 
 import evaluate
@@ -16,6 +16,7 @@ import finetune
 import recommend
 import train_sr_trad
 from utils import cli
+from utils.catalogue import Catalogue
 from utils.data import Sequences
 from utils.errors import UserError
 
@@ -95,7 +96,7 @@ def test_every_output_keeps_hostile_titles(runs, tmp_path, capsys):
     ("name", "text"),
     [
         ("h.jsonl", '["id4", "Film 5"]\n\n{"history": ["id6"], "user": 3}\n[]\n'),
-        ("h.csv", "id4,Film 5\nid6\n,\n"),
+        ("h.csv", "id4,Film 5\nid6\n\n"),
         ("h.csv", '\ufeff"id4","Film 5"\r\nid6,\r\n""\r\n'),
     ],
 )
@@ -125,22 +126,52 @@ def test_histories_come_from_files_and_standard_input(name, text, piped, runs, t
         (["--input", "latin.csv"], "UTF-8"),
         (["--history", "id4", "--run", "nowhere"], "holds no finished run"),
         (["--history", "id4", "--candidates", "none.txt"], "No such file"),
+        (["--input", "-", "--candidates", "-"], "both standard input"),
+        (["--input", "h.csv", "--output", "h.csv"], "is read by this command"),
+        (["--input", "h.csv", "--output", "../x/link.csv"], "is read by this command"),
+        (["--history", "id4", "--candidates", "h.csv", "--output", "h.csv"], "is read by this command"),
+        (["--history", "id4", "--output", "run/items.jsonl"], "is a file of a run"),
     ],
 )
 def test_what_is_refused(flags, words, runs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('["id4"]\n{"items": []}\n')
     (tmp_path / "latin.csv").write_bytes(b"caf\xe9\n")
+    (tmp_path / "h.csv").write_text("id4\n")
+    (tmp_path.parent / "x").mkdir(exist_ok=True)
+    link = tmp_path.parent / "x" / "link.csv"
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "h.csv")
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", "items.jsonl"):
+        (tmp_path / "run" / name).write_text("{}")
+    before = contents(tmp_path)
     with pytest.raises(SystemExit) as stop:
         run(capsys, *([] if "--run" in flags else ["--run", runs / "sasrec"]), *flags)
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and words in lines[0], lines
+    assert contents(tmp_path) == before
 
 
 def test_unknown_items_are_told_with_what_is_close(runs, capsys):
     err = run(capsys, "--run", runs / "sasrec", "--history", "film 55; Film 5; zzz").err
     assert "item 'film 55' is not in the dataset and is skipped; did you mean" in err and "'Film 5'" in err
     assert "item 'zzz' is not in the dataset and is skipped\n" in err
+
+
+def test_unknown_candidates_and_more_than_a_screen_of_them_are_told(runs, tmp_path, capsys):
+    (tmp_path / "candidates").write_text("id7\nFilm 9\nfilm 77\n")
+    flags = ["--run", runs / "sasrec", "--candidates", tmp_path / "candidates"]
+    err = run(capsys, *flags, "--history", "id4;" + ";".join(f"zz{n}" for n in range(30))).err.splitlines()
+    assert sum("'zz" in line for line in err) == 20 and "and 10 more such items" in err
+    assert sum("'film 77' is not in the dataset" in line for line in err) == 1 and len(err) == 22
+
+
+def test_of_items_that_share_a_title_the_most_frequent_is_taken_and_told():
+    catalogue = Catalogue(["a", "b", "c", "d"], ["Same", "same", "SAME", "a"], np.array([0, 1, 3, 3, 9]))
+    assert [catalogue.number(name) for name in ("Same", "a", "A", "c", "none")] == [2, 1, 1, 3, None]
+    (line,) = catalogue.doubts(["same", "a", "c", "same"])
+    assert line.startswith("items b, c, a have the title 'same': b, the most frequent, is taken")
 
 
 @pytest.mark.parametrize("name", ["sasrec", "teacher"])

@@ -17,12 +17,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, forget, tiny_sources
+from kills import contents
 from safetensors.torch import load_file, save_file
 
 import reproduce
 from utils import cli, experiments, paper_runs, paper_tables
 from utils.experiments import Experiment
 from utils.metrics import metrics_from_ranks, paired_bootstrap
+
+DATASET_FOLDER = reproduce.assets.dataset_folder
 
 RUNS = """
 protocols:
@@ -60,6 +63,7 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     monkeypatch.setattr(reproduce, "TABLES", tmp_path / "results" / "TABLES.md")
     monkeypatch.setattr(reproduce, "base_layers", lambda experiment: 30)
+    monkeypatch.setattr(reproduce.assets, "dataset_folder", lambda dataset: tmp_path)
     forget()
     yield tmp_path
     forget()
@@ -342,11 +346,43 @@ def test_ours_stands_beside_what_others_published():
         ("show tabel2", "no table tabel2.*did you mean table2"),
         ("run table2 --rows SASRek", "table2 has no such row.*did you mean SASRec"),
         ("run table2 --protocol weak", "--protocol weak: it is one of strong, released"),
+        ("run table2 --dataset smal", "--dataset smal: neither"),
+        ("plan table2 --dataset ../small", "--dataset ../small: the name of a dataset"),
+        ("record --dataset /tmp/x", "--dataset /tmp/x: the name of a dataset"),
+        ("record --dataset a**b", "the name of a dataset"),
     ],
 )
 def test_what_is_not_there_is_refused(place, monkeypatch, words, message):
+    monkeypatch.setattr(reproduce.assets, "dataset_folder", DATASET_FOLDER)
+    before = contents(place)
     with pytest.raises(reproduce.UserError, match=message):
         call(monkeypatch, *words.split())
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("words", ["run table2 --seeds -1", "plan table2 --seeds 1.5", "record --base_model x"])
+def test_flags_that_a_verb_does_not_take_are_refused(place, monkeypatch, words):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, *words.split())
+    assert stop.value.code == 2
+
+
+def test_a_recipe_may_hold_what_yaml_takes_for_a_date(place, monkeypatch, capsys):
+    (place / "recipes" / "small.yaml").write_text("sr: {num_epochs: 2, output_dir: 2024-05-01}\n")
+    call(monkeypatch, "plan", "table2")
+    assert "12 runs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ['{"experiment": {"name": "SASRec"}}', '{"experiment": 3}', "{", '{"experiment": {"name": "SASRec", "seed": "1"}}'],
+)
+def test_a_damaged_file_of_a_run_is_told(place, monkeypatch, entry):
+    folder = place / "outputs" / "small" / "paper"
+    folder.mkdir(parents=True)
+    (folder / "sasrec-seed1.json").write_text(entry)
+    with pytest.raises(reproduce.UserError, match=r"sasrec-seed1\.json"):
+        call(monkeypatch, "record")
 
 
 @pytest.mark.parametrize(
@@ -360,6 +396,8 @@ def test_what_is_not_there_is_refused(place, monkeypatch, words, message):
         ("table2", TABLE.replace("run: student", "run: studet"), "no run 'studet'.*did you mean student"),
         ("table2", TABLE.replace("released: [1]", "loose: [1]"), "no protocol 'loose'"),
         ("table2", TABLE + "shape: round", "shape 'round' is none of metrics"),
+        ("table2", TABLE.replace("paper: [table_2, table_3]", "shape: efficiency"), "paper is missing"),
+        ("table2", TABLE.replace("table_3", "table_33"), "paper .'table_33'.: keys of paper_tables.json"),
         ("table2", TABLE.replace("title:", "tilte:"), "tilte"),
         ("table2", TABLE.replace("{run: student,", "{run: student, published: {nccg: 1},"), "nccg"),
         ("table2", "just text", "expected name: value lines"),

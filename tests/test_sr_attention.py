@@ -56,14 +56,22 @@ def seeing(causal: bool):
     return attend
 
 
-def encode(w: Weights, vectors, attend, position: bool = True):
-    """The encoder's states of vectors (T, d), which stand at the newest positions."""
+def encode(w: Weights, vectors, attend, position: bool = True, norm_first: bool = False):
+    """The encoder's states of vectors (T, d), which stand at the newest positions; norm_first: SASRec's, not BERT's."""
+
+    def before(name, v):
+        return norm(w, name, v) if norm_first else v
+
+    def after(name, v):
+        return v if norm_first else norm(w, name, v)
+
     x = [v + p for v, p in zip(vectors, w["positions.weight"][-len(vectors) :] * position, strict=True)]
-    qkv = [linear(w, "blocks.0.qkv", norm(w, "blocks.0.norm1", v)) for v in x]
+    x = [after("norm", v) for v in x]
+    qkv = [linear(w, "blocks.0.qkv", before("blocks.0.norm1", v)) for v in x]
     for t, found in enumerate(attend(np.split(np.stack(qkv), 3, 1))):
-        x[t] = x[t] + linear(w, "blocks.0.out", found)
-        inner = gelu(linear(w, "blocks.0.feed.0", norm(w, "blocks.0.norm2", x[t])))
-        x[t] = norm(w, "norm", x[t] + linear(w, "blocks.0.feed.3", inner))
+        y = after("blocks.0.norm1", x[t] + linear(w, "blocks.0.out", found))
+        inner = gelu(linear(w, "blocks.0.feed.0", before("blocks.0.norm2", y)))
+        x[t] = before("norm", after("blocks.0.norm2", y + linear(w, "blocks.0.feed.3", inner)))
     return np.stack(x)
 
 
@@ -72,11 +80,20 @@ def read(w: Weights, ids):
 
 
 def sasrec(w: Weights, history):
+    return w["items.weight"] @ encode(w, read(w, history), seeing(True), norm_first=True)[-1]
+
+
+def bert(w: Weights, history):
     return w["items.weight"] @ encode(w, read(w, history), seeing(True))[-1]
 
 
+def mapped(w: Weights, state):
+    """What BERT4Rec makes of a state, without --output_map false."""
+    return norm(w, "out.2", gelu(linear(w, "out.0", state))) if "out.0.weight" in w else state
+
+
 def bert4rec(w: Weights, history):
-    return w["items.weight"] @ gelu(linear(w, "out", encode(w, read(w, [*history, MASK]), seeing(False))[-1]))
+    return w["items.weight"] @ mapped(w, encode(w, read(w, [*history, MASK]), seeing(False))[-1])
 
 
 def lightsans(w: Weights, history):
@@ -124,7 +141,7 @@ def maerec(w: Weights, history):
 @pytest.mark.parametrize("name", ["sasrec", "bert4rec", "lightsans", "duorec", "s3rec", "maerec"])
 def test_scores_are_those_of_the_papers_equations(name, scale_items, monkeypatch):
     model = small(name, noise=0.5, item_dim=D, num_interests=3, graph_distance=2, scale_items=scale_items)
-    equations = {"duorec": sasrec, "s3rec": sasrec}.get(name) or globals()[name]
+    equations = {"duorec": bert, "s3rec": bert}.get(name) or globals()[name]
     if scale_items:  # as Kang and McAuley's code does
         plain = encode
         monkeypatch.setitem(globals(), "encode", lambda w, vectors, *a, **k: plain(w, D**0.5 * vectors, *a, **k))
@@ -173,32 +190,42 @@ def drawn(name: str, rounds: int = 1, data=None, train_targets: str = "all", sta
 # --- BERT4Rec ---
 
 
-@pytest.mark.parametrize(("train_targets", "last_prob"), [("all", 0.0), ("all", 0.3), ("last", 0.0)])
+@pytest.mark.parametrize(
+    ("train_targets", "last_prob"), [("all", 0.0), ("all", 0.3), ("last", 0.0), ("2", 0.0), ("2", 0.3)]
+)
 def test_masks_hide_what_is_asked_for(train_targets, last_prob):
-    _, examples, batches = drawn("bert4rec", 200, None, train_targets, mask_prob=0.3, last_prob=last_prob)
-    before, share, alone = examples.batch(np.arange(len(examples))), 0, 0
+    """Each place as often as its sequence's length says: of n places k are hidden with p, or one if that hides none."""
+    rounds, p = 400, 0.3
+    _, examples, batches = drawn("bert4rec", rounds, None, train_targets, mask_prob=p, last_prob=last_prob)
+    before = examples.batch(np.arange(len(examples)))
     whole = torch.cat([before["histories"], before["targets"][:, -1:]], 1)
+    places, expected = torch.zeros(whole.shape, dtype=torch.bool), torch.zeros(whole.shape)
+    for row, (ids, targets) in enumerate(zip(whole.tolist(), before["targets"].tolist(), strict=True)):
+        asked = [at + 1 for at, target in enumerate(targets) if target]
+        first = next(at for at, item in enumerate(ids) if item)
+        asked += [first] if asked[0] == first + 1 else []  # the first item of all, where its successor is asked for
+        places[row, asked] = True
+        expected[row, asked] = (1 - last_prob) * (p + (1 - p) ** len(asked) / len(asked))
+        expected[row, -1] += last_prob
+    found = torch.zeros(whole.shape)
     for batch in batches:
         hidden = batch["histories"] == MASK
-        assert torch.equal(batch["targets"] != 0, hidden) and hidden.any(1).all()
+        assert torch.equal(batch["targets"] != 0, hidden) and hidden.any(1).all() and not (hidden & ~places).any()
         assert torch.equal(torch.where(hidden, batch["targets"], batch["histories"]), whole)
-        assert not (hidden[:, 1:] & (before["targets"] == 0)).any() and not hidden[:, 0].any()
-        long = examples.num_targets > 7
-        alone += (hidden[long].sum(1) == 1)[hidden[long, -1]].sum().item() / max(1, long.sum())
-        share += hidden[long].sum().item() / max(1, examples.num_targets[long].sum())
-    if train_targets == "all":
-        assert share / 200 == pytest.approx(0.3 * (1 - last_prob) + 0.11 * last_prob, abs=0.03)
-        assert last_prob - 0.05 < alone / 200 < last_prob + 0.1
+        found += hidden / rounds
+    assert (found - expected).abs().max() < 5 * 0.5 / rounds**0.5
+    assert (found - expected)[places].mean().abs() < 0.01
 
 
-def test_the_loss_of_a_mask_is_that_of_what_both_sides_say():
-    model, _, (batch,) = drawn("bert4rec", item_dim=D)
+@pytest.mark.parametrize("output_map", [True, False])
+def test_the_loss_of_a_mask_is_that_of_what_both_sides_say(output_map):
+    model, _, (batch,) = drawn("bert4rec", item_dim=D, output_map=output_map)
     w, expected = weights_of(model), []
     for ids, targets in zip(batch["histories"].tolist(), batch["targets"].tolist(), strict=True):
         first = next(t for t, item in enumerate(ids) if item)
         for state, target in zip(encode(w, read(w, ids[first:]), seeing(False)), targets[first:], strict=True):
             if target:
-                expected.append(-np.log(softmax(w["items.weight"][1:] @ gelu(linear(w, "out", state)))[target - 1]))
+                expected.append(-np.log(softmax(w["items.weight"][1:] @ mapped(w, state))[target - 1]))
     assert model(batch)["ce"].item() == pytest.approx(np.mean(expected), rel=1e-5)
 
 
@@ -233,20 +260,23 @@ def test_info_nce_is_that_of_a_loop(B):
 def test_both_views_lead_to_the_same_target():
     data = make_sequences(users=40, high=15)
     model, _, batches = drawn("duorec", 100, data, item_dim=D)
-    lead: dict[tuple, set] = {}
-    for user in data.users:
+    lead: dict[int, dict[int, set]] = {}  # of each target and user the histories
+    for user in data.users.tolist():
         items = data.items[data.offsets[user] : data.offsets[user + 1] - 2].tolist()
         for t in range(1, len(items)):
-            lead.setdefault(tuple(items[max(0, t - 12) : t]), set()).add(items[t])
-    seen: dict[int, set] = {}
+            lead.setdefault(items[t], {}).setdefault(user, set()).add(tuple(items[max(0, t - 12) : t]))
+    seen: dict[tuple, set] = {}
     for batch in batches:
-        for history, view, other in zip(batch["histories"], batch["prefixes"], batch["positives"], strict=True):
-            views = [tuple(rows[rows != 0].tolist()) for rows in (view, other)]
-            assert lead[views[0]] & lead[views[1]] and set(views[0]) <= set(history.tolist())
-            for target in lead[views[1]]:
-                seen.setdefault(target, set()).add(views[1])
-    wanted = {target: {h for h, targets in lead.items() if target in targets} for target in seen}
-    assert seen == wanted, "every history of a target is drawn, at some time"
+        for user, *rows in zip(*(batch[name] for name in ("users", "prefixes", "positives")), strict=True):
+            view, other = (tuple(ids[ids != 0].tolist()) for ids in rows)
+            (target,) = {target for target, by_user in lead.items() if view in by_user.get(user.item(), ())}
+            seen.setdefault((target, user.item()), set()).add(other)
+    for (target, user), drawn_ones in seen.items():
+        others = set().union(*(histories for other, histories in lead[target].items() if other != user))
+        assert drawn_ones <= (others or lead[target][user])
+    for target in {target for target, _ in seen if len(lead[target]) > 1}:
+        found = set().union(*(drawn_ones for (of, _), drawn_ones in seen.items() if of == target))
+        assert found == set().union(*lead[target].values()), "every history is drawn, at some time"
     terms, w = model(batches[0]), weights_of(model)
     views = [
         np.stack([encode(w, read(w, row[row != 0].tolist()), seeing(True))[-1] for row in batches[0][name]])

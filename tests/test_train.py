@@ -330,10 +330,11 @@ def test_a_run_that_stops_early_continues_exactly(patient, tmp_path, monkeypatch
 # --- weight decay ---
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
 @pytest.mark.parametrize("head_learning_rate", [None, 3e-3])
-def test_norms_and_biases_have_no_weight_decay(head_learning_rate, tmp_path):
-    """One step of AdamW by hand, in float64."""
-    flags = {"weight_decay": 0.1, "warmup_steps": 0, "head_learning_rate": head_learning_rate}
+def test_norms_and_biases_have_no_weight_decay(head_learning_rate, optimizer, tmp_path):
+    """One step of AdamW by hand, in float64, and one of Adam, which adds the decay to the gradient."""
+    flags = {"weight_decay": 0.1, "warmup_steps": 0, "head_learning_rate": head_learning_rate, "optimizer": optimizer}
     run = Run(CONFIG | flags | {"output_dir": str(tmp_path / "a")}, make_sequences(), "unused")
     model, rng = tiny_llm_rec(train_strategy="full"), np.random.default_rng(0)
     loop = Loop(run, model, training_examples(make_sequences(), "last", 8))
@@ -346,6 +347,8 @@ def test_norms_and_biases_have_no_weight_decay(head_learning_rate, tmp_path):
         rate = head_learning_rate if is_head and head_learning_rate else CONFIG["learning_rate"]
         seen.add((decay, rate))
         weight, gradient = parameter.detach().numpy().astype(float), parameter.grad.numpy().astype(float)
+        if optimizer == "adam":
+            gradient, decay = gradient + decay * weight, 0.0
         parameter.expected = weight * (1 - rate * decay) - rate * gradient / (np.abs(gradient) + 1e-8)
     loop.optimizer.step()
     assert len(seen) == (4 if head_learning_rate else 2)

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,17 +72,33 @@ class Catalogue:
         return TrainingPart(len(self), num_users, np.zeros_like(items), items)
 
     @cached_property
-    def _numbers(self) -> dict[str, int]:
-        titles = {title.casefold(): number for number, title in enumerate(self.titles, 1) if title}
-        return titles | {name: number for number, name in enumerate(self.ids, 1)}  # an id goes before a title
+    def _named(self) -> dict[str, list[int]]:
+        """Numbers by id, and by title in lower case: of items that share one the most frequent in training first."""
+        found: dict[str, list[int]] = {}
+        for number in (np.argsort(-self.counts[1:], kind="stable") + 1).tolist():
+            if title := self.titles[number - 1]:
+                found.setdefault(title.casefold(), []).append(number)
+        return found | {name: [number] for number, name in enumerate(self.ids, 1)}  # an id goes before a title
+
+    def _numbers(self, item: str) -> list[int]:
+        return self._named.get(item) or self._named.get(item.casefold()) or []
 
     def number(self, item: str) -> int | None:
-        """The number of an item given by id or by title, in whatever case."""
-        return self._numbers.get(item) or self._numbers.get(item.casefold())
+        """The number of an item given by id or by title, in whatever case; of several the most frequent one."""
+        return next(iter(self._numbers(item)), None)
 
-    def unknown(self, item: str) -> str:
-        """One line about an item that is not there, with titles and ids that are close to it."""
-        close = difflib.get_close_matches(item.casefold(), self._numbers, n=3, cutoff=0.5)
-        names = {number: title or self.ids[number - 1] for number, title in enumerate(self.titles, 1)}
-        meant = " or ".join(repr(names[self._numbers[name]]) for name in close)
+    def doubts(self, items: Iterable[str], most: int = 20) -> list[str]:
+        """Lines about items that are not there, and titles that several items have: so many, and how many more."""
+        odd = [item for item in dict.fromkeys(items) if len(self._numbers(item)) != 1]
+        rest = [f"and {len(odd) - most:,} more such items"] if len(odd) > most else []
+        return [self._doubt(item) for item in odd[:most]] + rest
+
+    def _doubt(self, item: str) -> str:
+        if numbers := self._numbers(item):
+            ids = [self.ids[number - 1] for number in numbers]
+            title = f"items {', '.join(ids)} have the title {item!r}"
+            return f"{title}: {ids[0]}, the most frequent, is taken; ids tell them apart"
+        close = difflib.get_close_matches(item.casefold(), self._named, n=3, cutoff=0.5)
+        names = [self.titles[number - 1] or self.ids[number - 1] for number in (self._named[name][0] for name in close)]
+        meant = " or ".join(map(repr, names))
         return f"item {item!r} is not in the dataset and is skipped" + (f"; did you mean {meant}?" if meant else "")

@@ -26,6 +26,7 @@ MOST_JSON = 2**26
 MOST_YAML = 2**20
 ALIASES = 16  # of a YAML file: nested ones stand for exponentially many values
 AGAIN = "run the step that writes it again"
+REPLACED = "remove that folder, or choose another --output_dir"
 DAMAGE = (ValueError, TypeError, LookupError, EOFError, SyntaxError, AttributeError, OverflowError, RecursionError)
 
 Rule = tuple[str, Callable[[object], bool]] | dict | list
@@ -113,7 +114,7 @@ class FromFile(dict):
         raise UserError(f"{self.path} has no {key!r}; {AGAIN}")
 
 
-def read_json(path: Path, missing: str, rule: Rule | None = None) -> dict:
+def read_json(path: Path, missing: str, rule: Rule | None = None, advice: str = AGAIN) -> dict:
     """A JSON object as `rule` says; UserError with the text `missing` where there is no file."""
 
     def no_number(text: str) -> None:
@@ -125,10 +126,10 @@ def read_json(path: Path, missing: str, rule: Rule | None = None) -> dict:
     except FileNotFoundError as error:
         raise UserError(missing) from error
     except DAMAGE as error:
-        raise unreadable(path, error) from error
+        raise unreadable(path, error, advice) from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; {AGAIN}")
-    check(path, value, rule or {})
+        raise UserError(f"{path} holds no JSON object; {advice}")
+    check(path, value, rule or {}, advice=advice)
     return value
 
 

@@ -59,11 +59,14 @@ def run(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        flags = [f"--{name}" for name in ("micro_batch_size", "eval_batch_size") if name in flags_of(main)]
-        advice = f"; {' and '.join(flags)} make it need less and may change with --resume auto" if flags else ""
-        stop(script, f"out of memory{advice}", 1)
+        resumes = "resume" in flags_of(main)
+        sizes = ("micro_batch_size", "eval_batch_size") if resumes else ("batch_size",)
+        flags = [f"--{name}" for name in sizes if name in flags_of(main)]
+        advice = f"; a smaller {' or '.join(flags)} needs less" if flags else ""
+        stop(script, f"out of memory{advice}{', and may change with --resume auto' if resumes else ''}", 1)
     except KeyboardInterrupt:
-        stop(script, "interrupted; start it again with --resume auto to go on", 130)
+        again = "start it again with --resume auto to go on" if "resume" in flags_of(main) else "nothing was written"
+        stop(script, f"interrupted; {again}", 130)
     finally:
         end_output()
 

@@ -99,7 +99,7 @@ class Experiment:
         values = [recipe(self.dataset)["data"], self.of_recipe()]
         read = [parent.fingerprint() for parent in self.named_parents()]
         what = [self.spec.script, self.flags(), values, self.seed, read]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
     def of_recipe(self) -> dict[str, object]:
         """The recipe's values for this script and this model."""
@@ -111,7 +111,7 @@ class Experiment:
         """As the fingerprint, but of resolved values: equal, whether the recipe or the run's flags give them."""
         resolved = self.of_recipe() | self.flags()
         read = [parent.configuration() for parent in self.named_parents()]
-        return json.dumps([self.spec.script, resolved, self.seed, read], sort_keys=True)
+        return json.dumps([self.spec.script, resolved, self.seed, read], sort_keys=True, default=str)
 
     @cache  # noqa: B019
     def equals(self) -> list["Experiment"]:
@@ -145,7 +145,7 @@ class Experiment:
     def kept(self) -> dict:
         """What `execute` has written of it, beside its folder: fingerprint, outcome, seconds."""
         path = cli.ROOT / f"{self.folder}.json"
-        return read_json(path, "") if path.exists() else {}
+        return read_json(path, "", RECORD, f"remove it and {self.folder}") if path.exists() else {}
 
     def state(self) -> str:
         """finished, recorded, failed, interrupted, changed (made with other flags or another recipe), or to run."""
@@ -256,9 +256,16 @@ def calibration(experiment: Experiment) -> Experiment:
 
 def finished_experiments(dataset: str) -> list[Experiment]:
     """Those that have finished in outputs/<dataset>/paper/."""
-    kept = [read_json(path, "") for path in sorted((cli.ROOT / "outputs" / dataset / "paper").glob("*-seed*.json"))]
-    found = [Experiment(**entry["experiment"]) for entry in kept if entry["experiment"]["name"] in specs()]
-    return [experiment for experiment in found if experiment.state() == "finished"]
+    paths = sorted((cli.ROOT / "outputs" / dataset / "paper").glob("*-seed*.json"))
+    kept = [read_json(path, "", RECORD, f"remove it and {path.with_suffix('')}")["experiment"] for path in paths]
+    known = [entry for entry in kept if entry["name"] in specs() and entry["protocol"] in protocols()]
+    return [experiment for experiment in map(from_entry, known) if experiment.state() == "finished"]
+
+
+def from_entry(entry: dict) -> Experiment:
+    """The experiment that a file tells of; UserError where it does not tell all."""
+    values = [entry[name] for name in ("dataset", "protocol", "name", "seed")]
+    return Experiment(*values, entry.get("base_model"), entry.get("max_steps"))
 
 
 def record(experiment: Experiment) -> dict | None:
@@ -292,7 +299,7 @@ def read_record(path: Path) -> dict:
     again = "bring it back from version control"
     run = read_json(path, f"{path} is missing; {again}", RECORD)
     try:
-        Experiment(**run["experiment"]).flags()  # of a run and a protocol that are known
+        from_entry(run["experiment"]).flags()  # of a run and a protocol that are known
         users = {len(unpack(text)) for text in run.get("ranks", {}).values()}
         known = run.get("metrics", {}).get("protocol", {}).get("users")
         if len(users | ({known} if users and known else set())) > 1:
@@ -307,7 +314,7 @@ def read_record(path: Path) -> dict:
 def records(dataset: str, base_model: str | None = None) -> dict[tuple[str, str, int], dict]:
     """The committed records of a dataset by protocol, run and seed; also by the names of runs that compute the same."""
     found = [read_record(path) for path in sorted((cli.ROOT / "results" / "runs" / dataset).glob("*.json"))]
-    of = [Experiment(**run["experiment"]) for run in found]
+    of = [from_entry(run["experiment"]) for run in found]
     pairs = [(e, run) for e, run in zip(of, found, strict=True) if e == replace(e, base_model=base_model)]
     found = {(e.protocol, e.name, e.seed): run for e, run in pairs}
     for experiment, run in pairs:

@@ -100,6 +100,8 @@ def read_text(path: Path, catalogue: Catalogue) -> tuple[np.ndarray, list[str]]:
         cells = [(lines.line_num, [cell.strip() for cell in line]) for line in lines if line]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{flag} cannot be read as UTF-8 text ({error}); write it anew") from error
+    if all(not row[-1] for _, row in cells):  # each line ends with a separator
+        cells = [(line, row[:-1]) for line, row in cells]
     column = 0
     if cells and is_header(cells[0][1], catalogue):
         names = [name.lower().removesuffix(":token") for name in cells[0][1]]
@@ -109,6 +111,8 @@ def read_text(path: Path, catalogue: Catalogue) -> tuple[np.ndarray, list[str]]:
     for line, row in cells:
         if column < len(row):
             ids.append(row.pop(column))
+        if "" in row:
+            raise UserError(f"{flag}, line {line}: a cell is empty; every row needs an id and all its numbers")
         numbers = " ".join(row).split()
         try:
             rows.append(np.array(numbers, np.float64))

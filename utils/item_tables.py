@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from utils import cli
-from utils.checked import load_tensors, read_json
+from utils.checked import REPLACED, load_tensors, read_json
 from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
 from utils.files import atomic_folder, check_replaceable, save_tensors, sha256, write_json
@@ -25,7 +25,7 @@ def check_target(folder: Path, made_from: str) -> None:
     check_replaceable(folder, ["config.json", TABLE_FILE], "--output_dir")
     if not (folder / "config.json").exists():
         return
-    held = read_json(folder / "config.json", "")  # of what is to be replaced
+    held = read_json(folder / "config.json", "", advice=REPLACED)  # of what is to be replaced
     if held.get("kind") != "item_embeddings":
         raise UserError(f"--output_dir {folder} holds something else (config.json); choose another place")
     if origin(held) not in (made_from, None):

@@ -22,6 +22,7 @@ DOMAINS = {
 PRINTED = ("HR@1", "HR@5", "NDCG@5", "MRR")  # by the paper, in percent
 PAPER = cli.ROOT / "results" / "paper_tables.json"
 SHAPES = ("metrics", "published", "efficiency", "depth", "data", "values", "claims")
+OF_PAPER = ("efficiency", "depth", "data", "values")  # shapes of one table of the paper
 VERDICTS = ("better", "as_good", "share")  # how a claim is judged: utils/paper_claims.py
 IN_FIGURE = ("HR@10", "NDCG@10", "MRR")
 
@@ -117,6 +118,9 @@ def read_table(name: str) -> Table:
             raise UserError(f"{path}: runs.yaml has no protocol {protocol!r}; it has {', '.join(protocols())}")
     if table.shape not in SHAPES:
         raise UserError(f"{path}: shape {table.shape!r} is none of {', '.join(SHAPES)}")
+    unknown = [key for key in table.paper if key not in read_json(PAPER, "")]
+    if unknown or (table.shape in OF_PAPER and not table.paper):
+        raise UserError(f"{path}: paper {unknown or 'is missing'}: keys of {PAPER.name} are expected, as in [table_7]")
     return table
 
 
@@ -180,14 +184,11 @@ def metric_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
     for name, row in table.rows.items():
         of = runs[name]
         line = [name, str(len(of) or "-"), *(mean([r["test"]["sampled"][m] for r in of], 100, 2) for m in PRINTED)]
-        line += [mean([r["test"]["full"][m] for r in of], 100, 2) for m in ("HR@10", "NDCG@10")] + [
-            ranks.get(name, "-")
-        ]
+        full = [mean([r["test"]["full"][m] for r in of], 100, 2) for m in ("HR@10", "NDCG@10")]
+        line += [*full, ranks.get(name, "-")]
         theirs = paper.get(row.paper, {})
-        if domain in domains:
-            line += [printed_value(theirs.get(domain), m) for m in PRINTED]
-        else:
-            line += [printed_value(theirs.get(d), "NDCG@5") for d in domains]
+        shown = [(domain, m) for m in PRINTED] if domain in domains else [(d, "NDCG@5") for d in domains]
+        line += [printed_value(theirs.get(d), m) for d, m in shown]
         cells.append(line)
     header = [f"{dataset}, %", "seeds", *PRINTED, "full HR@10", "full NDCG@10", "rank"]
     header += [f"paper {m}" for m in PRINTED] if domain in domains else [f"paper NDCG@5, {d}" for d in domains]
@@ -271,7 +272,7 @@ def efficiency_table(table: Table, dataset: str, protocol: str, found: dict) -> 
     found = {key: run for key, run in found.items() if key[-1] == seed}
     measures = {name: of[0] for name, row in table.rows.items() if (of := measured(found, protocol, row))}
     last_row = list(table.rows)[-1]
-    last, theirs = measures.get(last_row), paper[table.rows[last_row].paper]
+    last, theirs = measures.get(last_row), paper.get(table.rows[last_row].paper)
     for name, row in table.rows.items():
         line = [name] + ["-"] * 6
         if run := measures.get(name):
@@ -281,14 +282,12 @@ def efficiency_table(table: Table, dataset: str, protocol: str, found: dict) -> 
             line = [name, *(f"{own:.1f} ({own / base:.2f})" if base else f"{own:.1f}" for own, base in pairs)]
             line += [f"{run['parameters'][kind] / 1e6:.2f}" for kind in ("trained", "total")]
             line += [f"{run['peak_memory_bytes'] / 2**30:.2f}", str(run["environment"]["threads"])]
-        hours = paper.get(row.paper)
-        line += (
-            [f"{own:g} ({own / base:.2f})" for own, base in zip(hours[:2], theirs[:2], strict=True)]
-            if hours
-            else ["-"] * 2
+        hours = theirs and paper.get(row.paper)
+        ratios = (
+            [f"{own:g} ({own / base:.2f})" for own, base in zip(hours[:2], theirs[:2], strict=True)] if hours else []
         )
-        line += [f"{1e3 * size:,.0f}" for size in hours[2:]] if hours else ["-"] * 2
-        cells.append(line)
+        sizes = [f"{1e3 * size:,.0f}" for size in hours[2:]] if hours else []
+        cells.append(line + (ratios + sizes or ["-"] * 4))
     header = [dataset, "s/epoch (ratio)", "s to score (ratio)", "trained, M", "params, M", "peak GiB", "threads"]
     header += ["paper: h/epoch", "h to score", "trained, M", "params, M"]
     return markdown_table(header, cells)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from utils.candidates import SPLITS, Negatives
 from utils.catalogue import CATALOGUE_FILE, Catalogue
-from utils.checked import FromFile, load_tensors, read_json
+from utils.checked import REPLACED, FromFile, load_tensors, read_json
 from utils.cli import ROOT, portable_path, print_config
 from utils.data import Sequences
 from utils.errors import UserError
@@ -97,7 +97,7 @@ class Run:
             if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / LOCK).exists():
                 raise UserError(f"--output_dir {self.folder} holds something that is no run; choose another folder")
             return False
-        old = BEFORE | read_json(earlier, "")  # what is to be replaced may hold anything
+        old = BEFORE | read_json(earlier, "", advice=REPLACED)  # what is to be replaced may hold anything
         if old.get("kind") != self.config["kind"]:
             raise UserError(
                 f"--output_dir {self.folder} holds something that is no run of this step; choose another folder"

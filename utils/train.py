@@ -52,7 +52,8 @@ class Loop:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if run.sharded:  # elsewhere `prepare_model` sees to it: machines may round differently
             broadcast([parameter.data for parameter in self.trained.values()])
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, self.trained, self.config))
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.config.get("optimizer", "adamw")]
+        self.optimizer = kind(parameter_groups(model, self.trained, self.config))
         self.per_epoch = math.ceil(len(examples) / self.config["batch_size"])
         self.micro_batch = self.config["micro_batch_size"]  # "auto" is looked for when training starts
         steps = planned_steps(self.config, self.per_epoch)

@@ -1,11 +1,11 @@
-"""DuoRec (Qiu et al., 2022): SASRec, with user vectors pulled towards those of other histories with the same target.
+"""DuoRec (Qiu et al., 2022): user vectors are pulled towards those of other histories with the same target.
 
 Of each example one target is drawn. Two views of it: h', its history read again with dropout of its own, and h's, a
-history of the training part, drawn from those that lead to the same item. Both are close, views of other examples far:
-L_reg = mean over the 2 B views of -log(exp(s(z, z+)) / sum over the other views of exp(s)), s(a, b) = a . b / tau, and
-L = L_rec + lambda L_reg. Deviations: blocks are SASRec's (pre-norm, feed-forward of width d), the loss of the next item
-is at every position that --train_targets asks for, and a view per example, not per prefix. As in the release an item
-with one history alone is its own pair, and examples with the same target are negatives of each other. With
+history of the training part, drawn from those of other users that lead to the same item. Both are close, views of other
+examples far: L_reg = mean over the 2 B views of -log(exp(s(z, z+)) / sum over the other views of exp(s)), with
+s(a, b) = a . b / tau, and L = L_rec + lambda L_reg. The encoder is BERT's, causal. Deviations: the loss of the next
+item is at every position that --train_targets asks for, and a view per example, not per prefix. As in the release an
+item that one user alone has met is its own pair, and examples with the same target are negatives of each other. With
 --micro_batch_size the negatives are those of a micro-batch.
 """
 
@@ -31,6 +31,8 @@ def info_nce(views: torch.Tensor, others: torch.Tensor, temperature: float) -> t
 class DuoRec(SASRec):
     """Histories by target are found once, in the training part."""
 
+    norm_first = False
+
     @dataclass(frozen=True)
     class Config(SASRec.Config):
         contrast_weight: float = flag(0.1, "weight lambda of L_reg", ">= 0")
@@ -42,9 +44,21 @@ class DuoRec(SASRec):
         self.known = data.items  # (interactions,)
         first = np.searchsorted(data.users, data.users)  # (interactions,): where the user's items begin
         asked = np.flatnonzero(np.arange(len(first)) > first)  # what has a history
-        self.places = asked[np.argsort(data.items[asked], kind="stable")]  # these, by item
-        self.starts = np.searchsorted(data.items[self.places], np.arange(data.num_items + 2))  # (V + 2,)
+        self.places = asked[np.argsort(data.items[asked], kind="stable")]  # these, by item and user
+        self.num_users = data.num_users
+        self.pairs = self.pair(data.items[self.places], data.users[self.places])  # the same as one number, ascending
         self.begin = np.maximum(first, np.arange(len(first)) - self.max_length)
+
+    def pair(self, items: np.ndarray, users: np.ndarray | int) -> np.ndarray:
+        return items.astype(np.int64) * self.num_users + users
+
+    def of_other_users(self, items: np.ndarray, users: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Draw for each item one of `places`, of another user if there is any: (B,), (B,) -> (B,)."""
+        ends = [self.pair(items, 0), self.pair(items, users), self.pair(items, users + 1), self.pair(items + 1, 0)]
+        low, own, after, high = np.searchsorted(self.pairs, np.stack(ends))  # each (B,)
+        others = high - low - (after - own)
+        drawn = low + rng.integers(0, np.where(others, others, high - low))
+        return self.places[drawn + np.where((others > 0) & (drawn >= own), after - own, 0)]
 
     def batch(self, examples: Examples, index: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """Also prefixes and positives (B, T), two histories of the same target."""
@@ -52,8 +66,7 @@ class DuoRec(SASRec):
         end = rng.integers(examples.first[index], examples.end[index] + 1)  # a target of each, (B,)
         start, target = examples.start[index], examples.items[end]
         prefixes = Examples(examples.items, examples.users[index], start, end, end)
-        low, high = self.starts[target], self.starts[target + 1]
-        place = self.places[rng.integers(low, high)]  # (B,)
+        place = self.of_other_users(target, examples.users[index], rng)  # (B,)
         positives = Examples(self.known, prefixes.users, self.begin[place], place, place)
         every = np.arange(len(index))
         views = {"prefixes": prefixes, "positives": positives}

@@ -4,9 +4,9 @@ With Q, K, V the maps of a block's input X (T, d), per head: interests K~ = f(K)
 f(Y) = softmax(Y Theta^T)^T Y, the softmax over the T positions, Theta (k, d) learned, one for K and one for V. The
 attention is softmax(Q K~^T / sqrt(d_h)) V~ + softmax(P W_Q (P W_K)^T / sqrt(d_h)) V, of positions P (T, d) apart from
 the items (decoupled position encoding). An interest gathers all positions, also later ones, so a state is only right
-after the newest item: each target is asked after a history of its own that ends before it. Deviations: blocks are
-SASRec's otherwise (pre-norm, feed-forward of width d); P is normalised first, as in RecBole; padding is masked, which
-it is not there, and both softmaxes are over what is attended to, as printed.
+after the newest item: each target is asked after a history of its own that ends before it. The encoder is BERT's
+otherwise. Deviations: P is normalised first, as in RecBole; padding is masked, which it is not there, and both
+softmaxes are over what is attended to, as printed.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class LightBlock(Block):
     """A block whose attention has low rank."""
 
     def __init__(self, dim: int, heads: int, dropout: float, interests: int):
-        super().__init__(dim, heads, dropout)
+        super().__init__(dim, heads, dropout, norm_first=False)
         self.theta = nn.Parameter(torch.randn(2, interests, dim) / dim**0.5)  # of keys and of values
         self.position_norm, self.position = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim)
 
@@ -44,6 +44,8 @@ class LightBlock(Block):
 
 class LightSANs(SASRec):
     """Trained after whole histories, as its attention is not causal."""
+
+    norm_first = False
 
     @dataclass(frozen=True)
     class Config(SASRec.Config):
@@ -67,7 +69,7 @@ class LightSANs(SASRec):
 
     def states(self, histories: torch.Tensor) -> torch.Tensor:
         """(B, T, d), of which the last position alone is a user vector."""
-        x, positions = self.dropout(self.scale * self.embed(histories)), self.positions(self.ages(histories))
+        x, positions = self.enter(self.scale * self.embed(histories)), self.positions(self.ages(histories))
         for block in self.blocks:
             x = block(x, histories == 0, positions)
-        return self.norm(x)
+        return self.leave(x)

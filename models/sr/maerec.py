@@ -1,4 +1,4 @@
-"""MAERec (Ye et al., 2023): a graph masked autoencoder of item transitions gives SASRec its item table.
+"""MAERec (Ye et al., 2023): a graph masked autoencoder of item transitions gives a transformer its item table.
 
 Graph: items at most `graph_distance` apart in a training sequence are joined. Encoder, without weights of its own:
 E_l = D^-1/2 (A + I) D^-1/2 E_(l-1) from the ids' vectors E_0, table = E_0 + ... + E_L. Each step masks paths: from the
@@ -8,10 +8,11 @@ items met are masked, `mask_depth` hops far, after hop i from a share path_prob^
 L_recon = -log(exp s / (exp s + sum over drawn pairs of exp s)), of drawn masked edges. L_mask = -mean gamma of the
 items that paths began at, and L = L_rec + lambda L_recon + L_mask, L_rec of a causal transformer that reads the table
 of what is left of the graph.
-Deviations: blocks and loss are SASRec's; gamma looks one hop far; the reward of L_mask is always 1, as one that depends
-on earlier steps' losses would be lost when a run is continued; masks are drawn at each step, not each tenth; the loops
-A + I are never masked; the MLP has one hidden layer; a drawn pair changes v alone, and may be an edge; and the release
-lacks the logarithm of L_recon.
+Deviations: the encoder is BERT's, whose last states are user vectors (the release adds up all layers'); the loss is
+that of --loss; L_recon is a mean over edges (in the release a sum, of weight 1 and without the logarithm); gamma looks
+one hop far; the reward of L_mask is always 1, as one that depends on earlier steps' losses would be lost when a run is
+continued; masks are drawn at each step, not each tenth; the loops A + I are never masked; the MLP has one hidden layer;
+and a drawn pair changes v alone, and may be an edge.
 """
 
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ def product(edges: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor) -> t
 
 class MAERec(SASRec):
     """`table` is what is read while it is held: of the masked graph in a step, of the whole one at inference."""
+
+    norm_first = False
 
     @dataclass(frozen=True)
     class Config(SASRec.Config):

@@ -1,12 +1,12 @@
-"""S3-Rec (Zhou et al., 2020): SASRec, whose encoder is pre-trained on hidden items and segments.
+"""S3-Rec (Zhou et al., 2020): BERT's encoder, causal as SASRec, is pre-trained on hidden items and segments.
 
 Pre-training reads both sides of a place. With f(a, b) = sigma(a W b) and one drawn negative, each task minimises
 -log(exp f(a, b) / (exp f(a, b) + exp f(a, b-))). Masked item prediction: a is the state at a hidden place, b its item;
 items are hidden with probability `mask_prob`, the newest always. Segment prediction: a is the newest state of a
 sequence with a segment hidden, b that of the segment alone, b- that of one from elsewhere. Then SASRec is trained from
-these weights. Deviations: the two attribute tasks are left out, as datasets have no attributes; blocks are SASRec's
-(pre-norm, feed-forward of width d); tasks are means, not sums; sequences are the training examples and their targets,
-drawn anew each epoch, not all their prefixes; and Adam's moments live on when the stage changes.
+these weights. Deviations: the two attribute tasks are left out, as datasets have no attributes; tasks are means, not
+sums; sequences are the training examples and their targets, drawn anew each epoch, not all their prefixes; and Adam's
+moments live on when the stage changes.
 """
 
 from dataclasses import dataclass

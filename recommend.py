@@ -268,7 +268,7 @@ def main(
     with tqdm(histories, desc="recommend", unit="history", disable=None if len(histories) > 1 else True) as bar:
         answers = trained.recommend(bar, k, exclude_seen, wanted, batch_size)
     seconds = time.perf_counter() - begun
-    for line in trained.catalogue.doubts(chain(*histories)) + trained.catalogue.doubts(wanted or []):
+    for line in trained.catalogue.doubts(chain.from_iterable(histories)) + trained.catalogue.doubts(wanted or []):
         print(line, file=sys.stderr)
     if output:
         with atomic_file(Path(output)) as part, open(part, "w", encoding="utf-8", newline="") as file:

@@ -296,7 +296,7 @@ def test_errors_of_the_system_get_the_advice_that_fits(error, code, words, capsy
 
 
 @pytest.mark.parametrize(
-    ("error", "told"), [(MemoryError(), "out of memory"), (KeyboardInterrupt(), "interrupted; nothing was written")]
+    ("error", "told"), [(MemoryError(), "out of memory"), (KeyboardInterrupt(), "interrupted; start it again")]
 )
 def test_a_step_without_batches_and_resuming_names_no_flag_of_them(error, told, capsys):
     def main(*, dataset: str = "none-such") -> None:

@@ -65,8 +65,8 @@ def run(
         advice = f"; a smaller {' or '.join(flags)} needs less" if flags else ""
         stop(script, f"out of memory{advice}{', and may change with --resume auto' if resumes else ''}", 1)
     except KeyboardInterrupt:
-        again = "start it again with --resume auto to go on" if "resume" in flags_of(main) else "nothing was written"
-        stop(script, f"interrupted; {again}", 130)
+        how = " with --resume auto to go on" if "resume" in flags_of(main) else ""
+        stop(script, f"interrupted; start it again{how}", 130)
     finally:
         end_output()
 

@@ -34,7 +34,7 @@ from models.llm.open_p5 import OpenP5, load_open_p5
 from models.llm.storage import load_llm_rec
 from models.sr.storage import load_recommender
 from utils import cli
-from utils.catalogue import Catalogue
+from utils.catalogue import CATALOGUE_FILE, Catalogue
 from utils.checked import HALF
 from utils.errors import RunError, UserError
 from utils.files import atomic_file
@@ -213,7 +213,7 @@ def check_output(output: str, read: list[str]) -> None:
         raise UserError(f"--output {output}: a name that ends in .csv or .jsonl")
     if path.exists() and any(name != "-" and Path(name).exists() and path.samefile(name) for name in read):
         raise UserError(f"--output {output} is read by this command; choose another name")
-    if path.exists() and (path.parent / "config.json").exists():
+    if path.name in (CATALOGUE_FILE, "log.jsonl") and (path.parent / "config.json").exists():
         raise UserError(f"--output {output} is a file of a run; choose another place")
 
 

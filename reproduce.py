@@ -208,8 +208,8 @@ def run(args: argparse.Namespace) -> None:
     begun, outcomes = time.monotonic(), {}
     missing = list(with_parents(wanted_runs(args)))
     check_unchanged(missing)
-    for dataset in dict.fromkeys(experiment.dataset for experiment in missing):
-        assets.dataset_folder(dataset)  # told before anything is run
+    if args.dataset:
+        assets.dataset_folder(args.dataset)  # told before anything is run
     for at, experiment in enumerate(missing, 1):
         title = f"{experiment.name} on {experiment.dataset}, {experiment.protocol}, seed {experiment.seed}"
         left = 3600 * args.budget_hours - (time.monotonic() - begun)

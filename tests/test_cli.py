@@ -298,13 +298,18 @@ def test_errors_of_the_system_get_the_advice_that_fits(error, code, words, capsy
 @pytest.mark.parametrize(
     ("error", "told"), [(MemoryError(), "out of memory"), (KeyboardInterrupt(), "interrupted; start it again")]
 )
-def test_a_step_without_batches_and_resuming_names_no_flag_of_them(error, told, capsys):
-    def main(*, dataset: str = "none-such") -> None:
+def test_advice_names_flags_that_the_script_has_alone(error, told, capsys):
+    def neither(*, dataset: str = "none-such") -> None:
         raise error
 
-    with pytest.raises(SystemExit):
-        cli.run(main, "sr", [])
-    assert capsys.readouterr().err == f"test_cli.py: {told}\n"
+    def batches(*, dataset: str = "none-such", batch_size: int = 1, eval_batch_size: int = 1) -> None:
+        raise error
+
+    needs = "; a smaller --eval_batch_size or --batch_size needs less" if "memory" in told else ""
+    for main, advice in ((neither, ""), (batches, needs)):
+        with pytest.raises(SystemExit):
+            cli.run(main, "sr", [])
+        assert capsys.readouterr().err == f"test_cli.py: {told}{advice}\n"
 
 
 def test_other_errors_keep_their_traceback():

@@ -647,7 +647,6 @@ def test_json_lines_that_mix_numbers_and_dates_are_refused(run):
         ["bogus"],
         ["interactions", "--bogus"],
         ["jsonl", "--preset", "bogus"],
-        ["jsonl", "--preset", "steam", "--user", "product_id"],
         ["interactions", "--name", "x"],
         ["stats", "none"],
         ["download", "--category", "x", "--tries", "0"],
@@ -657,6 +656,11 @@ def test_wrong_flags_give_one_line(arguments, module, capsys):
     with pytest.raises(SystemExit) as ended:
         module.main(arguments)
     assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_field_is_not_the_user_and_the_item(run):
+    code, _, err = run("jsonl", '{"user_id": 1, "item_id": 2}\n', "--user", "item_id")
+    assert code == 2 and "--user and --item are both item_id" in err[0]
 
 
 @pytest.mark.parametrize("flags", [["--k", 0], ["--k", "x"], ["--max_bad_lines", "nan"], ["--max_bad_lines", -1]])

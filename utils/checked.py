@@ -121,7 +121,7 @@ def read_json(path: Path, missing: str, rule: Rule | None = None, advice: str = 
         raise ValueError(f"{text} is no number")
 
     try:
-        text = read_text(path, most=MOST_JSON)
+        text = read_text(path, advice=advice, most=MOST_JSON)
         value = json.loads(text, object_hook=partial(FromFile, path), parse_constant=no_number)
     except FileNotFoundError as error:
         raise UserError(missing) from error

@@ -60,7 +60,7 @@ def run(
         if not is_out_of_memory(error):
             raise
         resumes = "resume" in flags_of(main)
-        sizes = ("micro_batch_size", "eval_batch_size") if resumes else ("batch_size",)
+        sizes = ("micro_batch_size", "eval_batch_size", *(() if resumes else ("batch_size",)))
         flags = [f"--{name}" for name in sizes if name in flags_of(main)]
         advice = f"; a smaller {' or '.join(flags)} needs less" if flags else ""
         stop(script, f"out of memory{advice}{', and may change with --resume auto' if resumes else ''}", 1)

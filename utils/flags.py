@@ -136,7 +136,7 @@ FLAGS: dict[str, tuple[str, str]] = {
 }
 # what a run did whose version did not have the flag yet
 BEFORE = {"select_by": "sampled/NDCG@10", "read_out": "response", "input_map": "linear", "item_output": "frozen"}
-BEFORE |= {"teacher_states": "stored"}
+BEFORE |= {"teacher_states": "stored", "optimizer": "adamw"}
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 Training hides items of a sequence with probability rho, at least one; the state h at a hidden place gives
 P(item) = softmax(E LN(GELU(W h + b))), with the norm LN of the released code, or softmax(E h) (`--output_map false`).
 At inference the mask follows the history. Deviations: the output has no bias per item, as the table alone goes to step
-2; only items that --train_targets asks for are hidden, with the first item of all; a share of the sequences has the
-newest item hidden alone, as in the release, but drawn (`last_prob`); masks are drawn anew at each use of a sequence,
-where the release draws ten in advance; and a hidden item is always behind the mask, also where BERT swaps it. With
---micro_batch_size a micro-batch counts by the items that can be hidden in it, not by those that are.
+2; only items that --train_targets asks for are hidden, and the first of a sequence if its second is; a share of the
+sequences has the newest item hidden alone, as in the release, but drawn (`last_prob`); masks are drawn anew at each use
+of a sequence, where the release draws ten in advance; and a hidden item is always behind the mask, also where BERT
+swaps it. With --micro_batch_size a micro-batch counts by its targets, not by what is hidden of them.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.interface import flag
-from models.sr.sasrec import SASRec
+from models.sr.sasrec import SASRec, start_as_bert
 from utils.data import Examples, TrainingPart
 
 
@@ -49,6 +49,7 @@ class BERT4Rec(MaskedSASRec):
         self.mask_prob, self.last_prob = config.mask_prob, config.last_prob
         d = config.item_dim
         self.out = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d)) if config.output_map else nn.Identity()
+        start_as_bert(*(part for part in self.out.children() if isinstance(part, nn.Linear)))
 
     def batch(self, examples: Examples, index: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """histories (B, T + 1): sequences, masks in them; targets (B, T + 1): what the masks hide, 0 elsewhere."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from models.interface import flag
-from models.sr.sasrec import Block, SASRec
+from models.sr.sasrec import Block, SASRec, start_as_bert
 from utils.data import Examples, TrainingPart
 
 
@@ -27,6 +27,7 @@ class LightBlock(Block):
         super().__init__(dim, heads, dropout, norm_first=False)
         self.theta = nn.Parameter(torch.randn(2, interests, dim) / dim**0.5)  # of keys and of values
         self.position_norm, self.position = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim)
+        start_as_bert(self.position)
 
     def attend(self, qkv: torch.Tensor, padding: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """qkv (3, B, heads, T, d_h), padding (B, T) is True there, positions (T, d)."""

@@ -18,7 +18,7 @@ from torch import nn
 from models.interface import flag
 from models.losses import bpr, item_logits, uniform_negatives
 from models.sr.bert4rec import MaskedSASRec
-from models.sr.sasrec import SASRec
+from models.sr.sasrec import SASRec, start_as_bert
 from utils.data import Examples, TrainingPart
 
 
@@ -38,6 +38,7 @@ class S3Rec(MaskedSASRec):
         self.weights = {"item": config.item_weight, "segment": config.segment_weight}
         self.known = data.items  # (interactions,)
         self.maps = nn.ModuleDict({task: nn.Linear(config.item_dim, config.item_dim) for task in self.weights})
+        start_as_bert(*self.maps.values())
 
     def stages(self) -> list[tuple[str, float]]:
         return [("pretrain", self.pretrain_epochs)] if self.pretrain_epochs else []

@@ -13,6 +13,13 @@ from utils.data import TrainingPart
 from utils.errors import UserError
 
 
+def start_as_bert(*maps: nn.Linear) -> None:
+    """Their weights where BERT's start."""
+    for linear in maps:
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+
+
 class Block(nn.Module):
     """Self-attention and feed-forward on x (B, T, d); a norm is before each, or as in BERT after its sum with x."""
 
@@ -24,9 +31,7 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.feed = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), Dropout(dropout), nn.Linear(inner, dim))
         if not norm_first:
-            for linear in (self.qkv, self.out, self.feed[0], self.feed[3]):
-                nn.init.trunc_normal_(linear.weight, std=0.02)
-                nn.init.zeros_(linear.bias)
+            start_as_bert(self.qkv, self.out, self.feed[0], self.feed[3])
 
     def attend(self, qkv: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """What each position attends to: qkv (3, B, heads, T, d / heads), mask (B, 1, T, T) of what may be seen."""

@@ -1,9 +1,8 @@
 """Step 4: distil the teacher into a student with fewer layers (SLMRec).
 
 python distill.py                                     4 layers from the 8 of outputs/ml-100k/teacher-8
-python distill.py --lambda_ms 0 --output_dir outputs/ml-100k/student-cos-norm
-python distill.py --norm_form squared --block_reduction mean      the loss as the paper prints it
-python distill.py --lambda_kl 1 --kl_teacher outputs/ml-100k/sasrec   logits of SASRec beside the teacher's states
+python distill.py --lambda_cos 1 --lambda_norm 0.1 --lambda_ms 1 --lambda_kl 0      the paper's terms, not its logits
+python distill.py --kl_teacher outputs/ml-100k/sasrec                logits of SASRec in place of the teacher's
 python distill.py --mode online                       a teacher built as that one is trained beside the student
 python distill.py --teacher outputs/ml-100k/student-4from8 --num_layers 2 --num_blocks 2      a student of a student
 """

@@ -142,8 +142,10 @@ def help_text(main: Callable, script: str, argv: list[str], models: Models) -> s
     model = next((argv[at + 1] for at, word in enumerate(argv[:-1]) if word == "--model"), None)
     flags = flags_of(main, models, model if model in (models or {}) else None)
     lines = [inspect.getdoc(sys.modules[main.__module__]) or ""]
-    if "model" in inspect.signature(main).parameters:
-        lines += [f"Models: {', '.join(models)}. Each has flags of its own: --model NAME --help."]
+    takes = inspect.signature(main).parameters
+    if "model" in takes:
+        own = " Each has flags of its own: --model NAME --help." if "model_config" in takes else ""
+        lines += [f"Models: {', '.join(models)}.{own}"]
     lines += ["", "Args:"]
     for name, flag in flags.items():
         limits = flag.limits or ", ".join(choices(flag.annotation))

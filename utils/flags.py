@@ -27,7 +27,11 @@ FLAGS: dict[str, tuple[str, str]] = {
         "side (default: item_embeddings-sasrec)",
         "",
     ),
-    "init_items": ("such a folder, from whose table the recommender's item table starts (default: random numbers)", ""),
+    "init_items": (
+        "folder written by extract_emb.py, a path or a name in outputs/<dataset>/, from whose table the recommender's "
+        "item table starts (default: random numbers)",
+        "",
+    ),
     "text": ("make a table from this text of the items instead of a trained recommender", ""),
     "text_model": (
         "what reads the text: all-minilm-l6-v2 (fetched once), or a language model as base_model takes it "
@@ -42,7 +46,11 @@ FLAGS: dict[str, tuple[str, str]] = {
     ),
     "sr_dir": ("run folder of train_sr_trad.py (default: this dataset's)", ""),
     "teacher": ("run folder of finetune.py, or of distill.py (default: this dataset's teacher-8)", ""),
-    "output_dir": ("where this run is written (default: under outputs/<dataset>/)", ""),
+    "output_dir": (
+        "where this is written (default: under outputs/<dataset>/; of evaluate.py --fuse beside --run, of --layers "
+        "nowhere)",
+        "",
+    ),
     "num_layers": (
         "layers kept of the base model (default: 8, of a student 4; or as many as --layer_selection lists)",
         ">= 1",
@@ -69,7 +77,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "teacher_states": ("stored once as they are or in bfloat16, or computed again for each batch", ""),
     "max_seq_length": ("newest items of a history that are read", ">= 1"),
     "train_targets": ("training targets per user: last (the released protocol), all, or a number of newest ones", ""),
-    "batch_size": ("examples per optimiser step, over all devices", ">= 1"),
+    "batch_size": ("examples per optimiser step, over all devices; of recommend.py histories scored at once", ">= 1"),
     "micro_batch_size": (
         "examples at once on a device (default: all of them; auto: as many as fit); the rest is accumulated",
         ">= 1",
@@ -122,7 +130,7 @@ FLAGS: dict[str, tuple[str, str]] = {
         "first tokens of items that a beam search follows (default: all, so that the scores of all items are exact)",
         ">= 1",
     ),
-    "layers": ("also rank by the states after these layers of the run, as in 1,8,30, or after all of them", ""),
+    "layers": ("rank by the states after these layers of the run instead, as in 1,8,30; all: after each of them", ""),
     "split": ("users' held-out items that are ranked", ""),
     "negatives": ("sampled candidates per user beside the held-out item", ">= 1"),
     "candidate_seed": ("seed of the sampled candidates", ">= 0"),

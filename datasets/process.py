@@ -91,11 +91,13 @@ def make_dataset(args: argparse.Namespace) -> None:
         write(part, arrays, user_ids, item_ids, found.titles or {}, info)
         held.enter_context(locked(target))  # until the folder has its place
         check_target(target, inputs)
-    exact = [] if found.time is None or found.time.unit != RANK else [f"{args.input}: timestamps are stored as {RANK}"]
+    notes = list(found.notes)
+    if found.time is not None and found.time.unit == RANK:
+        notes.append(f"{args.input}: timestamps are stored as {RANK}")
     if args.filter == "paper" and read.rating is None:
         flag = "; name their column with --rating" if hasattr(args, "rating") else ""
-        exact.append(f"{args.input}: no ratings are read, so --filter paper goes without its step rating >= 3{flag}")
-    for note in found.notes + exact:
+        notes.append(f"{args.input}: no ratings are read, so --filter paper goes without its step rating >= 3{flag}")
+    for note in notes:
         print(f"process.py: {note}", file=sys.stderr)
     ties = "no timestamps" if info["timestamp_ties"] is None else f"{info['timestamp_ties']:.1%} timestamp ties"
     titles = "" if found.titles is None else f", {info['items_with_title']:,} of {len(items):,} items with a title"

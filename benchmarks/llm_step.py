@@ -389,7 +389,7 @@ def paper_table(record: dict) -> str:
     e4srec, slmrec = paper["E4SRec"], paper["SLMRec_4<-8"]
     header = ["LLaMA-7B, paper: one A100", "E4SRec, 32 layers", "SLMRec, 4 layers", "ratio", "here: released -> ours"]
     hardware = record["environment"]["hardware"]
-    on_gpu = record["settings"]["base_model"] == LLAMA and not hardware.endswith("CPU")
+    on_gpu = record["settings"]["base_model"] == LLAMA and " CPU" not in hardware
     measured = {
         r["kind"]: f"{r['ratio']:.1f}, {hardware}"
         for r in record["rows"]

@@ -32,7 +32,7 @@ from utils.cli import ROOT
 from utils.errors import UserError
 from utils.experiments import records
 from utils.files import atomic_file
-from utils.paper_tables import difference_table, ladder_table, measured, printed, read_table
+from utils.paper_tables import PRINTED, Table, difference_table, mean, measured, printed, read_table
 from utils.report import markdown_table
 
 RESULTS = ROOT / "results"
@@ -42,7 +42,6 @@ PLACE, MARK = (
     re.compile(r"^<!-- table: (.*) -->\n(?s:.*?)^<!-- end -->$", re.M),
     re.compile(r"^<!-- ?(?:table|end)\b", re.M),
 )
-PRINTED = ("HR@1", "HR@5", "NDCG@5", "MRR")  # by the paper
 BESIDE = ("Popularity", "SASRec", "E4SRec_8", "SLMRec_4<-8")  # rows of table2
 
 
@@ -78,6 +77,19 @@ def shares(paper: dict, method: str) -> list[str]:
     """The paper's NDCG@5 of a method on each dataset, in brackets as a share of its SASRec's."""
     pairs = [(paper[method][name]["NDCG@5"], base["NDCG@5"]) for name, base in paper["SASRec"].items()]
     return [f"{value:.2f} ({value / base:.2f})" for value, base in pairs]
+
+
+def ladder_table(table: Table, protocol: str, found: dict) -> str:
+    """NDCG@10 on validation and test of the rows that were run."""
+    cells = []
+    for name, row in table.rows.items():
+        of = measured(found, protocol, row)
+        if not of:
+            continue
+        figures = [[run[split][kind]["NDCG@10"] for run in of] for split, kind in (("valid", "full"), ("test", "full"))]
+        figures += [[run["test"]["sampled"]["NDCG@10"] for run in of], [run["test"]["full"]["HR@10"] for run in of]]
+        cells.append([name, str(len(of)), *(mean(values) for values in figures)])
+    return markdown_table(["NDCG@10", "seeds", "valid, full", "test, full", "test, sampled", "full HR@10"], cells)
 
 
 def of_ladder(make: Callable, dataset: str) -> Callable[[], str]:

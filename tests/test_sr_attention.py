@@ -178,6 +178,12 @@ def test_the_original_sasrec_attends_to_padding(scale_items):
         np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-4, atol=1e-4 * abs(expected).max())
 
 
+@pytest.mark.parametrize("name", ["sasrec", "bert4rec", "lightsans", "duorec", "s3rec", "maerec"])
+def test_dropout_inside_the_feed_forward_is_where_their_authors_have_it(name):
+    block = small(name, dropout=0.25).blocks[0]
+    assert block.dropout.p == 0.25 and block.feed[2].p == (0.25 if name in ("sasrec", "bert4rec") else 0)
+
+
 def drawn(name: str, rounds: int = 1, data=None, train_targets: str = "all", stage: str = "train", **flags):
     """The model, the examples, and batches of all of them."""
     data = data or make_sequences(users=40, high=15)
@@ -354,6 +360,20 @@ def test_the_graph_and_its_relation_scores_are_those_of_loops():
     np.testing.assert_allclose(model.relation().detach().numpy(), expected, atol=1e-6)
 
 
+def test_an_item_that_lost_all_its_edges_is_read_as_itself_alone():
+    """Its loop is masked too; who had no edge at all, keeps it."""
+    model, A = small("maerec", noise=0.3, item_dim=D, graph_distance=1), graph(1)
+    u, v = model.edges
+    left = (u != 7) & (v != 7) & ~((u + v) % 3 == 0)
+    A[u[~left], v[~left]] = 0
+    E, alone = model.items.weight.detach().double().numpy(), (A.sum(1) == 0) & (graph(1).sum(1) > 0)
+    expected = sum(propagate(E, A))
+    expected[alone] = E[alone]
+    assert alone[7] and 0 < alone.sum() < 20
+    found = sum(model.layers(model.edges[:, left])).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize(("depth", "prob"), [(1, 0.5), (2, 0.5), (3, 0.999999)])
 def test_masked_paths_begin_at_the_seeds(depth, prob):
     model = small("maerec", graph_distance=1, mask_depth=depth, path_prob=prob)
@@ -395,6 +415,7 @@ def test_training_reads_what_the_mask_leaves_and_inference_the_whole_graph():
     model.blocks[0].register_forward_pre_hook(lambda *args: read_tables.append(model.table.detach()))
     terms = model(batch)
     assert terms.keys() == {"ce", "recon", "mask"} and not torch.allclose(read_tables[0], whole) and model.table is None
+    assert terms["mask"].item() == pytest.approx(-0.1 * model.relation()[1:].mean().item())
     sum(terms.values()).backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert not model.items.weight.grad[0].any(), "the padding is no item"

@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import llm_step, tables
-from utils import paper_claims
+from utils import cli, paper_claims, paper_tables
 from utils.errors import UserError
 from utils.experiments import pack
-from utils.paper_tables import Table
+from utils.paper_tables import Row, Table, efficiency_table
 
 RECORDS = ROOT / "results"
 
@@ -152,3 +152,46 @@ def test_a_claim_holds_by_the_interval_over_users(monkeypatch):
     assert cells[-1][2:] == ["-", "-", "not tested here"] and len(cells) == len(judged) + 4
     gain = 1 - 1 / np.log2(3)
     assert cells[0][3] == f"1.0000 beside {1 - gain:.4f}: {gain:+.4f} ({gain:+.4f} .. {gain:+.4f}), 1 seeds"
+
+
+def test_times_are_compared_where_hardware_and_threads_are_the_same():
+    def run(seconds: float, threads: int, hardware: str = "CPU") -> dict:
+        times = {"train_epoch": seconds, "score_test": seconds / 4}
+        of = {"seconds": times, "environment": {"threads": threads, "hardware": hardware}}
+        return {"metrics": of | {"parameters": {"trained": 1e6, "total": 2e6}, "peak_memory_bytes": 2**30}}
+
+    found = {"SASRec": run(3, 1), "all": run(10, 1), "8": run(7, 2), "4": run(2, 1, "GPU"), "student": run(4, 1)}
+    found = {("strong", name, 42): of for name, of in found.items()} | {("strong", "8", 1): run(1, 1)}
+    papers = {"all": "E4SRec", "student": "SLMRec_4<-8"}
+    table_rows = {
+        name: Row(run=name, paper=papers.get(name)) for name in ("SASRec", "all", "8", "4", "none", "student")
+    }
+    table = Table("t", "t", table_rows, {"music2018": {"strong": [42]}}, paper=["table_9"])
+    _, _, *cells = rows(efficiency_table(table, "music2018", "strong", found))
+    ours = [cell[1:3] for cell in cells]
+    assert ours[:3] == [["3.0 (0.75)", "0.8 (0.75)"], ["10.0 (2.50)", "2.5 (2.50)"], ["7.0", "1.8"]]
+    assert ours[3:] == [["2.0", "0.5"], ["-", "-"], ["4.0 (1.00)", "1.0 (1.00)"]]
+    assert [cell[-2:] for cell in cells if cell[0] in papers] == [
+        ["1.88 (6.27)", "0.216 (7.20)"],
+        ["0.3 (1.00)", "0.03 (1.00)"],
+    ]
+
+
+def test_a_speed_that_the_paper_claims_is_that_of_rows_timed_in_turn(tmp_path, monkeypatch):
+    found = json.loads((RECORDS / "benchmarks" / "efficiency.json").read_text(encoding="utf-8"))["rows"]
+    claim = {"claim": "c", "paper": "6.6", "datasets": ["beauty"], "timed": ["score_seconds", "E4SRec", "SLMRec_4"]}
+    table = Table("t", "t", {}, {"beauty": {"strong": [42]}}, claims=[claim])
+    _, _, (*_, ours, verdict) = rows(paper_claims.claim_table(table))
+    ratio = found["E4SRec"]["score_seconds"] / found["SLMRec_4"]["score_seconds"]
+    assert (ours, verdict) == (f"{ratio:.2f}", "a figure of this base model")
+    claim["timed"][1] = "E4SREC"
+    with pytest.raises(UserError, match="'E4SREC'"):
+        paper_claims.claim_table(table)
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="python benchmarks/efficiency"):
+        paper_claims.claim_table(table)
+
+
+def test_tables_stand_in_the_order_of_their_numbers():
+    names = [name for name in paper_tables.table_names() if name.startswith("table")]
+    assert names == [f"table{n}" for n in (1, 2, 6, 7, 8, 9, 10)]

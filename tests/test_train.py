@@ -151,10 +151,19 @@ def rows_of(folder) -> list[dict]:
     return [json.loads(line) | {"samples_per_second": 0} for line in lines]
 
 
-def test_max_steps_bounds_each_stage(tmp_path):
+def test_each_stage_has_its_own_steps_and_an_adam_that_knows_no_other(tmp_path, monkeypatch):
+    real, taken = Loop.one_step, []
+
+    def one_step(self, step):
+        row = real(self, step)
+        taken.append({int(of["step"]) for of in self.optimizer.state.values() if of})
+        return row
+
+    monkeypatch.setattr(Loop, "one_step", one_step)
     run = Run(CONFIG | {"output_dir": str(tmp_path / "a"), "max_steps": 3}, make_sequences(users=80), "unused")
     examples = training_examples(make_sequences(users=80), "all", 8)
-    assert [count for _, count in Loop(run, Staged(), examples).stages] == [3, 3]
+    fit(run, Staged(), examples)
+    assert taken == [{1}, {2}, {3}, {1}, {2}, {3}]
 
 
 def test_a_kill_between_checkpoint_and_evaluation_loses_nothing(tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def run(
             stream.reconfigure(errors="backslashreplace")
     try:
         if {"--help", "-h", "help"} & set(argv):
-            print(help_text(main, script, argv, models))
+            print(help_text(main, section, script, argv, models))
             return
         main(**resolve(main, section, argv, inherits=inherits, models=models))
         print(end="", flush=True)
@@ -137,7 +137,7 @@ def collect(argv: list[str]) -> dict[str, str]:
     return found
 
 
-def help_text(main: Callable, script: str, argv: list[str], models: Models) -> str:
+def help_text(main: Callable, section: str | None, script: str, argv: list[str], models: Models) -> str:
     """fire's help of the flags, with the meaning of each."""
     model = next((argv[at + 1] for at, word in enumerate(argv[:-1]) if word == "--model"), None)
     flags = flags_of(main, models, model if model in (models or {}) else None)
@@ -146,7 +146,7 @@ def help_text(main: Callable, script: str, argv: list[str], models: Models) -> s
     if "model" in takes:
         own = " Each has flags of its own: --model NAME --help." if "model_config" in takes else ""
         lines += [f"Models: {', '.join(models)}.{own}"]
-    lines += ["", "Args:"]
+    lines += ["", *(["A recipe, recipes/<dataset>.yaml, changes defaults."] if section else []), "Args:"]
     for name, flag in flags.items():
         limits = flag.limits or ", ".join(choices(flag.annotation))
         if len(str(flag.default)) > 20:  # fire cuts long defaults short

@@ -2,6 +2,9 @@
 
 import statistics
 
+from utils import cli
+from utils.checked import read_json
+from utils.errors import UserError
 from utils.experiments import records
 from utils.paper_tables import VERDICTS, Table, difference
 from utils.report import markdown_table
@@ -13,15 +16,19 @@ def claim_table(table: Table) -> str:
     """Each claim on each dataset: the paper's figures, ours on test in the full ranking, and the verdict.
 
     `datasets`: those of this claim alone. `better: [a, b]`: the interval of a - b over users is above zero.
-    `as_good: [a, b]`: the mean of a is at least 98 % of that of b. `share: [measure, a, b]`: a over b, a figure without
-    a verdict, as it depends on the base model.
+    `as_good: [a, b]`: the mean of a is at least 98 % of that of b. `share: [measure, a, b]`: a over b of two runs, and
+    `timed: [measure, a, b]`: of two rows that benchmarks/efficiency.py timed in turn; figures without a verdict, as
+    they depend on the base model.
     """
     cells = []
     for claim in table.claims:
-        kind = next((name for name in VERDICTS if name in claim), None)
+        kind = next((name for name in (*VERDICTS, "timed") if name in claim), None)
         for dataset in claim.get("datasets", table.seeds) if kind else ():
             found = {key: run for key, run in records(dataset).items() if key[0] == "strong"}
-            ours, verdict = share(claim[kind], found) if kind == "share" else judged(kind, claim[kind], found)
+            if kind == "timed":
+                ours, verdict = timed(*claim[kind])
+            else:
+                ours, verdict = share(claim[kind], found) if kind == "share" else judged(kind, claim[kind], found)
             cells.append([claim["claim"], str(claim["paper"]), dataset, ours, verdict])
         if not kind:
             cells.append([claim["claim"], str(claim["paper"]), "-", "-", "not tested here"])
@@ -50,3 +57,12 @@ def share(wanted: list[str], found: dict) -> tuple[str, str]:
     if not all(values):
         return "-", "not measured yet"
     return f"{statistics.mean(values[0]) / statistics.mean(values[1]):.2f}", "a figure of this base model"
+
+
+def timed(measure: str, slow: str, fast: str) -> tuple[str, str]:
+    path = cli.ROOT / "results" / "benchmarks" / "efficiency.json"
+    rows = read_json(path, "python benchmarks/efficiency.py makes it")["rows"]
+    try:
+        return f"{rows[slow][measure] / rows[fast][measure]:.2f}", "a figure of this base model"
+    except KeyError as error:
+        raise UserError(f"{path} has no {error}, which recipes/paper/claims.yaml names") from error

@@ -91,7 +91,8 @@ ROWS: Rule = {"*": dict.fromkeys(("run", "baseline", "paper"), maybe(TEXT)) | {"
 
 
 def table_names() -> list[str]:
-    return [path.stem for path in sorted((cli.ROOT / "recipes" / "paper").glob("*.yaml")) if path.stem != "runs"]
+    found = [path.stem for path in (cli.ROOT / "recipes" / "paper").glob("*.yaml") if path.stem != "runs"]
+    return sorted(found, key=lambda name: (name.rstrip("0123456789"), len(name), name))  # table2 before table10
 
 
 def read_table(name: str) -> Table:
@@ -213,19 +214,6 @@ def published_table(table: Table, dataset: str, protocol: str, found: dict) -> s
     return markdown_table([*header, "params, M", "s/epoch", "threads", "source"], cells)
 
 
-def ladder_table(table: Table, protocol: str, found: dict) -> str:
-    """NDCG@10 on validation and test of the rows that were run."""
-    cells = []
-    for name, row in table.rows.items():
-        of = measured(found, protocol, row)
-        if not of:
-            continue
-        figures = [[run[split][kind]["NDCG@10"] for run in of] for split, kind in (("valid", "full"), ("test", "full"))]
-        figures += [[run["test"]["sampled"]["NDCG@10"] for run in of], [run["test"]["full"]["HR@10"] for run in of]]
-        cells.append([name, str(len(of)), *(mean(values) for values in figures)])
-    return markdown_table(["NDCG@10", "seeds", "valid, full", "test, full", "test, sampled", "full HR@10"], cells)
-
-
 def difference(pair: list[str], protocol: str, kind: str, found: dict) -> tuple[list[int], tuple[float, float, float]]:
     """Seeds that both runs of a pair have; mean difference of test NDCG@10 over their users, with its interval."""
     seeds = [seed for of, name, seed in found if (of, name) == (protocol, pair[0]) and (of, pair[1], seed) in found]
@@ -266,31 +254,33 @@ def data_table(table: Table) -> str:
 
 
 def efficiency_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
-    """Seconds, parameters and memory of each row, as ratios to the last row, beside the paper's hours and ratios."""
-    paper, cells = read_json(PAPER, "")[table.paper[0]]["rows"], []
-    seed = table.seeds[dataset][protocol][0]
-    found = {key: run for key, run in found.items() if key[-1] == seed}
-    measures = {name: of[0] for name, row in table.rows.items() if (of := measured(found, protocol, row))}
-    last_row = list(table.rows)[-1]
-    last, theirs = measures.get(last_row), paper.get(table.rows[last_row].paper)
-    for name, row in table.rows.items():
+    """Seconds, parameters and memory of each row, beside the paper's columns as printed.
+
+    In brackets the ratio to the last row; of ours only where both ran on the same hardware with as many threads.
+    """
+    paper, domain, seed = read_json(PAPER, "")[table.paper[0]], DOMAINS.get(dataset), table.seeds[dataset][protocol][0]
+    found, cells = {key: run for key, run in found.items() if key[-1] == seed}, []
+    ours = {name: next(iter(measured(found, protocol, row)), None) for name, row in table.rows.items()}
+    theirs = {name: paper["rows"].get(row.paper) for name, row in table.rows.items()}
+    theirs = {name: of.get(domain) if isinstance(of, dict) else of for name, of in theirs.items()}
+    last, theirs_last = (of[list(table.rows)[-1]] for of in (ours, theirs))
+    for name in table.rows:
         line = [name] + ["-"] * 6
-        if run := measures.get(name):
-            pairs = [
-                (run["seconds"][kind], last["seconds"][kind] if last else 0) for kind in ("train_epoch", "score_test")
-            ]
-            line = [name, *(f"{own:.1f} ({own / base:.2f})" if base else f"{own:.1f}" for own, base in pairs)]
+        if run := ours[name]:
+            alike = last and all(run["environment"][k] == last["environment"][k] for k in ("hardware", "threads"))
+            line = [name]
+            for kind in ("train_epoch", "score_test"):
+                ratio = f" ({run['seconds'][kind] / last['seconds'][kind]:.2f})" if alike else ""
+                line.append(f"{run['seconds'][kind]:.1f}{ratio}")
             line += [f"{run['parameters'][kind] / 1e6:.2f}" for kind in ("trained", "total")]
             line += [f"{run['peak_memory_bytes'] / 2**30:.2f}", str(run["environment"]["threads"])]
-        hours = theirs and paper.get(row.paper)
-        ratios = (
-            [f"{own:g} ({own / base:.2f})" for own, base in zip(hours[:2], theirs[:2], strict=True)] if hours else []
-        )
-        sizes = [f"{1e3 * size:,.0f}" for size in hours[2:]] if hours else []
-        cells.append(line + (ratios + sizes or ["-"] * 4))
+        for at, column in enumerate(paper["columns"]):
+            own, base = (of and of[at] for of in (theirs[name], theirs_last))
+            ratio = f" ({own / base:.2f})" if own and base and "hours" in column else ""
+            line.append("-" if own is None else f"{own:g}{ratio}")
+        cells.append(line)
     header = [dataset, "s/epoch (ratio)", "s to score (ratio)", "trained, M", "params, M", "peak GiB", "threads"]
-    header += ["paper: h/epoch", "h to score", "trained, M", "params, M"]
-    return markdown_table(header, cells)
+    return markdown_table([*header, *(f"paper: {column.replace('_', ' ')}" for column in paper["columns"])], cells)
 
 
 VALUES = ("learning_rate", "max_steps", "num_epochs", "batch_size", "eval_steps", "warmup_steps", "lr_scheduler")

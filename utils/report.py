@@ -52,7 +52,8 @@ def git_commit() -> str:
 def environment(accelerator) -> dict:
     """All that a figure must be traceable to."""
     device = accelerator.device
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    hardware = f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     return {

@@ -159,11 +159,13 @@ class Loop:
         return {"step": step + 1, **terms, "grad_norm": norm, **rates, "samples_per_second": len(index) / seconds}
 
     def set_stage(self, step: int) -> None:
-        """Tell the model its stage, and set the learning rate: each stage has a warm-up and a schedule of its own."""
+        """Tell the model its stage, and set the learning rate: each has a warm-up, schedule and Adam of its own."""
         for name, count in self.stages:  # noqa: B007
             if step < count:
                 break
             step -= count
+        if step == 0:  # moments of another loss would make its first steps far too large, or too small
+            self.optimizer.state.clear()
         self.model.stage = name
         factor = rate_factor(self.config["lr_scheduler"], self.config["warmup_steps"], count, step)
         for group in self.optimizer.param_groups:

@@ -31,7 +31,7 @@ def info_nce(views: torch.Tensor, others: torch.Tensor, temperature: float) -> t
 class DuoRec(SASRec):
     """Histories by target are found once, in the training part."""
 
-    norm_first = False
+    norm_first = inner_dropout = False
 
     @dataclass(frozen=True)
     class Config(SASRec.Config):

@@ -6,7 +6,8 @@ attention is softmax(Q K~^T / sqrt(d_h)) V~ + softmax(P W_Q (P W_K)^T / sqrt(d_h
 the items (decoupled position encoding). An interest gathers all positions, also later ones, so a state is only right
 after the newest item: each target is asked after a history of its own that ends before it. The encoder is BERT's
 otherwise. Deviations: P is normalised first, as in RecBole; padding is masked, which it is not there, and both
-softmaxes are over what is attended to, as printed.
+softmaxes are over what is attended to, as printed; logits of positions are divided by sqrt(d_h) as printed, by more in
+the release.
 """
 
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ class LightBlock(Block):
     """A block whose attention has low rank."""
 
     def __init__(self, dim: int, heads: int, dropout: float, interests: int):
-        super().__init__(dim, heads, dropout, norm_first=False)
-        self.theta = nn.Parameter(torch.randn(2, interests, dim) / dim**0.5)  # of keys and of values
+        super().__init__(dim, heads, dropout, norm_first=False, inner_dropout=False)
+        self.theta = nn.Parameter(torch.randn(2, interests, dim))  # of keys and of values
         self.position_norm, self.position = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim)
         start_as_bert(self.position)
 
@@ -40,7 +41,7 @@ class LightBlock(Block):
         found = super().attend((q, k, v), None)
         pq, pk = self.position(self.position_norm(positions)).view(T, 2, H, h).permute(1, 2, 0, 3)  # (heads, T, d_h)
         places = (pq @ pk.mT / h**0.5).masked_fill(padding[:, None, None], lowest).softmax(3)  # (B, heads, T, T)
-        return found + self.dropout(places) @ kv[1]
+        return found + places @ kv[1]
 
 
 class LightSANs(SASRec):

@@ -5,13 +5,14 @@ E_l = D^-1/2 (A + I) D^-1/2 E_(l-1) from the ids' vectors E_0, table = E_0 + ...
 items with the largest gamma(v) + Gumbel noise, gamma(v) = mean cosine of v and its neighbours in E_0, all edges of the
 items met are masked, `mask_depth` hops far, after hop i from a share path_prob^i of the items reached. Decoder: an edge
 (u, v) is e = the concatenation of E_l[u] * E_m[v] over all l, m < L, its score s = sigma(MLP(e)), and
-L_recon = -log(exp s / (exp s + sum over drawn pairs of exp s)), of drawn masked edges. L_mask = -mean gamma of the
-items that paths began at, and L = L_rec + lambda L_recon + L_mask, L_rec of a causal transformer that reads the table
-of what is left of the graph.
-Deviations: the encoder is BERT's, whose last states are user vectors (the release adds up all layers'); the loss is
-that of --loss; L_recon is a mean over edges (in the release a sum, of weight 1 and without the logarithm); gamma looks
-one hop far; the reward of L_mask is always 1, as one that depends on earlier steps' losses would be lost when a run is
-continued; masks are drawn at each step, not each tenth; the loops A + I are never masked; the MLP has one hidden layer;
+L_recon = -log(exp s / (exp s + sum over drawn pairs of exp s)), of drawn masked edges. L_mask = -mean gamma of all
+items, and L = L_rec + lambda L_recon + L_mask / 10, L_rec of a causal transformer that reads the table of what is left
+of the graph.
+Deviations: the encoder is BERT's, whose last states are user vectors (the release adds up all layers', and its
+feed-forward has no residual); the loss is that of --loss; L_recon is a mean over edges (in the release a sum, of weight
+1 and without the logarithm); gamma looks one hop far; the reward of L_mask is always 1, as one that depends on earlier
+steps' losses would be lost when a run is continued; masks are drawn, and L_mask counts a tenth, at each step, where the
+release has both at each tenth; a loop of A + I is masked where all edges of its item are; the MLP has one hidden layer;
 and a drawn pair changes v alone, and may be an edge.
 """
 
@@ -50,7 +51,7 @@ def product(edges: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor) -> t
 class MAERec(SASRec):
     """`table` is what is read while it is held: of the masked graph in a step, of the whole one at inference."""
 
-    norm_first = False
+    norm_first = inner_dropout = False
 
     @dataclass(frozen=True)
     class Config(SASRec.Config):
@@ -83,10 +84,13 @@ class MAERec(SASRec):
 
     def layers(self, edges: torch.Tensor) -> list[torch.Tensor]:
         """E_0 .. E_L, each (V + 1, d); in float32 also under autocast."""
-        found, degree = [self.items.weight], self.degree(edges) + 1.0  # with the loop
+        found, near = [self.items.weight], self.degree(edges)
+        degree = near + 1.0  # with the loop
+        lost = (near == 0) & (self.degree(self.edges) > 0)  # their edges are masked, and their loop with them
+        loop = (~lost / degree)[:, None]  # (V + 1, 1)
         weights = degree[edges].prod(0).rsqrt()  # (E,)
         for _ in range(self.graph_layers):
-            found.append(product(edges, weights, found[-1]) + found[-1] / degree[:, None])
+            found.append(product(edges, weights, found[-1]) + loop * found[-1])
         return found
 
     def degree(self, edges: torch.Tensor) -> torch.Tensor:
@@ -151,4 +155,4 @@ class MAERec(SASRec):
         lost = masked.nonzero()[:, 0]
         lost = lost[torch.randperm(len(lost), device=lost.device)[: self.recon_edges]]
         recon = self.recon_weight * self.reconstruction(layers, self.edges[:, lost])
-        return terms | {"recon": recon, "mask": -gamma[seeds].mean()}
+        return terms | {"recon": recon, "mask": -0.1 * gamma[1:].mean()}

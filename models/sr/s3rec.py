@@ -5,8 +5,7 @@ Pre-training reads both sides of a place. With f(a, b) = sigma(a W b) and one dr
 items are hidden with probability `mask_prob`, the newest always. Segment prediction: a is the newest state of a
 sequence with a segment hidden, b that of the segment alone, b- that of one from elsewhere. Then SASRec is trained from
 these weights. Deviations: the two attribute tasks are left out, as datasets have no attributes; tasks are means, not
-sums; sequences are the training examples and their targets, drawn anew each epoch, not all their prefixes; and Adam's
-moments live on when the stage changes.
+sums; and each epoch draws one prefix of every training sequence, where the release takes all.
 """
 
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from utils.data import Examples, TrainingPart
 
 class S3Rec(MaskedSASRec):
     """Bidirectional while it is pre-trained, causal from then on."""
+
+    inner_dropout = False
 
     @dataclass(frozen=True)
     class Config(SASRec.Config):
@@ -45,9 +46,11 @@ class S3Rec(MaskedSASRec):
 
     def batch(self, examples: Examples, index: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """In pre-training, of items (B, T): hidden, where items are hidden, and context, segment, elsewhere (B, T)."""
-        batch = examples.batch(index)
         if self.stage != "pretrain":
-            return batch
+            return examples.batch(index)
+        end = rng.integers(examples.first[index], examples.end[index] + 1)  # (B,): where a prefix ends
+        prefixes = Examples(examples.items, examples.users[index], examples.start[index], end, end)
+        batch = prefixes.batch(np.arange(len(index)))
         items = torch.cat([batch["histories"], batch["targets"][:, -1:]], 1)[:, -self.max_length :]  # (B, T)
         present, T = items != 0, items.shape[1]
         hidden = present & (torch.from_numpy(rng.random(items.shape)) < self.mask_prob)

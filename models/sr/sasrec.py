@@ -23,13 +23,14 @@ def start_as_bert(*maps: nn.Linear) -> None:
 class Block(nn.Module):
     """Self-attention and feed-forward on x (B, T, d); a norm is before each, or as in BERT after its sum with x."""
 
-    def __init__(self, dim: int, heads: int, dropout: float, norm_first: bool = True):
+    def __init__(self, dim: int, heads: int, dropout: float, norm_first: bool = True, inner_dropout: bool = True):
         super().__init__()
         self.heads, self.dropout, self.norm_first = heads, Dropout(dropout), norm_first
         inner = dim if norm_first else 4 * dim
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.feed = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), Dropout(dropout), nn.Linear(inner, dim))
+        within = Dropout(dropout if inner_dropout else 0.0)
+        self.feed = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), within, nn.Linear(inner, dim))
         if not norm_first:
             start_as_bert(self.qkv, self.out, self.feed[0], self.feed[3])
 
@@ -54,10 +55,12 @@ class SASRec(SequentialRecommender):
     """Histories are left-padded and may be trimmed: positions count back from the newest item.
 
     norm_first: blocks normalise what they read, and the last norm is at the end. False, for models that have BERT's
-    encoder: blocks normalise their sums, feed forward at width 4 d, and the norm is at the start.
+    encoder: blocks normalise their sums, feed forward at width 4 d, and the norm is at the start. inner_dropout:
+    whether there is dropout inside the feed-forward too.
     """
 
     norm_first = True
+    inner_dropout = True
 
     @dataclass(frozen=True)
     class Config(SequentialRecommender.Config):
@@ -74,7 +77,8 @@ class SASRec(SequentialRecommender):
         self.scale = d**0.5 if config.scale_items else 1.0
         self.items = nn.Embedding(data.num_items + 1, d, padding_idx=0)
         self.positions = nn.Embedding(self.max_length, d)
-        self.blocks = nn.ModuleList(Block(d, heads, dropout, self.norm_first) for _ in range(config.num_layers))
+        how = (self.norm_first, self.inner_dropout)
+        self.blocks = nn.ModuleList(Block(d, heads, dropout, *how) for _ in range(config.num_layers))
         self.dropout, self.norm = Dropout(dropout), nn.LayerNorm(d)
         for table in (self.items, self.positions):
             nn.init.trunc_normal_(table.weight, std=0.02)

@@ -120,9 +120,11 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     if taught.get("kind") not in ("teacher", "student"):
         instead = f"; its logits alone can be learned: --kl_teacher {source}" if taught.get("kind") == "sr" else ""
         raise UserError(f"--teacher {source} is no run of finetune.py or distill.py{instead}")
-    check_same_dataset(data, taught.get("dataset_fingerprint"), source)
-    given, depth, blocks = config["max_seq_length"], taught["num_layers"], config["num_blocks"]
+    check_same_dataset(data, taught, source)
+    given = [name for name in INHERITED if config.get(name) is not None]
+    depth, blocks = taught["num_layers"], config["num_blocks"]
     cli.inherit(config, BEFORE | taught, INHERITED, cli.portable_path(source))
+    cli.check_lora(config, given)
     needed = [name for name in INHERITED if name in TYPES and type(None) not in alternatives(TYPES[name])]
     if lacking := [name for name in needed if config.get(name) is None]:
         raise UserError(f"{source}/config.json has no {lacking[0]}: another version made it; run finetune.py again")
@@ -131,7 +133,8 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     if config["num_layers"] > depth:
         raise UserError(f"--num_layers {config['num_layers']}: the teacher has {depth} layers, a student needs no more")
     if config["max_seq_length"] > taught["max_seq_length"]:
-        raise UserError(f"--max_seq_length {given}: the teacher reads {taught['max_seq_length']} items")
+        wanted = f"--max_seq_length {config['max_seq_length']}"
+        raise UserError(f"{wanted}: the teacher reads {taught['max_seq_length']} items")
     if config["lambda_ms"] and blocks == 1:
         raise UserError("--num_blocks 1 leaves no block before the last for L_ms: add --lambda_ms 0, or more blocks")
     base = recorded_base(taught)
@@ -141,6 +144,12 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     if config["teacher_states"] != "stored" and not (config["lambda_cos"] or config["lambda_norm"]):
         what = f"--teacher_states {config['teacher_states']}"
         raise UserError(f"{what} has no effect without a term that reads them: leave it out, or add --lambda_cos")
+    if config["norm_form"] != "l2" and not config["lambda_norm"]:
+        raise UserError(f"--norm_form {config['norm_form']} has no effect without its term: add --lambda_norm")
+    of_blocks = ("lambda_cos", "lambda_norm", "lambda_ms", "lambda_ms_teacher", "kl_blocks")
+    if config["block_reduction"] != "sum" and not any(config[name] for name in of_blocks):
+        what = f"--block_reduction {config['block_reduction']}"
+        raise UserError(f"{what} has no effect without a term of several blocks: add --lambda_cos, or leave it out")
     for stack in (config["num_layers"], depth):
         block_boundaries(stack, blocks)
     config |= {"teacher": cli.portable_path(source), "base_shape": taught["base_shape"], "teacher_layers": depth}

@@ -81,7 +81,7 @@ def main(
         check_target(Path(output_dir), "layers", ["config.json", "metrics.json"])
     trained = load(run)
     data = Sequences.load(assets.dataset_folder(dataset or trained.config["dataset"]))
-    check_same_dataset(data, trained.config["dataset_fingerprint"], Path(run))
+    check_same_dataset(data, trained.config, Path(run))
     drawn = Negatives(data, split, negatives, candidate_seed)
     options = {"max_length": trained.config["max_seq_length"], "batch_size": eval_batch_size, "progress": True}
     options |= {"device": trained.device, "autocast": trained.autocast}
@@ -174,7 +174,7 @@ def fuse_runs(run: str, fuse: str, dataset: str | None, batch_size: int, output_
         of = [config["dataset"] for config in configs]
         raise UserError(f"--fuse {fuse} was trained on {of[1]}, --run {run} on {of[0]}: give two runs of one dataset")
     data = Sequences.load(assets.dataset_folder(dataset or configs[0]["dataset"]))
-    check_same_dataset(data, configs[0]["dataset_fingerprint"], folders[0])
+    check_same_dataset(data, configs[0], folders[0])
     target = Path(output_dir or folders[0].parent / f"{folders[0].name}-with-{folders[1].name}")
     check_target(target, "fusion", ["config.json", "metrics.json", CATALOGUE_FILE, RANKS_FILE])
 

@@ -4,8 +4,8 @@ python recommend.py --history "Star Wars; Fargo"                          titles
 python recommend.py --input histories.jsonl --output top.csv              one history per line; - is standard input
 python recommend.py --run outputs/ml-100k/sasrec --history 50 --candidates candidates.txt
 
-JSONL: a list of items per line, or an object with such a list under `history`. CSV: one history per line, also per
-empty one, and one item per cell.
+JSONL: a list of items per line, or an object with such a list under `history`. CSV: one history per line, one
+item per cell; an empty line is an empty history.
 In Python: `recommend.load("outputs/ml-100k/sasrec").recommend([["50", "181"]], k=10)`.
 """
 

@@ -5,6 +5,8 @@ import argparse
 import numpy as np
 from interactions import Interactions
 
+from utils.errors import UserError
+
 
 def in_order(found: Interactions, order: str) -> Interactions:
     """Rows by user, then by time with ties in file order, or in file order alone (the released notebook's)."""
@@ -30,6 +32,25 @@ def at_least(codes: np.ndarray, k: int) -> np.ndarray:
     return (np.bincount(codes) >= k)[codes] if len(codes) else np.zeros(0, bool)
 
 
+def check_effect(args: argparse.Namespace, argv: list[str]) -> None:
+    """UserError for a flag that has no effect without another one."""
+    for flag in (word.split("=")[0] for word in argv if word.startswith("--")):
+        if flag == "--k" and args.filter != "kcore":
+            raise UserError("--k has no effect without --filter kcore: add that, or leave it out")
+        for owner in ("titles", "meta"):
+            if flag.startswith(f"--{owner}_") and not getattr(args, owner):
+                raise UserError(f"{flag} has no effect without --{owner} FILE: add that, or leave it out")
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """A table for the terminal: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        row[0].ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    )
+
+
 class Funnel:
     """What is left after each step."""
 
@@ -49,11 +70,7 @@ class Funnel:
     def table(self) -> str:
         header = list(self.steps[0])
         rows = [header] + [[f"{v:,}" if isinstance(v, int) else v for v in step.values()] for step in self.steps]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        return "\n".join(
-            row[0].ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
-            for row in rows
-        )
+        return aligned(rows)
 
 
 def apply_filters(found: Interactions, args: argparse.Namespace) -> Funnel:

@@ -31,7 +31,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import numpy as np
 from download import download
-from filters import apply_filters, in_order, tie_share
+from filters import aligned, apply_filters, check_effect, in_order, tie_share
 from interactions import Interactions, in_list, on_line
 from jsonl import PRESETS, read_jsonl
 from readers import read_interactions, read_lists, read_pairs, read_prepared, read_sequences
@@ -70,6 +70,8 @@ def make_dataset(args: argparse.Namespace) -> None:
         open_bytes(path).close()
     check_target(target, inputs)
     read = args.read(args)
+    if not len(read.user):
+        raise UserError(f"{args.input} holds no line that can be used; no dataset is written")
     order = args.order or ("file" if read.time is None or read.keep_order else "time")
     funnel = apply_filters(in_order(read, order), args)
     print(funnel.table())
@@ -97,6 +99,8 @@ def make_dataset(args: argparse.Namespace) -> None:
     if args.filter == "paper" and read.rating is None:
         flag = "; name their column with --rating" if hasattr(args, "rating") else ""
         notes.append(f"{args.input}: no ratings are read, so --filter paper goes without its step rating >= 3{flag}")
+    if args.filter != "paper" and getattr(args, "rating", None):
+        notes.append(f"{args.input}: ratings are read and not used, as --filter paper alone has a step for them")
     for note in notes:
         print(f"process.py: {note}", file=sys.stderr)
     ties = "no timestamps" if info["timestamp_ties"] is None else f"{info['timestamp_ties']:.1%} timestamp ties"
@@ -170,15 +174,10 @@ def export(args: argparse.Namespace) -> None:
         users, names = ids_in(folder / "user_ids.txt"), ids_in(folder / "items.tsv")
         timed, decimals = info["timestamp_ties"] is not None, int(info.get("timestamp_decimals") or 0)
         fit = all(part.ndim == 1 and part.dtype.kind == "i" and len(part) for part in (items, offsets, moments))
-        fit = (
-            fit
-            and offsets[0] == 0
-            and offsets[-1] == len(items) == len(moments)
-            and (offsets[1:] >= offsets[:-1]).all()
-        )
+        fit = fit and offsets[0] == 0 and offsets[-1] == len(items) == len(moments) and (np.diff(offsets) >= 0).all()
         if not fit or len(users) != len(offsets) - 1 or items.min() < 1 or items.max() >= len(names):
             raise ValueError("its parts do not fit together")
-    except (OSError, ValueError, TypeError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder} cannot be read ({error}); make the dataset anew") from error
     names = np.array([in_list(name) for name in names], object)
     first = np.unique(items, return_index=True)[1]
@@ -196,19 +195,14 @@ def stats(args: argparse.Namespace) -> None:
     """Table 1 of the paper for processed datasets, with the paper's own rows below."""
     rows = [["dataset", "users", "items", "interactions", "density %"]]
     for name in args.names:
-        folder, info = load_info(name)
-        try:
-            counts = [f"{info[key]:,}" for key in ("users", "items", "interactions")]
-            rows.append([str(info["name"]), *counts, f"{100 * info['density']:.3f}"])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{folder} cannot be read ({error}); make the dataset anew") from error
+        _, info = load_info(name)
+        counts = [f"{info[key]:,}" for key in ("users", "items", "interactions")]
+        rows.append([info["name"], *counts, f"{100 * info['density']:.3f}"])
     paper = HERE.parent / "results" / "paper_tables.json"
     if paper.is_file():
         for name, values in json.loads(paper.read_text(encoding="utf-8"))["table_1"]["rows"].items():
             rows.append([f"{name} (paper)", *(f"{v:,}" for v in values[:3]), f"{values[3]:.3f}"])
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    for row in rows:
-        print(row[0].ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True)))
+    print(aligned(rows))
 
 
 # --- flags ---
@@ -219,7 +213,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def at_least(low: float, kind: type = float) -> Callable[[str], float]:
+def number_from(low: float, kind: type = float) -> Callable[[str], float]:
     """A number of that kind, not below `low`, for a flag."""
 
     def number(text: str) -> float:
@@ -238,7 +232,7 @@ def source(commands, name: str, read, repeats: str = "all", filters: str = "none
     one.add_argument("--name", required=True, help="the dataset is written to datasets/NAME")
     one.add_argument("--output", type=Path, default=HERE, help="write to OUTPUT/NAME instead")
     one.add_argument("--filter", choices=("paper", "kcore", "none"), default=filters, help="default: %(default)s")
-    one.add_argument("--k", type=at_least(1, int), default=5, help="of --filter kcore (default: %(default)s)")
+    one.add_argument("--k", type=number_from(1, int), default=5, help="of --filter kcore (default: %(default)s)")
     one.add_argument("--order", choices=("time", "file"), help="default: time where the source has times")
     one.add_argument(
         "--repeats",
@@ -268,7 +262,9 @@ def title_flags(one: Parser) -> None:
 
 def json_flags(one: Parser) -> None:
     one.add_argument("--meta", type=Path, help="JSON lines with titles")
-    one.add_argument("--max_bad_lines", type=at_least(0), default=0.001, help="share of lines (default: %(default)s)")
+    one.add_argument(
+        "--max_bad_lines", type=number_from(0), default=0.001, help="share of lines (default: %(default)s)"
+    )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -311,12 +307,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     one.add_argument("--category", required=True, help="such as Clothing_Shoes_and_Jewelry")
     one.add_argument("--mirror", action="append", metavar="URL", help="instead of the known ones; may be repeated")
     one.add_argument("--output", type=Path, default=HERE / "raw", help="default: %(default)s")
-    one.add_argument("--timeout", type=at_least(0.1), default=60, help="seconds without a byte (default: %(default)s)")
-    one.add_argument("--tries", type=at_least(1, int), default=3, help="of each mirror (default: %(default)s)")
+    one.add_argument(
+        "--timeout", type=number_from(0.1), default=60, help="seconds without a byte (default: %(default)s)"
+    )
+    one.add_argument("--tries", type=number_from(1, int), default=3, help="of each mirror (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.do is make_dataset and not is_plain_name(args.name):
         raise UserError(f"--name {args.name!r}: use letters, digits, '-', '_' and '.'")
     if args.do is make_dataset:
+        check_effect(args, sys.argv[1:] if argv is None else argv)
         usual = vars(args).pop("usual_repeats")
         args.repeats = args.repeats or ("first" if args.filter == "paper" else usual)
     return args

@@ -89,6 +89,9 @@ def read_table(
     fixed: given for a format whose names no flag changes: those of the new names whose column may be absent.
     """
     if is_parquet(path):
+        if (layout.encoding, layout.separator, layout.columns) != ("utf-8", None, None):
+            what = f"--{layout.prefix}encoding, --{layout.prefix}separator or --{layout.prefix}columns"
+            raise UserError(f"{path} is a Parquet file, on which {what} has no effect: leave it out")
         names, table, where = read_parquet(path, set(wanted.values()))
     else:
         names, table, where = read_text(path, layout)

@@ -14,9 +14,9 @@ from utils.metrics import rank_each
 
 
 def standardised(scores: torch.Tensor) -> torch.Tensor:
-    """Scores (B, V + 1) minus the mean of each row, over its standard deviation; column 0, the padding, counts not.
+    """Scores (B, V + 1) minus the mean of each row, over its standard deviation.
 
-    Where all items have one score, it becomes 0.
+    Column 0, the padding, is left out of both. Where all items have one score, it becomes 0.
     """
     deviation, mean = torch.std_mean(scores[:, 1:], dim=1, correction=0, keepdim=True)
     return (scores - mean) / deviation.where(deviation > 0, 1)

@@ -15,10 +15,10 @@ from models.slmrec import SLMRec, block_vectors, heads_of_blocks
 class OnlineSLMRec(SLMRec):
     """`SLMRec` with a teacher that trains beside its student: it answers as the student does.
 
-    To the student's loss comes the teacher's, L_ce + lambda_ms_teacher L_ms, over heads of its own. The states that cos
-    and norm compare are those of the same step, and both stacks get their gradient. So are the teacher's user vectors
-    that L_kl reads, which get none, unless `teacher_vectors` hold another run's: those of the last block, or with
-    `kl_blocks` those of every block, as both sides' heads of L_ms make them.
+    The loss is the student's plus the teacher's: L_ce + lambda_ms_teacher L_ms, with the teacher's own heads. cos and
+    norm compare states of the same step, and both models get their gradient. L_kl reads the teacher's user vectors of
+    the last block, or with `kl_blocks` those of every block (from the heads of L_ms); the teacher gets no gradient from
+    it. If `teacher_vectors` are set, L_kl reads those of another run instead.
     """
 
     def __init__(

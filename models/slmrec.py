@@ -35,10 +35,10 @@ class SLMRec(Recommender):
 
     A term with weight 0 is neither computed nor logged, so with all weights 0 this is plain training. `ms_heads` are
     L_ms's adapters (hidden -> d), one for each block but the last; they serve training only. `teacher_states`
-    (targets, K, h) and `teacher_vectors` (targets, d'), if a term needs them, are asked by the number of a target
-    among those of the training examples, in their order; `teacher_table` (V + 1, d') belongs to the vectors. Without
-    `teacher_states`, `teacher`, a model in eval mode with its block boundaries, computes the states of each batch. A
-    teacher that trains too: `OnlineSLMRec`.
+    (targets, K, h) and `teacher_vectors` (targets, d'), if a term needs them, have a row per target of all training
+    examples, in their order; `teacher_table` (V + 1, d') belongs to the vectors. Without `teacher_states`, `teacher`, a
+    model in eval mode with its block boundaries, computes the states of each batch. A teacher that trains too:
+    `OnlineSLMRec`.
     """
 
     teacher_states: Answers | None = None

@@ -32,6 +32,7 @@ from transformers.models.gemma2 import modeling_gemma2
 from models.llm import decoder as decoders
 from models.llm import storage
 from models.llm.decoder import base_config, base_shape
+from models.llm.influence import explicit_selection
 from models.llm.recommender import LLMRec
 from models.llm.storage import build_llm_rec, load_base, load_llm_rec, save_llm_rec
 from utils import assets
@@ -310,6 +311,7 @@ QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         ({"vocab_size": 250}, "another shape"),
         ({"num_hidden_layers": 5}, "lack 9 tensors"),
         ({"hidden_size": "wide"}, "no model found|cannot be read"),
+        ({"model_type": "vit", "vocab_size": None}, "a vit model is no decoder-only language model"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused_and_no_code_is_run(changes, words, tmp_path):
@@ -337,7 +339,10 @@ def test_a_folder_with_adapters_is_refused(tmp_path):
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused_where_the_prompt_needs_what_it_lacks(tmp_path):
-    refused(tiny_base(tmp_path / "small", vocab_size=60), "--base_model", "token .* its embedding has 60 rows")
+    small = tiny_base(tmp_path / "small", vocab_size=60)
+    refused(small, "--base_model", "token .* its embedding has 60 rows")
+    with pytest.raises(UserError, match="its embedding has 60 rows"):  # which computes with the prompt before that
+        explicit_selection({"layer_selection": "influence", "num_layers": 1, "dtype": "float32"}, small)
     build(tiny_base(tmp_path / "enough", vocab_size=250))  # of 256 tokens, as Gemma 3 1B has one more than rows
 
 

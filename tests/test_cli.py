@@ -17,6 +17,7 @@ import torch
 import yaml
 from conftest import ROOT
 
+import finetune
 from models.interface import Recommender, flag
 from models.sr import MODELS
 from utils import cli, flags
@@ -82,6 +83,7 @@ def one_line(capsys, argv: list[str]) -> str:
         (["--lora_r", "0"], ">= 1"),
         (["--max_steps", "0"], "-1 or >= 1"),
         (["--dtype", "float64"], "float32, bfloat16"),
+        (["--dataset", "caf\udce9"], "a character that no path or name can"),
     ],
 )
 def test_wrong_flags_are_refused_before_main_runs(argv, words, capsys):
@@ -123,6 +125,22 @@ def test_help_shows_every_flag_with_type_default_and_meaning(name, capsys):
         assert "Type:" in part and known.meaning in part
         if known.default is not None:
             assert str(known.default) in part
+
+
+def test_what_a_recipe_or_another_flag_switches_off_is_refused():
+    def teacher(*argv):
+        return resolve(finetune.main, "teacher", list(argv), models=MODELS)
+
+    with pytest.raises(UserError, match=r"num_epochs 5 has no effect beside max_steps=1500 of cloth.yaml: add --max"):
+        teacher("--dataset", "cloth", "--num_epochs", "5")
+    assert teacher("--dataset", "cloth", "--num_epochs", "5", "--max_steps", "-1")["num_epochs"] == 5
+    assert teacher("--dataset", "cloth", "--num_epochs", "5", "--max_steps", "9")["max_steps"] == 9
+    assert teacher("--dataset", "movie", "--num_epochs", "5")["num_epochs"] == 5
+    for strategy, name, value in (("full", "lora_r", "8"), ("frozen", "lora_target_modules", "q_proj")):
+        argv = ["--dataset", "none-such", "--train_strategy", strategy, f"--{name}", value]
+        with pytest.raises(UserError, match=f"{name} has no effect with train_strategy={strategy}"):
+            teacher(*argv)
+    assert teacher("--dataset", "none-such", "--train_strategy", "full", "--lora_r", "8", "--item_output", "residual")
 
 
 def test_every_documented_flag_is_one_of_some_script():

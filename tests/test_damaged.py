@@ -421,7 +421,12 @@ def test_a_checkpoint_of_another_run_or_beyond_the_end_is_refused(tmp_path, monk
     save_file({k: v for k, v in tensors.items() if k != "exp_avg_sq.norm.bias"}, saved / "optimizer.safetensors")
     with pytest.raises(UserError, match="has no 'exp_avg_sq'"):
         train()
-    (saved / "optimizer.safetensors").write_bytes(moments)
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        whole = (saved / name).read_bytes()
+        (saved / name).write_bytes(whole[:9])
+        with pytest.raises(UserError, match=rf"{saved.name}/{name} .*; remove .*{saved.name}, or pass --resume never"):
+            train()
+        (saved / name).write_bytes(moments if name == "optimizer.safetensors" else whole)
     (tmp_path / "run" / ".state.json.part").write_text("a stray file")
     (saved / "state.json.part").write_text("another")
     with open(tmp_path / "run" / "log.jsonl", "a") as log:

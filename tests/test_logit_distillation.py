@@ -276,11 +276,18 @@ def refused(runs, sources, capsys, flags: list) -> str:  # noqa: F811
         ("--lambda_kl 1 --kl_teacher {0}/fusion", "is no run of train_sr_trad.py, finetune.py or distill.py"),
         ("--lambda_kl 1 --kl_teacher {0}/short", "--max_seq_length 5: --kl_teacher {0}/short reads 3 items"),
         ("--lambda_kl 1 --kl_teacher {0}/damaged", "damaged"),
+        ("--lambda_kl 1 --kl_teacher {0}/elsewhere", "; it is of --dataset there/elsewhere"),
+        ("--lambda_kl 1 --kl_teacher {0}/sasrec/model.safetensors", "model.safetensors holds no finished run"),
         ("--teacher {0}/sasrec", "its logits alone can be learned: --kl_teacher {0}/sasrec"),
+        ("--teacher {0}/teacher/config.json", "config.json holds no finished teacher"),
+        ("--norm_form squared", "--norm_form squared has no effect without its term: add --lambda_norm"),
+        ("--block_reduction mean", "--block_reduction mean has no effect without a term of several blocks"),
+        ("--train_strategy frozen --lora_r 4", "--lora_r has no effect with train_strategy=frozen"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(flags, words, runs, sources, capsys):  # noqa: F811
     changes = {"other": {"dataset_fingerprint": "f" * 64}, "fusion": {"kind": "fusion"}, "unfinished": {"run_id": "x"}}
+    changes |= {"elsewhere": {"dataset_fingerprint": "f" * 64, "dataset": "there/elsewhere"}}
     for name, change in ({"damaged": {}} | changes).items():
         shutil.copytree(runs / "sasrec", runs / name, dirs_exist_ok=True)
         config = json.loads((runs / name / "config.json").read_text())

@@ -315,7 +315,7 @@ def test_blocks_of_a_large_file_are_parsed_in_parallel_and_nothing_is_lost_betwe
     [
         ("amazon2018", gzip.compress(GOOD.encode() * 9000, mtime=0)[:-20], "damaged or cut off"),
         ("amazon2018", gzip.compress(GOOD.encode() * 9, mtime=0)[:14] + b"garbage" * 9, "damaged or cut off"),
-        ("amazon2018", b"", "nothing is left"),
+        ("amazon2018", b"", "holds no line"),
         ("sequences", b"", "is empty"),
         ("sequences", b"1 2 3\n2 x 4\n", "line 2: 'x' is no whole number"),
         ("sequences", b"1 2 3\n2\n", "line 2: user 2 has no items"),
@@ -341,6 +341,31 @@ def test_broken_files_give_one_line_and_touch_nothing(kind, data, words, tmp_pat
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
     assert [p.name for p in (tmp_path / "made").iterdir()] == ["dataset.json"]
     assert {p.name for p in tmp_path.iterdir()} == {"source", "made"}
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("interactions --k 10", "--k has no effect without --filter kcore"),
+        ("interactions --filter paper --k=10", "--k has no effect without --filter kcore"),
+        ("interactions --titles_title name", "--titles_title has no effect without --titles FILE"),
+        ("sequences --titles_encoding latin-1", "--titles_encoding has no effect without --titles FILE"),
+        ("jsonl --meta_item asin", "--meta_item has no effect without --meta FILE"),
+        ("jsonl --timestamp ts --order time", "holds no line that can be used"),
+    ],
+)
+def test_flags_without_effect_are_refused(command, words, tmp_path):
+    (tmp_path / "source").write_bytes(b"")
+    done = process(*command.split(), "--input", tmp_path / "source", "--name", "made", "--output", tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_ratings_that_no_filter_reads_are_told(tmp_path):
+    (tmp_path / "source").write_text("user_id,item_id,stars\n" + "".join(f"u{n},i,4\n" for n in range(5)))
+    flags = ["--input", tmp_path / "source", "--name", "made", "--output", tmp_path, "--rating", "stars"]
+    said = {kind: process("interactions", *flags, "--filter", kind).stderr for kind in ("none", "paper")}
+    assert "ratings are read and not used" in said["none"] and "not used" not in said["paper"]
 
 
 def test_no_space_left_touches_nothing(tmp_path):

@@ -344,6 +344,8 @@ def test_parquet_is_read_where_pandas_reads_it_and_named_elsewhere(run):
     times = pd.to_datetime(["2020-05-05 14:08:48.000000002", "2020-05-05 14:08:48.000000001"])
     frame = pd.DataFrame({"user_id": [7, 7], "item_id": ["a", "b"], "timestamp": times, "genres": [["x"], []]})
     frame.to_parquet(file)
+    code, _, err = run("interactions", file.getvalue(), *TIMED, "--separator", ";")
+    assert code == 2 and len(err) == 1 and "is a Parquet file, on which" in err[0]
     assert run("interactions", file.getvalue(), *TIMED)[1]["users"] == {
         "7": [("b", 1588687728000000001), ("a", 1588687728000000002)]
     }
@@ -631,7 +633,8 @@ def test_lines_that_cannot_be_used_are_counted_and_named(bad, words, run):
     code, _, err = run("jsonl", data, *flags)
     assert code == 2 and len(err) == 1 and "1 of 4 lines" in err[0] and f"line 3 ({words}" in err[0]
     code, made, err = run("jsonl", data, *flags, "--max_bad_lines", 0.5)
-    assert code == 0 and len(err) == 1 and made["info"]["bad_lines"] == 1 and made["info"]["interactions"] == 2
+    assert code == 0 and "1 of 4 lines" in err[0] and "ratings are read and not used" in err[1] and len(err) == 2
+    assert made["info"]["bad_lines"] == 1 and made["info"]["interactions"] == 2
 
 
 def test_json_lines_that_mix_numbers_and_dates_are_refused(run):

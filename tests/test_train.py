@@ -379,6 +379,12 @@ def test_norms_and_biases_have_no_weight_decay(head_learning_rate, optimizer, tm
         np.testing.assert_allclose(parameter.detach().numpy(), parameter.expected, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize(("warmup", "told"), [(2, True), (1, False)])
+def test_a_warm_up_as_long_as_the_training_is_told(warmup, told, tmp_path, capsys):
+    train(tmp_path / "a", max_steps=2, warmup_steps=warmup)
+    assert (f"--warmup_steps {warmup} of the 2 steps of train: " in capsys.readouterr().out) == told
+
+
 def test_schedule_is_warm_up_and_cosine(tmp_path):
     _, _, state = train(tmp_path / "a")
     rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]

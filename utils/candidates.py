@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from utils.data import Sequences
+from utils.data import Sequences, consecutive
 
 NUM_NEGATIVES = 999
 CANDIDATE_SEED = 20240527  # candidates have a seed of their own: a run's --seed never changes who is ranked
@@ -54,7 +54,8 @@ def block_size(num_items: int) -> int:
 def parts(data: Sequences, num: int, processes: int = 1) -> list[slice]:
     """The kept users in parts whose negatives, `num` of each, fit in memory.
 
-    For several processes it is a multiple of their number, alike in size, unless there are too few blocks of users.
+    With several processes the number of parts is a multiple of theirs, and parts have nearly the same size, if there
+    are enough blocks of users.
     """
     block, users = block_size(data.num_items), len(data.users)
     most = max(1, NEGATIVES_AT_ONCE // (max(1, num) * block)) * block
@@ -132,5 +133,5 @@ def seen_pairs(data: Sequences, users: np.ndarray, stop: np.ndarray) -> tuple[np
     """Rows and item ids of all that `users` touched before position `stop` of the flat array: two (pairs,) arrays."""
     counts = stop - data.offsets[users]
     row = np.repeat(np.arange(len(users)), counts)
-    position = np.arange(counts.sum()) + np.repeat(data.offsets[users] - (np.cumsum(counts) - counts), counts)
+    position = consecutive(data.offsets[users], counts)
     return row, data.items[position]

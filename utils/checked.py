@@ -1,4 +1,4 @@
-"""Files that a step reads, whoever wrote them last: each is read whole and checked, or refused in one line.
+"""Files that a step reads, whoever wrote them last: each is checked before it is used, or refused in one line.
 
 What is no plain file, has an absurd size or nests without end is refused before it is parsed. What parses is held to a
 rule: a pair of words and a test, or a dictionary or list of rules. No pickle anywhere.
@@ -99,6 +99,8 @@ def read_text(path: Path, encoding: str = "utf-8", advice: str = AGAIN, most: in
         return path.read_text(encoding=encoding)
     except FileNotFoundError:
         raise
+    except NotADirectoryError as error:  # a file where its folder is meant
+        raise FileNotFoundError(*error.args) from error
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error, advice) from error
 
@@ -193,7 +195,7 @@ def fingerprint_of(items: np.ndarray, offsets: np.ndarray, num_items: int) -> st
     return digest.hexdigest()
 
 
-def load_tensors(path: Path) -> dict[str, "torch.Tensor"]:
+def load_tensors(path: Path, advice: str = AGAIN) -> dict[str, "torch.Tensor"]:
     """Read safetensors; UserError where the file is missing or damaged, or holds NaN or infinity."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -205,9 +207,9 @@ def load_tensors(path: Path) -> dict[str, "torch.Tensor"]:
             name for name, value in found.items() if value.is_floating_point() and not value.float().isfinite().all()
         ]
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; {AGAIN}") from error
+        raise UserError(f"{path} is missing; {advice}") from error
     except (SafetensorError, OSError, RuntimeError, MemoryError, *DAMAGE) as error:
-        raise unreadable(path, error, how="is damaged") from error
+        raise unreadable(path, error, advice, "is damaged") from error
     if odd:
-        raise UserError(f"{path}: {odd[0]} holds NaN or infinity; {AGAIN}")
+        raise UserError(f"{path}: {odd[0]} holds NaN or infinity; {advice}")
     return FromFile(path, found)

@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import fire
@@ -100,6 +100,11 @@ def resolve(
     parts = [part for title in RECIPE_SECTIONS for part in per_model(title, sections[title], models)]
     values |= recipe_values(path, parts, section, flags, inherits, f"{section}.{model}")
     values |= {name: coerce(f"--{name}", text, flags[name]) for name, text in given.items()}
+    if "num_epochs" in given and "max_steps" not in given and values.get("max_steps", -1) > 0:
+        steps = f"max_steps={values['max_steps']} of {path.name}"
+        raise UserError(f"--num_epochs {given['num_epochs']} has no effect beside {steps}: add --max_steps -1")
+    if values.get("train_strategy"):
+        check_lora({"item_output": None} | values, given)
     if "model_config" not in parameters:
         return values
     own = {field.name: values.pop(field.name) for field in dataclasses.fields(models[model].Config)}
@@ -181,6 +186,14 @@ def inherit(config: dict, source: dict, names: list[str], where: str) -> None:
         print(f"inherited from {where}: " + ", ".join(f"{name}={source[name]}" for name in inherited))
     if overridden:
         print("overridden: " + ", ".join(f"{name}={config[name]} (was {source[name]})" for name in overridden))
+
+
+def check_lora(config: dict, given: Iterable[str]) -> None:
+    """UserError for LoRA's flags among those `given` where nothing is adapted; `item_output` residual has its rank."""
+    for name in given:
+        used = config["train_strategy"] == "lora" or (name == "lora_r" and config["item_output"] == "residual")
+        if name.startswith("lora_") and not used:
+            raise UserError(f"--{name} has no effect with train_strategy={config['train_strategy']}: leave it out")
 
 
 def print_config(config: dict) -> None:

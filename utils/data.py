@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,11 @@ from utils.errors import UserError
 from utils.files import is_plain_name
 
 MIN_INTERACTIONS = 3  # one item each to train on, to validate on and to test on
+
+
+def consecutive(begin: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """counts[i] whole numbers from begin[i] on, one range after the other."""
+    return np.arange(counts.sum()) + np.repeat(begin - (np.cumsum(counts) - counts), counts)
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,9 @@ class Sequences:
 
     def training_part(self) -> "TrainingPart":
         """All but the last two items of every kept user (leave-one-out)."""
-        lengths = self.offsets[self.users + 1] - 2 - self.offsets[self.users]
-        users = np.repeat(self.users, lengths)
-        first = np.repeat(self.offsets[self.users] - (np.cumsum(lengths) - lengths), lengths)
-        items = self.items[np.arange(len(users)) + first]
+        begin = self.offsets[self.users]
+        lengths = self.offsets[self.users + 1] - 2 - begin
+        users, items = np.repeat(self.users, lengths), self.items[consecutive(begin, lengths)]
         return TrainingPart(self.num_items, len(self.offsets) - 1, users, items)
 
     def describe(self) -> str:
@@ -132,7 +137,7 @@ class Examples:
         """Rows of the examples `index` in an array with one row per target of all examples, in order."""
         counts = self.num_targets[index]
         low = np.cumsum(self.num_targets)[index] - counts
-        return np.arange(counts.sum()) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+        return consecutive(low, counts)
 
     def single_targets(self, offsets: np.ndarray, max_length: int) -> "Examples":
         """One example per target, in order: the user's `max_length` items before it, also those before a window.
@@ -140,7 +145,7 @@ class Examples:
         offsets: of the sequences that the examples were cut from.
         """
         counts = self.num_targets
-        end = np.arange(counts.sum()) + np.repeat(self.first - (np.cumsum(counts) - counts), counts)
+        end = consecutive(self.first, counts)
         users = np.repeat(self.users, counts)
         return Examples(self.items, users, np.maximum(offsets[users], end - max_length), end, end)
 
@@ -183,7 +188,7 @@ def training_examples(data: Sequences, train_targets: str, max_length: int) -> E
     first = begin + 1 if count < 0 else np.maximum(begin + 1, stop - count)
     windows = -(-(stop - first) // max_length)  # of each user; 0 where first == stop
     user = np.repeat(np.arange(len(windows)), windows)
-    back = np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)
+    back = consecutive(np.zeros_like(windows), windows)
     end = stop[user] - 1 - back * max_length
     start = np.maximum(begin[user], end - max_length)
     return Examples(data.items, data.users[user], start, np.maximum(first[user], start + 1), end)
@@ -195,6 +200,7 @@ def split_examples(data: Sequences, split: str, max_length: int) -> Examples:
     return Examples(data.items, data.users, np.maximum(data.offsets[data.users], end - max_length), end, end)
 
 
+@lru_cache(maxsize=1)
 def shuffled_batches(examples: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Example indices of each batch of an epoch; a pure function of its arguments, so that a run can resume in it."""
     order = np.random.default_rng([seed, epoch]).permutation(examples)
@@ -219,7 +225,9 @@ def sorted_batches(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]
         yield order[at : at + batch_size]
 
 
-def check_same_dataset(data: Sequences, fingerprint: str | None, where: Path) -> None:
-    """Raise UserError unless the run in `where` was made from these very sequences."""
-    if fingerprint != data.fingerprint:
-        raise UserError(f"{where} was made from another dataset than {data.name} as it is now; run its step again")
+def check_same_dataset(data: Sequences, config: dict, where: Path) -> None:
+    """Raise UserError unless the run in `where`, of this `config`, was made from these very sequences."""
+    if config.get("dataset_fingerprint") != data.fingerprint:
+        name = Path(config.get("dataset") or data.name).name
+        advice = "run its step again" if name == data.name else f"it is of --dataset {config['dataset']}"
+        raise UserError(f"{where} was made from another dataset than {data.name} as it is now; {advice}")

@@ -1,9 +1,9 @@
 """The runs behind the tables: what recipes/paper/ says of them, which are there, and running those that are not.
 
-A run is a script with the dataset's recipe, the flags of recipes/paper/runs.yaml, a protocol and a seed. It stands in
-outputs/<dataset>/paper/, once, whichever tables show it and by whichever name: of several that compute the same, one
-stands for all. Its record, results/runs/<dataset>/<run>.json, counts as the
-run where nothing that is still to run reads its folder.
+A run is a script with the dataset's recipe, the flags of recipes/paper/runs.yaml, a protocol and a seed. Each has one
+folder in outputs/<dataset>/paper/, even if several tables show it. If several runs compute the same, one of them stands
+for all. The record of a run, results/runs/<dataset>/<run>.json, replaces it, unless a run still to come reads its
+folder.
 """
 
 import base64

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from utils.checked import HALF
 from utils.errors import UserError
 
 Models = Mapping[str, type] | None  # a registry: the classes by the names that --model takes
@@ -47,8 +48,8 @@ FLAGS: dict[str, tuple[str, str]] = {
     "sr_dir": ("run folder of train_sr_trad.py (default: this dataset's)", ""),
     "teacher": ("run folder of finetune.py, or of distill.py (default: this dataset's teacher-8)", ""),
     "output_dir": (
-        "where this is written (default: under outputs/<dataset>/; of evaluate.py --fuse beside --run, of --layers "
-        "nowhere)",
+        "where this is written (default: under outputs/<dataset>/; evaluate.py --fuse writes beside --run, and "
+        "--layers only where this is given)",
         "",
     ),
     "num_layers": (
@@ -192,7 +193,7 @@ def coerce(source: str, value: object, flag: Flag) -> object:
     if wanted is str:
         if value is None or str(value) in ("True", ""):  # what fire makes of a flag without a value
             raise UserError(f"{source} needs a value")
-        if "\0" in str(value):
+        if "\0" in str(value) or HALF.search(str(value)):  # halves of a path that is not UTF-8
             raise UserError(f"{source} holds a character that no path or name can")
         return str(value)
     if wanted is bool:

@@ -95,7 +95,7 @@ def read_table(flag: str, folder: Path, data: Sequences) -> tuple[torch.Tensor, 
     config = read_config(folder, missing)
     if config.get("kind") != "item_embeddings":
         raise UserError(f"{flag} {folder} was not written by extract_emb.py")
-    check_same_dataset(data, config.get("dataset_fingerprint"), folder)
+    check_same_dataset(data, config, folder)
     path, again = folder / TABLE_FILE, "run extract_emb.py again"
     table = load_tensors(path)["item_table"]
     if sha256(path) != config["table_sha256"]:

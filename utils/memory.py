@@ -72,8 +72,8 @@ def examples_that_fit(
     """How many examples fit in memory at once, at most `most`; the bytes that they take, and the bytes that are free.
 
     step(n): what a training step does with n examples, none of which is longer than any of the others. n is doubled
-    while what the last doubling took in addition would still fit twice, so that no attempt fails where memory can be
-    told beforehand: a process that asks for too much is killed on most systems. reserved: bytes that training will
+    while the next doubling is expected to fit, by what the last one took per example: a try that is too large is
+    avoided, as most systems kill the process. reserved: bytes that training will
     need besides. Raises RunError if not even one fits.
     """
     free = max(0, free_memory(device) - reserved)

@@ -114,9 +114,9 @@ def rank_each(
     """`rank_users` by each of `count` scores that a recommender gives the items; and the seconds of all.
 
     score_blocks: as the recommender's own, but with `count` tensors of scores per block, which are overwritten one
-    after another. negatives (users, N). batched_length: users whose histories differ in earlier items alone are batched
-    as alike. share: rank and number of the processes among which the users are shared; those of others get rank 0.
-    together: all these run the recommender as often, as a base of which each holds a part needs.
+    after another. negatives (users, N). batched_length: longer histories count as equally long when batches are
+    formed. share: rank and number of the processes among which the users are shared; those of others get rank 0.
+    together: each of these calls the recommender equally often, which a sharded base needs.
     """
     examples = split_examples(data, split, max_length)
     ranks = [{kind: np.zeros(len(examples), np.int64) for kind in ("sampled", "full")} for _ in range(count)]

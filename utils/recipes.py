@@ -48,7 +48,7 @@ def check_recipe(path: Path, sections: dict[str, dict], models: Models) -> None:
 def recipe_values(
     path: Path, sections: list, section: str, flags: dict[str, Flag], inherits: Sequence[str], own: str
 ) -> dict:
-    """The recipe's values for this script: section `data`, then the script's own, then what that has for the model.
+    """The recipe's values for this script. Later ones win: section `data`, the script's, its part for the model.
 
     own: where the model's stand, as in "sr.sasrec". What a step inherits is not taken from `data`: the earlier step
     knows better what it was trained with.

@@ -31,14 +31,14 @@ from utils.flags import BEFORE
 from utils.memory import check_sharded
 from utils.metrics import RANKS_FILE, metrics_from_ranks, rank_users, save_ranks
 from utils.report import card, flatten, git_commit, log_rows, peak_memory, plot_curve, protocol
-from utils.run_files import check_shapes, read_config, read_metrics, read_state
+from utils.run_files import check_shapes, read_config, read_metrics, read_state, without
 
 # beside config.json
 RUN_FILES = ("metrics.json", "checkpoints", "log.jsonl", "curve.png", "README.md", CATALOGUE_FILE, RANKS_FILE)
 WEIGHTS = ("model.safetensors", "rec_heads.safetensors", "decoder.safetensors", "adapter", "states")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW, per weight: a stage may leave weights out
 LOCK = ".slmrec.lock"  # the first file of a run folder, held while a process trains in it
-# what does not change what is trained: these may differ when a run is continued
+# these may differ when a run is continued
 NOT_COMPARED = ("resume", "report_to", "output_dir", "micro_batch_size", "eval_batch_size", "run_id", "num_users")
 
 
@@ -93,15 +93,14 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output_dir {self.folder} is a file; choose a folder")
         earlier = self.folder / "config.json"
+        strange = UserError(f"--output_dir {self.folder} holds something that is no run of this step: choose another")
         if not earlier.exists():
             if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / LOCK).exists():
-                raise UserError(f"--output_dir {self.folder} holds something that is no run; choose another folder")
+                raise strange
             return False
         old = BEFORE | read_json(earlier, "", advice=REPLACED)  # what is to be replaced may hold anything
         if old.get("kind") != self.config["kind"]:
-            raise UserError(
-                f"--output_dir {self.folder} holds something that is no run of this step; choose another folder"
-            )
+            raise strange
         if self.config["resume"] != "auto":
             return False
         new = {n: json.loads(json.dumps(value)) for n, value in self.config.items() if n not in NOT_COMPARED}
@@ -115,8 +114,8 @@ class Run:
             )
         if old.get("run_id") is None and list(self.checkpoints.glob("step-*")):
             raise UserError(f"{earlier} has no run_id, so its checkpoints are of no run: pass --resume never")
-        metrics = self.folder / "metrics.json"
-        return metrics.exists() and read_metrics(self.folder).get("run_id") == old.get("run_id")
+        there = (self.folder / "metrics.json").exists()
+        return there and read_metrics(self.folder).get("run_id") == old.get("run_id")
 
     def _take_lock(self) -> None:
         try:
@@ -137,9 +136,8 @@ class Run:
         print(text, flush=True)
 
     def record(self, **found: str) -> None:
-        """Add to the configuration what is known only when training starts; UserError where it continues from other."""
-        earlier = self.folder / "config.json"
-        old = read_config(self.folder) if self.config["resume"] == "auto" and earlier.exists() else {}
+        """Add to the configuration what is known when training starts; UserError if the run to continue had other."""
+        old = self._continued_config()
         for name, value in found.items():
             if old and old.get(name) != value:
                 raise UserError(
@@ -159,17 +157,20 @@ class Run:
             self._start_tracker()
             for folder in (self.folder, self.checkpoints):
                 remove_left_over(folder)
-            earlier = self.folder / "config.json"
-            old = read_config(self.folder) if earlier.exists() and self.config["resume"] == "auto" else {}
+            old = self._continued_config()
             self.config["run_id"] = old.get("run_id")
             continued = bool(old) and self.newest_checkpoint() is not None
             if not continued:
                 self.config["run_id"] = uuid.uuid4().hex
-            write_json(self.config, earlier)
-            if not continued:
-                remove(self.folder / name for name in (*RUN_FILES, *WEIGHTS))
+            write_json(self.config, self.folder / "config.json")
+            remove(self.folder / name for name in (*RUN_FILES, *WEIGHTS) if not continued)
         self.accelerator.wait_for_everyone()
         self.config["run_id"] = read_config(self.folder)["run_id"]
+
+    def _continued_config(self) -> dict:
+        """config.json of the run to continue, or {}."""
+        auto = self.config["resume"] == "auto"
+        return read_config(self.folder) if auto and (self.folder / "config.json").exists() else {}
 
     def _start_tracker(self) -> None:
         if not self.accelerator.log_with:
@@ -242,13 +243,12 @@ class Run:
         state = read_state(saved)
         if saved.name != f"step-{state['step']:08d}":
             raise UserError(f"{saved} holds the state of step {state['step']}; remove it and start again")
-        weights, moments = (load_tensors(saved / f"{kind}.safetensors") for kind in ("model", "optimizer"))
+        weights, moments = (load_tensors(saved / f"{n}.safetensors", without(saved)) for n in ("model", "optimizer"))
         check_shapes(saved, weights, trained)
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
             found = {key: moments[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in moments}
             if found:
-                found.setdefault("step", torch.tensor(float(state["step"])))  # not there in older checkpoints
                 wanted = dict.fromkeys(MOMENTS[:2], parameter) | {"step": torch.zeros(())}
                 check_shapes(saved, FromFile(saved / "optimizer.safetensors", found), wanted)
                 if not 0 <= found["step"] <= state["step"]:
@@ -264,7 +264,7 @@ class Run:
 
     @torch.no_grad()
     def load_best(self, trained: dict[str, nn.Parameter]) -> None:
-        best = load_tensors(self.checkpoints / "best" / "model.safetensors")
+        best = load_tensors(self.checkpoints / "best" / "model.safetensors", without(self.checkpoints))
         check_shapes(self.checkpoints / "best", best, trained)
         for name, parameter in trained.items():
             parameter.copy_(best[name])

@@ -97,7 +97,12 @@ def read_metrics(folder: Path, missing: str = "") -> dict:
 
 def read_state(folder: Path) -> dict:
     """state.json of a checkpoint."""
-    return read_json(folder / "state.json", f"{folder} is incomplete; remove it and start again", STATE)
+    return read_json(folder / "state.json", f"{folder} is incomplete; {without(folder)}", STATE, without(folder))
+
+
+def without(checkpoint: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    return f"remove {checkpoint}, or pass --resume never"
 
 
 def finished_run(folder: Path, missing: str) -> tuple[dict, dict]:

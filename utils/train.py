@@ -79,6 +79,12 @@ class Loop:
             state["starts"][-1]["micro_batch_size"] = self.micro_batch
         self.wrapped = self.model if run.sharded else self.accelerator.prepare_model(self.model)
         run.open_log(started)
+        for name, count in self.stages:
+            if (warmup := self.config["warmup_steps"]) >= count:
+                of_stage = f"--warmup_steps {warmup} of the {count} steps of {name}"
+                run.print(
+                    f"{of_stage}: the learning rate stays below --learning_rate, and --lr_scheduler has no effect"
+                )
         options = {"total": self.total, "initial": started, "unit": "step", "mininterval": 1}
         with tqdm(**options, disable=not self.accelerator.is_main_process) as bar:
             while True:
@@ -173,10 +179,8 @@ class Loop:
 
     def batch_index(self, step: int) -> np.ndarray:
         """Examples of a step: a pure function of the seed and the step."""
-        epoch, size = step // self.per_epoch, self.config["batch_size"]
-        if getattr(self, "epoch", None) != epoch:
-            self.epoch, self.batches = epoch, shuffled_batches(len(self.examples), size, self.config["seed"], epoch)
-        return self.batches[step % self.per_epoch]
+        epoch, at = divmod(step, self.per_epoch)
+        return shuffled_batches(len(self.examples), self.config["batch_size"], self.config["seed"], epoch)[at]
 
     def backward(self, index: np.ndarray, step: int, shares: bool) -> dict[str, float]:
         """Accumulate the gradient of the global batch `index`; returns its loss terms, named, with their sum as loss.

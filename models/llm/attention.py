@@ -126,7 +126,9 @@ def renumber(layers: nn.ModuleList) -> None:
 def what_lacks(layer: nn.Module) -> str | None:
     """The attribute that a layer would need to be one of a LLaMA-like decoder, None if it has all."""
     lacking = [name for name in ("self_attn", "mlp") if not hasattr(layer, name)]
-    return lacking[0] if lacking else None if hasattr(layer.self_attn, "layer_idx") else "layer_idx"
+    if not lacking and not hasattr(layer.self_attn, "layer_idx"):
+        lacking = ["layer_idx"]
+    return lacking[0] if lacking else None
 
 
 @torch.inference_mode()
@@ -146,7 +148,7 @@ def layer_states(decoder: nn.Module, token_ids: torch.Tensor) -> list[tuple[torc
 
 
 class ReadSome:
-    """Lets the top layer compute at the positions that are read; `positions` None: at all.
+    """Lets the top layer compute at the positions that are read; at every one where `positions` is None.
 
     The MLP looks at one position at a time, and so do the query and output maps; those that have adapters, which
     would run everywhere, are left alone. Where nothing is read the output is 0. Keys and values are needed everywhere.
@@ -234,15 +236,16 @@ def merged(decoder: nn.Module) -> Iterator[None]:
     """Inside, adapters are merged into the weights of float32; afterwards these are what they were, to the bit."""
     layers = [m.get_base_layer() for m in decoder.modules() if isinstance(m, LoraLayer)]
     layers = [layer for layer in layers if layer.weight.dtype == torch.float32]
+    if not layers:
+        yield
+        return
     originals = [layer.weight.data for layer in layers]
     try:
-        if layers:
-            for layer, weight in zip(layers, originals, strict=True):
-                layer.weight.data = weight.clone()  # PEFT merges in place, and subtracts with a rounding error
-            decoder.merge_adapter()
+        for layer, weight in zip(layers, originals, strict=True):
+            layer.weight.data = weight.clone()  # PEFT merges in place, and subtracts with a rounding error
+        decoder.merge_adapter()
         yield
     finally:
-        if layers:
-            decoder.unmerge_adapter()
-            for layer, weight in zip(layers, originals, strict=True):
-                layer.weight.data = weight
+        decoder.unmerge_adapter()
+        for layer, weight in zip(layers, originals, strict=True):
+            layer.weight.data = weight

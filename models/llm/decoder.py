@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils import logging as transformers_logging
 
 from models.llm.attention import has_adapters, renumber, what_lacks
-from utils.errors import UserError
+from utils.errors import UserError, is_out_of_memory
 
 PREFIX = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -120,7 +120,8 @@ def base_config(base_model: str | Path) -> AutoConfig:
         raise UserError(
             f"--base_model {base_model}: no model found there ({first_line(error)}); give a folder or hub id"
         ) from error
-    if whole.is_encoder_decoder or not getattr(config, "num_hidden_layers", None):
+    needed = ("num_hidden_layers", "hidden_size", "vocab_size")
+    if whole.is_encoder_decoder or not all(getattr(config, name, None) for name in needed):
         raise UserError(f"--base_model {base_model}: a {whole.model_type} model is no decoder-only language model")
     if not 1 <= config.num_hidden_layers <= MOST_LAYERS:
         raise UserError(f"--base_model {base_model}: its config.json names {config.num_hidden_layers} layers; mend it")
@@ -166,6 +167,8 @@ def load_decoder(base_model: str | Path, num_layers: int, layer_selection: str, 
                 output_loading_info=True,
             )
     except Exception as error:  # a damaged file, a package that is not there, ...: any library's error
+        if is_out_of_memory(error):
+            raise
         if getattr(config, "quantization_config", None):
             raise quantised(base_model, first_line(error)) from error
         raise UserError(f"--base_model {base_model}: the weights cannot be read ({first_line(error)})") from error
@@ -237,6 +240,8 @@ def load_head(base_model: str | Path, decoder: nn.Module, prompt: list[int]) -> 
         plain = torch.allclose(output.logits.float(), states @ head.float().T, rtol=1e-2, atol=1e-2)
         plain = plain and torch.equal(read[0], embedding[prompt])
     except Exception as error:  # what another architecture does is anybody's guess
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"--base_model {base_model}: its language-model head cannot be read ({first_line(error)}); choose another"
         ) from error
@@ -260,6 +265,20 @@ def prompt_ids(base_model: str | Path) -> dict[str, list[int]]:
     if not prefix or not response:
         raise UserError(f"--base_model {base_model}: its tokenizer makes no tokens of the prompt")
     return {"prefix_ids": prefix, "response_ids": response}
+
+
+def check_tokens(base_model: str | Path, decoder: nn.Module, prompt: dict[str, list[int]]) -> None:
+    """UserError where the decoder has no embedding, or none of the prompt's tokens."""
+    try:
+        rows = len(decoder.get_input_embeddings().weight)
+    except (AttributeError, NotImplementedError) as error:
+        raise unlike_llama(base_model, decoder, "no embedding of tokens") from error
+    largest = max(prompt["prefix_ids"] + prompt["response_ids"])
+    if largest >= rows:
+        raise UserError(
+            f"--base_model {base_model}: its tokenizer makes token {largest} of the prompt, its embedding has {rows} "
+            "rows; give it the tokenizer that belongs to it"
+        )
 
 
 def fingerprint(decoder: nn.Module, prompt: dict[str, list[int]]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from models.llm.attention import layer_states
-from models.llm.decoder import base_config, load_decoder, prompt_ids, select_layers
+from models.llm.decoder import base_config, check_tokens, load_decoder, prompt_ids, select_layers
 
 
 def block_influence(decoder: nn.Module, token_ids: list[int]) -> list[float]:
@@ -30,8 +30,9 @@ def explicit_selection(config: dict, base_model: str | Path) -> str:
     depth = base_config(base_model).num_hidden_layers
     select_layers(config["num_layers"], depth, "first")  # refuses more layers than there are
     dtype = getattr(torch, config["dtype"])
-    tokens = [token for part in prompt_ids(base_model).values() for token in part]
-    influence = block_influence(load_decoder(base_model, depth, "first", dtype), tokens)
+    prompt, decoder = prompt_ids(base_model), load_decoder(base_model, depth, "first", dtype)
+    check_tokens(base_model, decoder, prompt)
+    influence = block_influence(decoder, prompt["prefix_ids"] + prompt["response_ids"])
     best = sorted(range(depth), key=influence.__getitem__, reverse=True)[: config["num_layers"]]
     print("block influence: " + ", ".join(f"{layer}: {value:.3f}" for layer, value in enumerate(influence)))
     return ",".join(map(str, sorted(best)))

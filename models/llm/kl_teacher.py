@@ -48,7 +48,7 @@ def find_kl_teacher(config: dict, default: Path | None, data: Sequences) -> None
     taught, _ = finished_run(source, f"--kl_teacher {source} holds no finished run; give the folder of one")
     if taught.get("kind") not in ("sr", "teacher", "student"):
         raise UserError(f"--kl_teacher {source} is no run of train_sr_trad.py, finetune.py or distill.py")
-    check_same_dataset(data, taught.get("dataset_fingerprint"), source)
+    check_same_dataset(data, taught, source)
     length, reads = config["max_seq_length"], taught["max_seq_length"]
     if taught["kind"] != "sr" and length > reads:
         what = f"--kl_teacher {source} reads {reads} items, who learns from it no more"

@@ -193,7 +193,7 @@ class LLMRec(Recommender):
             torch.autograd.backward(parts, [g.to(part.dtype) for g, part in zip(gradients, parts, strict=True)])
 
     def states(self, histories: torch.Tensor, target_mask: torch.Tensor, boundaries: list[int]) -> torch.Tensor:
-        """Response states after the layers `boundaries`, counted from 1, for every target.
+        """The states that become user vectors, one per target, after the layers `boundaries`, counted from 1.
 
         histories (B, T), left-padded; target_mask (B, T) bool: after which items a user vector is wanted. Returns
         (N, len(boundaries), h), N = target_mask.sum(), row-major. Those of the top layer are after the final norm, as
@@ -218,16 +218,16 @@ class LLMRec(Recommender):
             position = torch.cat([torch.arange(P, device=position.device), position])
             read = read + P
         self.top.positions = read if fast.read_some else None
+        top_only = boundaries == [self.num_layers]
         output = self.decoder(
             inputs_embeds=packed,
             attention_mask=batch.mask,
             position_ids=position[None],
             use_cache=False,
-            output_hidden_states=boundaries != [self.num_layers],
+            output_hidden_states=not top_only,
             packing=Rows(batch.slot, P, before, fast.share_keys),
         )
-        whole = boundaries == [self.num_layers]
-        layers = [output.last_hidden_state] if whole else [output.hidden_states[end] for end in boundaries]
+        layers = [output.last_hidden_state] if top_only else [output.hidden_states[end] for end in boundaries]
         return torch.stack([layer[0, read] for layer in layers], dim=1)  # (N, K, h)
 
     def plain_states(self, histories: torch.Tensor, target_mask: torch.Tensor, boundaries: list[int]) -> torch.Tensor:

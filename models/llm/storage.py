@@ -13,6 +13,7 @@ from models.llm.attention import lora_targets
 from models.llm.decoder import (
     base_config,
     base_shape,
+    check_tokens,
     fingerprint,
     first_line,
     keep_layers,
@@ -25,7 +26,7 @@ from models.llm.recommender import PLAIN, LLMRec
 from utils.assets import base_model_path
 from utils.checked import load_tensors
 from utils.cli import ROOT
-from utils.errors import UserError
+from utils.errors import UserError, is_out_of_memory
 from utils.files import not_written, save_tensors
 from utils.run_files import read_config
 
@@ -49,16 +50,7 @@ def load_base(config: dict, base_model: str | Path) -> Base:
     prompt = prompt_ids(base_model)
     dtype = torch.float32 if config["train_strategy"] == "full" else getattr(torch, config["dtype"])
     decoder = load_decoder(base_model, config["num_layers"], config["layer_selection"], dtype)
-    try:
-        rows = len(decoder.get_input_embeddings().weight)
-    except (AttributeError, NotImplementedError) as error:
-        raise unlike_llama(base_model, decoder, "no embedding of tokens") from error
-    largest = max(prompt["prefix_ids"] + prompt["response_ids"])
-    if largest >= rows:
-        raise UserError(
-            f"--base_model {base_model}: its tokenizer makes token {largest} of the prompt, its embedding has {rows} "
-            "rows; give it the tokenizer that belongs to it"
-        )
+    check_tokens(base_model, decoder, prompt)
     found = fingerprint(decoder, prompt)
     if config.get("kind") != "open_p5":  # which packs nothing
         check_packing(decoder, prompt, config["max_seq_length"], base_model, config["read_out"])
@@ -130,6 +122,8 @@ def check_packing(
     except UserError:
         raise
     except Exception as error:  # what another architecture does with our arguments is anybody's guess
+        if is_out_of_memory(error):
+            raise
         raise unlike_llama(base_model, decoder, f"{type(error).__name__}: {first_line(error)}") from error
     off = max(((states - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item() for states in found)
     if not off < 1e-4:  # NaN is refused too
@@ -161,7 +155,7 @@ def build_llm_rec(config: dict, base: Base, item_table: torch.Tensor) -> LLMRec:
 
 
 def recorded_base(config: dict, base_model: str | Path | None = None) -> str:
-    """Where the base is of the run that recorded `config`; `base_model`: where it is now, if not there.
+    """Where the base model of the run that recorded `config` is; `base_model`: where it is now, if it moved.
 
     On the hub it is the revision that the run was trained on, whatever has become of the model since.
     """

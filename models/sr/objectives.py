@@ -45,7 +45,7 @@ class SequentialRecommender(Recommender):
         self.loss = config.loss or ("sampled_softmax" if self.num_negatives else "ce")
         others, t = data.num_items - 1, 0.75 if config.calibration is None else config.calibration
         if self.loss == "ce" and self.num_negatives:
-            raise UserError("--loss ce is over all items: leave out --num_negatives, or choose another --loss")
+            raise UserError("--loss ce is over all items: give --num_negatives 0, or choose another --loss")
         if self.loss != "ce" and not self.num_negatives:
             raise UserError(f"--loss {self.loss} needs negatives: give --num_negatives a number of at least 1")
         if self.loss != "sampled_softmax" and self.num_negatives > others:

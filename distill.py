@@ -121,10 +121,8 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
         instead = f"; its logits alone can be learned: --kl_teacher {source}" if taught.get("kind") == "sr" else ""
         raise UserError(f"--teacher {source} is no run of finetune.py or distill.py{instead}")
     check_same_dataset(data, taught, source)
-    given = [name for name in INHERITED if config.get(name) is not None]
     depth, blocks = taught["num_layers"], config["num_blocks"]
     cli.inherit(config, BEFORE | taught, INHERITED, cli.portable_path(source))
-    cli.check_lora(config, given)
     needed = [name for name in INHERITED if name in TYPES and type(None) not in alternatives(TYPES[name])]
     if lacking := [name for name in needed if config.get(name) is None]:
         raise UserError(f"{source}/config.json has no {lacking[0]}: another version made it; run finetune.py again")
@@ -144,12 +142,6 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     if config["teacher_states"] != "stored" and not (config["lambda_cos"] or config["lambda_norm"]):
         what = f"--teacher_states {config['teacher_states']}"
         raise UserError(f"{what} has no effect without a term that reads them: leave it out, or add --lambda_cos")
-    if config["norm_form"] != "l2" and not config["lambda_norm"]:
-        raise UserError(f"--norm_form {config['norm_form']} has no effect without its term: add --lambda_norm")
-    of_blocks = ("lambda_cos", "lambda_norm", "lambda_ms", "lambda_ms_teacher", "kl_blocks")
-    if config["block_reduction"] != "sum" and not any(config[name] for name in of_blocks):
-        what = f"--block_reduction {config['block_reduction']}"
-        raise UserError(f"{what} has no effect without a term of several blocks: add --lambda_cos, or leave it out")
     for stack in (config["num_layers"], depth):
         block_boundaries(stack, blocks)
     config |= {"teacher": cli.portable_path(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
@@ -158,7 +150,17 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     config |= {"title": title, "teacher_sha256": weights_sha256(source)}
     config["base_model"] = assets.record_base_model(taught["base_model"], base)
     find_kl_teacher(config, source, data)
+    tell_what_is_idle(config)
     return source, taught
+
+
+def tell_what_is_idle(config: dict) -> None:
+    """Print which form of the loss has no effect: a recipe may set it for rows that have other terms."""
+    if config["norm_form"] != "l2" and not config["lambda_norm"]:
+        print(f"--norm_form {config['norm_form']} has no effect: --lambda_norm is 0")
+    of_blocks = ("lambda_cos", "lambda_norm", "lambda_ms", "lambda_ms_teacher", "kl_blocks")
+    if config["block_reduction"] != "sum" and not any(config[name] for name in of_blocks):
+        print(f"--block_reduction {config['block_reduction']} has no effect: no term of several blocks is on")
 
 
 def check_mode(config: dict) -> None:

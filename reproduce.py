@@ -69,10 +69,10 @@ Made by `python reproduce.py record` from the records in `results/` alone; a das
 `recipes/paper/` says what each row is. Protocol *strong*: the dataset's recipe, with every position as a target where a
 row does not say otherwise. Protocol *released*: one target per user for every model, read after the response, weights
 by MRR. Sampled metrics are in percent, among 1 + 999 candidates, ties count against; mean ± standard deviation over
-seeds. Items that a user touched at the same time stand in the order of the file. Columns named *paper* are of LLaMA-7B
-on the paper's data: its Cloth and Music have more than 30 times the users of `clothing2014` and `music2018`. Seconds of
-runs that were made apart say little; `docs/speed.md` has rows that were timed in turn. That one model is as good as
-another holds where its mean is at least 98 % of the other's."""
+seeds. Items that a user touched at the same time stand in the order of the file. Columns named *paper* are of the
+paper's data, with LLaMA-7B: its Cloth and Music have more than 30 times the users of `clothing2014` and `music2018`.
+Seconds of runs that were made apart say little; `docs/speed.md` has rows that were timed in turn. That one model is as
+good as another holds where its mean is at least 98 % of the other's."""
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import torch
 import yaml
 from conftest import ROOT
 
+import distill
 import finetune
 from models.interface import Recommender, flag
 from models.sr import MODELS
@@ -83,7 +84,7 @@ def one_line(capsys, argv: list[str]) -> str:
         (["--lora_r", "0"], ">= 1"),
         (["--max_steps", "0"], "-1 or >= 1"),
         (["--dtype", "float64"], "float32, bfloat16"),
-        (["--dataset", "caf\udce9"], "a character that no path or name can"),
+        (["--dataset", "caf\udce9"], "--dataset is no text in UTF-8"),
     ],
 )
 def test_wrong_flags_are_refused_before_main_runs(argv, words, capsys):
@@ -138,9 +139,11 @@ def test_what_a_recipe_or_another_flag_switches_off_is_refused():
     assert teacher("--dataset", "movie", "--num_epochs", "5")["num_epochs"] == 5
     for strategy, name, value in (("full", "lora_r", "8"), ("frozen", "lora_target_modules", "q_proj")):
         argv = ["--dataset", "none-such", "--train_strategy", strategy, f"--{name}", value]
-        with pytest.raises(UserError, match=f"{name} has no effect with train_strategy={strategy}"):
+        with pytest.raises(UserError, match=f"{name} has no effect with --train_strategy {strategy}"):
             teacher(*argv)
-    assert teacher("--dataset", "none-such", "--train_strategy", "full", "--lora_r", "8", "--item_output", "residual")
+    argv = ["--dataset", "none-such", "--train_strategy", "full", "--lora_r", "8"]
+    assert teacher(*argv, "--item_output", "residual")["lora_r"] == 8
+    assert resolve(distill.main, "student", argv, models=MODELS, inherits=distill.INHERITED)["lora_r"] == 8
 
 
 def test_every_documented_flag_is_one_of_some_script():

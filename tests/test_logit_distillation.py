@@ -280,9 +280,7 @@ def refused(runs, sources, capsys, flags: list) -> str:  # noqa: F811
         ("--lambda_kl 1 --kl_teacher {0}/sasrec/model.safetensors", "model.safetensors holds no finished run"),
         ("--teacher {0}/sasrec", "its logits alone can be learned: --kl_teacher {0}/sasrec"),
         ("--teacher {0}/teacher/config.json", "config.json holds no finished teacher"),
-        ("--norm_form squared", "--norm_form squared has no effect without its term: add --lambda_norm"),
-        ("--block_reduction mean", "--block_reduction mean has no effect without a term of several blocks"),
-        ("--train_strategy frozen --lora_r 4", "--lora_r has no effect with train_strategy=frozen"),
+        ("--train_strategy frozen --lora_alpha 4", "--lora_alpha has no effect with --train_strategy frozen"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(flags, words, runs, sources, capsys):  # noqa: F811

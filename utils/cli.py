@@ -103,8 +103,8 @@ def resolve(
     if "num_epochs" in given and "max_steps" not in given and values.get("max_steps", -1) > 0:
         steps = f"max_steps={values['max_steps']} of {path.name}"
         raise UserError(f"--num_epochs {given['num_epochs']} has no effect beside {steps}: add --max_steps -1")
-    if values.get("train_strategy"):
-        check_lora({"item_output": None} | values, given)
+    if values.get("train_strategy") in ("full", "frozen"):
+        check_lora(values, given)
     if "model_config" not in parameters:
         return values
     own = {field.name: values.pop(field.name) for field in dataclasses.fields(models[model].Config)}
@@ -188,12 +188,15 @@ def inherit(config: dict, source: dict, names: list[str], where: str) -> None:
         print("overridden: " + ", ".join(f"{name}={config[name]} (was {source[name]})" for name in overridden))
 
 
-def check_lora(config: dict, given: Iterable[str]) -> None:
-    """UserError for LoRA's flags among those `given` where nothing is adapted; `item_output` residual has its rank."""
+def check_lora(values: dict, given: Iterable[str]) -> None:
+    """UserError for LoRA's flags among those `given` where nothing is adapted.
+
+    The rank is that of --item_output residual too, and a student that leaves it open may inherit that.
+    """
     for name in given:
-        used = config["train_strategy"] == "lora" or (name == "lora_r" and config["item_output"] == "residual")
-        if name.startswith("lora_") and not used:
-            raise UserError(f"--{name} has no effect with train_strategy={config['train_strategy']}: leave it out")
+        as_rank = name == "lora_r" and values.get("item_output") in ("residual", None)
+        if name.startswith("lora_") and not as_rank:
+            raise UserError(f"--{name} has no effect with --train_strategy {values['train_strategy']}: leave one out")
 
 
 def print_config(config: dict) -> None:

@@ -229,5 +229,9 @@ def check_same_dataset(data: Sequences, config: dict, where: Path) -> None:
     """Raise UserError unless the run in `where`, of this `config`, was made from these very sequences."""
     if config.get("dataset_fingerprint") != data.fingerprint:
         name = Path(config.get("dataset") or data.name).name
-        advice = "run its step again" if name == data.name else f"it is of --dataset {config['dataset']}"
+        advice = (
+            "run its step again"
+            if name in (data.name, data.folder and data.folder.name)
+            else f"it is of --dataset {config['dataset']}"
+        )
         raise UserError(f"{where} was made from another dataset than {data.name} as it is now; {advice}")

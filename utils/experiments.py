@@ -132,7 +132,10 @@ class Experiment:
         if self.spec.script == "finetune":  # several tables side by side
             read = [",".join(read)]
         words += [word for pair in zip(READS[self.spec.script], read, strict=False) for word in pair]
-        for name, value in self.flags().items():
+        flags = self.flags()
+        if "num_epochs" in flags and "max_steps" not in flags:  # which a recipe may have, and which goes before epochs
+            words += ["--max_steps", "-1"]
+        for name, value in flags.items():
             if (name, value) == ("num_layers", "full"):
                 value = depth()
             elif (name, value) == ("layer_selection", "0,1,2,last"):

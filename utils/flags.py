@@ -193,8 +193,10 @@ def coerce(source: str, value: object, flag: Flag) -> object:
     if wanted is str:
         if value is None or str(value) in ("True", ""):  # what fire makes of a flag without a value
             raise UserError(f"{source} needs a value")
-        if "\0" in str(value) or HALF.search(str(value)):  # halves of a path that is not UTF-8
+        if "\0" in str(value):
             raise UserError(f"{source} holds a character that no path or name can")
+        if HALF.search(str(value)):  # as Python reads bytes that are no UTF-8
+            raise UserError(f"{source} is no text in UTF-8")
         return str(value)
     if wanted is bool:
         if str(value).lower() not in ("true", "false"):

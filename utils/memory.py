@@ -73,8 +73,8 @@ def examples_that_fit(
 
     step(n): what a training step does with n examples, none of which is longer than any of the others. n is doubled
     while the next doubling is expected to fit, by what the last one took per example: a try that is too large is
-    avoided, as most systems kill the process. reserved: bytes that training will
-    need besides. Raises RunError if not even one fits.
+    avoided, as most systems kill the process. reserved: bytes that training will need besides. Raises RunError if not
+    even one fits.
     """
     free = max(0, free_memory(device) - reserved)
     room, found = int(SHARE * free), [(0, 0)]  # examples, bytes

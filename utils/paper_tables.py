@@ -256,7 +256,7 @@ def data_table(table: Table) -> str:
 def efficiency_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
     """Seconds, parameters and memory of each row, beside the paper's columns as printed.
 
-    In brackets the ratio to the last row; of ours only where both ran on the same hardware with as many threads.
+    In brackets the ratio to the last row; of ours only where the records name the same hardware and threads.
     """
     paper, domain, seed = read_json(PAPER, "")[table.paper[0]], DOMAINS.get(dataset), table.seeds[dataset][protocol][0]
     found, cells = {key: run for key, run in found.items() if key[-1] == seed}, []

@@ -268,7 +268,7 @@ def prompt_ids(base_model: str | Path) -> dict[str, list[int]]:
 
 
 def check_tokens(base_model: str | Path, decoder: nn.Module, prompt: dict[str, list[int]]) -> None:
-    """UserError where the decoder has no embedding, or none of the prompt's tokens."""
+    """UserError where the decoder has no embedding, or lacks a token of the prompt."""
     try:
         rows = len(decoder.get_input_embeddings().weight)
     except (AttributeError, NotImplementedError) as error:

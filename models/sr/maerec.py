@@ -12,8 +12,8 @@ Deviations: the encoder is BERT's, whose last states are user vectors (the relea
 feed-forward has no residual); the loss is that of --loss; L_recon is a mean over edges (in the release a sum, of weight
 1 and without the logarithm); gamma looks one hop far; the reward of L_mask is always 1, as one that depends on earlier
 steps' losses would be lost when a run is continued; masks are drawn, and L_mask counts a tenth, at each step, where the
-release has both at each tenth; a loop of A + I is masked where all edges of its item are; the MLP has one hidden layer;
-and a drawn pair changes v alone, and may be an edge.
+release does both in each tenth step; a loop of A + I is masked where all edges of its item are; the MLP has one hidden
+layer; and a drawn pair changes v alone, and may be an edge.
 """
 
 from collections.abc import Iterator

@@ -5,7 +5,8 @@ Pre-training reads both sides of a place. With f(a, b) = sigma(a W b) and one dr
 items are hidden with probability `mask_prob`, the newest always. Segment prediction: a is the newest state of a
 sequence with a segment hidden, b that of the segment alone, b- that of one from elsewhere. Then SASRec is trained from
 these weights. Deviations: the two attribute tasks are left out, as datasets have no attributes; tasks are means, not
-sums; and each epoch draws one prefix of every training sequence, where the release takes all.
+sums; and each epoch draws one prefix of every training sequence, where the release takes all. With
+--micro_batch_size a micro-batch of pre-training counts by its targets, not by what is hidden of its prefixes.
 """
 
 from dataclasses import dataclass

@@ -338,6 +338,17 @@ def test_a_folder_with_adapters_is_refused(tmp_path):
     refused(base, "--base_model", "merge them")
 
 
+@pytest.mark.parametrize(("owner", "name"), [(decoders.AutoModel, "from_pretrained"), (storage, "LLMRec")])
+def test_memory_that_is_short_is_no_fault_of_the_base(owner, name, tmp_path, monkeypatch):
+    def short(*arguments, **more):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    base = tiny_base(tmp_path)
+    monkeypatch.setattr(owner, name, short)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        build(base)
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused_where_the_prompt_needs_what_it_lacks(tmp_path):
     small = tiny_base(tmp_path / "small", vocab_size=60)
     refused(small, "--base_model", "token .* its embedding has 60 rows")

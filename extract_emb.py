@@ -46,8 +46,8 @@ def from_recommender(data: Sequences, dataset: str, model: str, sr_dir: str | No
     if trained.get("kind") != "sr":
         raise UserError(f"--sr_dir {source} is no run of train_sr_trad.py")
     check_same_dataset(data, trained, source)
-    if sr_dir and model not in ("sasrec", trained["model"]):
-        raise UserError(f"--model {model}: {source} is a run of {trained['model']}; give --model {trained['model']}")
+    if sr_dir and model not in ("sasrec", trained.get("model")):
+        raise UserError(f"--model {model}: {source} is a run of {trained.get('model')}; leave --model out")
     known = data.training_part()
     table = load_recommender(source, trained, known).item_table()
     torch.manual_seed(trained.get("seed", 0) % 2**63)  # as the run did before it drew its weights

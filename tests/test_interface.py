@@ -119,7 +119,7 @@ def test_a_table_that_is_still_as_it_was_drawn_is_refused(model, sources, tmp_pa
     with pytest.raises(UserError, match="the item table is untrained"):
         extract_emb.main(**cli.resolve(extract_emb.main, "extract", argv, models=MODELS))
     argv += ["--model", "gru4rec"]
-    with pytest.raises(UserError, match=f"--model gru4rec: {run} is a run of {model}; give --model {model}"):
+    with pytest.raises(UserError, match=f"--model gru4rec: {run} is a run of {model}; leave --model out"):
         extract_emb.main(**cli.resolve(extract_emb.main, "extract", argv, models=MODELS))
     assert not table.exists()
 

@@ -82,6 +82,8 @@ def main(
     trained = load(run)
     data = Sequences.load(assets.dataset_folder(dataset or trained.config["dataset"]))
     check_same_dataset(data, trained.config, Path(run))
+    if negatives > max(data.num_items, NUM_NEGATIVES):
+        raise UserError(f"--negatives {negatives}: {data.name} has {data.num_items} items, so no user has as many")
     drawn = Negatives(data, split, negatives, candidate_seed)
     options = {"max_length": trained.config["max_seq_length"], "batch_size": eval_batch_size, "progress": True}
     options |= {"device": trained.device, "autocast": trained.autocast}

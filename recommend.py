@@ -115,9 +115,9 @@ class Trained:
             open_to = allowed.copy()
             open_to[items if exclude_seen else []] = False
             best = best_of(row, np.flatnonzero(open_to), k)
-            found = [(int(n), self.catalogue.ids[n - 1], self.catalogue.titles[n - 1], float(row[n])) for n in best]
+            found = [(self.catalogue.ids[n - 1], self.catalogue.titles[n - 1], float(row[n])) for n in best]
             unknown = [item for item in history if not self.catalogue.number(item)]
-            listed = [Recommendation(rank, *what[1:]) for rank, what in enumerate(found, 1)]
+            listed = [Recommendation(rank, *what) for rank, what in enumerate(found, 1)]
             answers.append(Answer(listed, unknown, by_popularity=not items))
         return answers
 
@@ -159,7 +159,7 @@ def load(folder: str | Path) -> Trained:
 def load_fusion(config: dict, items: int) -> Fusion:
     """The two runs that evaluate.py fused, over so many items, with the weight that it chose."""
     check_parts(config)
-    parts = [load(config[name]) for name in ("run", "fuse")]
+    parts = [load(cli.ROOT / config[name]) for name in ("run", "fuse")]  # where `check_parts` has looked
     if {len(part.catalogue) for part in parts} != {items}:
         raise UserError(f"{config['run']} and {config['fuse']} do not know the {items} items of the fusion; fuse again")
     lengths = [part.config["max_seq_length"] for part in parts]
@@ -183,7 +183,7 @@ def read_histories(path: str) -> Iterator[list[str]]:
     """Histories of a .csv or .jsonl file; - is standard input, of either kind, told by its first character."""
     text = text_of("--input", path)
     if path.endswith(".csv") or (path == "-" and text.lstrip()[:1] not in ("[", "{")):
-        rows = csv.reader(io.StringIO(text, newline=""))
+        rows = csv.reader(io.StringIO(text, newline=""), strict=True)
         try:
             yield from ([cell.strip() for cell in row if cell.strip()] for row in rows)
         except csv.Error as error:
@@ -259,9 +259,10 @@ def main(
     wanted = None
     if candidates:
         wanted = [line.strip() for line in text_of("--candidates", candidates).split("\n") if line.strip()]
-    histories = (
-        [[part.strip() for part in history.split(";") if part.strip()]] if history else list(read_histories(input))
-    )
+    if history is not None:
+        histories = [[part.strip() for part in history.split(";") if part.strip()]]
+    elif not (histories := list(read_histories(input))):
+        raise UserError(f"--input {input} holds no history; expected one per line")
     if any(HALF.search(item) for items in histories for item in items):
         raise UserError("an item of a history is no text in UTF-8: write it anew")
     begun = time.perf_counter()

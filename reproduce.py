@@ -36,12 +36,11 @@ from utils.experiments import (
 from utils.files import atomic_file, is_plain_name, write_json
 from utils.flags import suggest
 from utils.paper_claims import claim_table
-from utils.paper_figures import depth_figure
-from utils.paper_runs import protocols
+from utils.paper_figures import depth_figure, depth_table
+from utils.paper_runs import protocols, recipe
 from utils.paper_tables import (
     Table,
     data_table,
-    depth_table,
     difference_table,
     efficiency_table,
     measured,
@@ -51,7 +50,6 @@ from utils.paper_tables import (
     table_names,
     value_table,
 )
-from utils.recipes import read_recipe
 from utils.report import compare_ranks, markdown_table
 
 DEFAULT_SEED = 42
@@ -77,8 +75,12 @@ good as another holds where its mean is at least 98 % of the other's."""
 
 def main() -> None:
     args = command_line().parse_args()
-    if getattr(args, "dataset", None) and not is_plain_name(args.dataset):
-        raise UserError(f"--dataset {args.dataset}: the name of a dataset in datasets/ is expected")
+    if dataset := getattr(args, "dataset", None):
+        if not is_plain_name(dataset):
+            raise UserError(f"--dataset {dataset}: the name of a dataset in datasets/ is expected")
+        places = (f"recipes/{dataset}.yaml", f"outputs/{dataset}", f"results/runs/{dataset}")
+        if not any((cli.ROOT / place).exists() for place in places):
+            assets.dataset_folder(dataset)
     verb = {"list": show_list, "plan": show_plan, "run": run, "show": show, "record": write_records, "compare": compare}
     verb[args.verb](args)
 
@@ -124,10 +126,12 @@ def natural(text: str) -> int:
 
 
 def positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+    try:
+        if (value := float(text)) > 0:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is no number above 0")
 
 
 # --- what there is to run ---
@@ -153,6 +157,8 @@ def narrowed(table: Table, args: argparse.Namespace) -> Table:
         if name not in table.rows:
             raise UserError(f"--rows {name!r}: {table.name} has no such row{suggest(name, table.rows, '')}")
     rows = {name: table.rows[name] for name in names}
+    if args.dataset not in (None, *table.seeds):  # what others report is of the table's own
+        rows = {name: replace(row, published=None) for name, row in rows.items()}
     if args.rows:  # asked for by name: on whatever dataset
         rows = {name: replace(row, datasets=None) for name, row in rows.items()}
     return replace(table, seeds=on, rows=rows)
@@ -165,11 +171,12 @@ def wanted_runs(args: argparse.Namespace) -> list[Experiment]:
 
 
 def base_layers(experiment: Experiment) -> int:
-    """How many layers the base model has that the dataset's teacher is cut from."""
+    """How many layers the base model of a run has: a student's is its teacher's."""
     from models.llm.decoder import base_config  # transformers takes seconds to import, which most verbs do not need
 
-    recipe = read_recipe(cli.ROOT / "recipes" / f"{experiment.dataset}.yaml")["teacher"]
-    base = experiment.base_model or recipe.get("base_model", assets.EMBEDDED_MODEL)
+    sections = recipe(experiment.dataset)
+    values = sections["data"] | sections["open_p5" if experiment.spec.script == "train_open_p5" else "teacher"]
+    base = experiment.base_model or values.get("base_model", assets.EMBEDDED_MODEL)
     return base_config(assets.base_model_path(base)).num_hidden_layers
 
 
@@ -179,7 +186,8 @@ def base_layers(experiment: Experiment) -> int:
 def show_list(args: argparse.Namespace) -> None:
     cells = []
     for table in chosen_tables(args):
-        states = [e.state() for e in dict.fromkeys(e for _, e in narrowed(table, args).experiments(args.base_model))]
+        table = narrowed(table, args)
+        states = [e.state() for e in dict.fromkeys(e for _, e in table.experiments(args.base_model))]
         done = sum(state in ("finished", "recorded") for state in states)
         cells.append([table.name, table.title, ", ".join(table.seeds) or "-", f"{done} of {len(states)}"])
     print(markdown_table(["table", "title", "datasets", "runs that are there"], cells))
@@ -189,10 +197,7 @@ def show_plan(args: argparse.Namespace) -> None:
     """Every run that is missing, with what it reads, in the order of `run`."""
     cells, total, missing = [], 0.0, list(with_parents(wanted_runs(args)))
     unknown = [calibration(experiment) for experiment in missing if expected_seconds(experiment) is None]
-    calibrations = list(with_parents(unknown)) if args.calibrate else []
-    check_unchanged(calibrations)
-    for experiment in calibrations:
-        execute(experiment, partial(base_layers, experiment), float("inf"))
+    execute_all(list(with_parents(unknown)) if args.calibrate else [])
     for experiment in missing:
         seconds = expected_seconds(experiment)
         total += seconds or 0.0
@@ -207,33 +212,49 @@ def show_plan(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run what is missing, until the budget is used up; what failed is named at the end, with exit code 1."""
+    """Run what is missing, until the budget is used up."""
+    wanted = wanted_runs(args)
+    missing = list(with_parents(wanted))
+    if not missing:
+        print(f"all {len(wanted)} runs are there: `show` prints the table, `record` makes records of finished runs")
+    execute_all(missing, args.budget_hours)
+
+
+def execute_all(missing: list[Experiment], budget_hours: float = float("inf")) -> None:
+    """Run or continue each; what failed is named at the end, with exit code 1, and what reads it is not run."""
     begun, outcomes = time.monotonic(), {}
-    missing = list(with_parents(wanted_runs(args)))
     check_unchanged(missing)
-    if args.dataset:
-        assets.dataset_folder(args.dataset)  # told before anything is run
+    for dataset in dict.fromkeys(experiment.dataset for experiment in missing):
+        assets.dataset_folder(dataset)  # what is not there is told before anything is run
+    of_base = {(e.dataset, e.base_model): e for e in missing if e.spec.script in ("finetune", "train_open_p5")}
+    for experiment in of_base.values():
+        base_layers(experiment)
     for at, experiment in enumerate(missing, 1):
         title = f"{experiment.name} on {experiment.dataset}, {experiment.protocol}, seed {experiment.seed}"
-        left = 3600 * args.budget_hours - (time.monotonic() - begun)
-        if left <= 0:
-            still = len(missing) - at + 1
-            print(f"the budget is used up: {still} of {len(missing)} runs are left; the same command goes on")
-            break
         failed = [parent.name for parent in experiment.parents() if outcomes.get(parent) == "failed"]
         if failed:
             outcomes[experiment] = "failed"
             print(f"[{at} of {len(missing)}] {title}: not run, as {failed[0]} failed")
             continue
         print(f"[{at} of {len(missing)}] {title}", flush=True)
+        left = 3600 * budget_hours - (time.monotonic() - begun)
         outcomes[experiment] = execute(experiment, partial(base_layers, experiment), left)
+        still = len(missing) - at + (outcomes[experiment] == "interrupted")
+        if still and time.monotonic() - begun >= 3600 * budget_hours:
+            print(f"the budget is used up: {still} of {len(missing)} runs are left; the same command goes on")
+            break
     bad = [experiment for experiment, outcome in outcomes.items() if outcome == "failed"]
     if bad:
         raise RunError(f"{len(bad)} runs failed: {', '.join(str(experiment.folder) for experiment in bad)}")
 
 
 def show(args: argparse.Namespace) -> None:
-    print("\n\n".join(render(narrowed(table, args), args.base_model) for table in chosen_tables(args)))
+    tables = chosen_tables(args)
+    if given := [flag for flag in ("base_model", "protocol", "rows") if getattr(args, flag)]:
+        tables = [table for table in tables if table.shape not in WHOLE]
+        if not tables:
+            raise UserError(f"--{given[0]} has no effect on what {args.table} shows; leave it out")
+    print("\n\n".join(render(narrowed(table, args), args.base_model) for table in tables))
 
 
 def render(table: Table, base_model: str | None = None) -> str:
@@ -254,7 +275,10 @@ def render(table: Table, base_model: str | None = None) -> str:
 
 def write_records(args: argparse.Namespace) -> None:
     """results/runs/: one record per finished run; results/TABLES.md is made of all of them anew."""
-    for folder in sorted((cli.ROOT / "outputs").glob(f"{args.dataset or '*'}/paper")):
+    folders = sorted((cli.ROOT / "outputs").glob(f"{args.dataset or '*'}/paper"))
+    if args.dataset and not folders:
+        raise UserError(f"--dataset {args.dataset}: outputs/{args.dataset}/paper/ holds no run; `run` makes them")
+    for folder in folders:
         for experiment in finished_experiments(folder.parent.name):
             if found := record(experiment):
                 write_json(found, experiment.record_file)
@@ -289,6 +313,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    cli.print_anything()
     try:
         main()
     except UserError as error:

@@ -41,7 +41,6 @@ from benchmarks.llm_step import (
     training_step,
     without,
 )
-from models.dropout import Dropout
 from models.llm.decoder import block_boundaries
 from models.slmrec import SLMRec
 from models.sr import objectives, sasrec
@@ -237,12 +236,9 @@ def teachers_states(repeats: int, device) -> dict[str, float]:
 def compiled(work: Workload, repeats: int) -> dict[str, float]:
     """Samples per second of training with and without torch.compile, and the seconds of the first, compiling pass.
 
-    Compiled is every layer but the top one, whose hooks change state; dropout is off, as graphs would break at it.
+    Compiled is every layer but the top one, whose hooks change state.
     """
     models = [make_model("smollm2-135m", 8, work.data.num_items, work.device, torch.float32) for _ in range(2)]
-    for module in (module for model in models for module in model.modules()):
-        if isinstance(module, Dropout):
-            module.p = 0.0
     batches = work.batches(work.index())
     plain, fast = (training_step(model, ours_loss, batches) for model in models)
     for layer in models[1].base.layers[:-1]:

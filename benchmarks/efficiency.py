@@ -1,7 +1,7 @@
 """Every row of the paper's tables 7, 9 and 10 in one run: seconds, memory and parameters, and ratios to full depth.
 
     python benchmarks/efficiency.py                        Beauty, by its recipe
-    python benchmarks/efficiency.py --dataset ml-100k --depths 8 4
+    python benchmarks/efficiency.py --dataset ml-100k --depths 8 4 --out ml-100k.json
 
 Each row is what the scripts train with the dataset's recipe, on random item vectors: its users, catalogue, batches and
 loss terms. The released computation of the full model, one target per user, stands beside. Rows take turns; medians are
@@ -40,6 +40,7 @@ from models.slmrec import SLMRec
 from models.sr import MODELS
 from utils.assets import base_model_path, dataset_folder
 from utils.candidates import draw_negatives
+from utils.checked import read_json
 from utils.cli import ROOT, resolve
 from utils.data import Sequences, shuffled_batches, split_examples, training_examples
 from utils.files import write_json
@@ -164,6 +165,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "efficiency.json")
     args = parser.parse_args()
+    held = read_json(args.out, "")["settings"]["dataset"] if args.out.exists() else args.dataset
+    if held != args.dataset:
+        parser.error(f"{args.out} holds what was measured on {held}: give another --out, or remove it")
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     torch.manual_seed(0)
     random.seed(0)

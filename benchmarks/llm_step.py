@@ -191,7 +191,7 @@ class Workload:
         self.tests = split_examples(self.ranked, "test", MAX_ITEMS)
 
     def index(self) -> list[np.ndarray]:
-        """Four batches as Run.fit makes them."""
+        """Four batches as utils.train.fit makes them."""
         return shuffled_batches(len(self.examples), self.batch_size, seed=0, epoch=0)[:4]
 
     def batches(self, index: list[np.ndarray]) -> list[dict[str, torch.Tensor]]:

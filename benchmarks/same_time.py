@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.assets import dataset_folder
+from utils.checked import read_json
 from utils.cli import ROOT
 from utils.data import Sequences
 from utils.experiments import records, unpack
@@ -60,6 +61,9 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "same_time.json")
     args = parser.parse_args()
+    held = read_json(args.out, "")["dataset"] if args.out.exists() else args.dataset
+    if held != args.dataset:
+        parser.error(f"{args.out} holds what was measured on {held}: give another --out, or remove it")
     folder = dataset_folder(args.dataset)
     data, times, found = Sequences.load(folder), np.load(folder / "timestamps.npy"), records(args.dataset)
     if not times.any():

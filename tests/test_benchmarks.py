@@ -13,10 +13,7 @@ from conftest import ROOT, tiny_llm_rec, tiny_sources
 from safetensors.torch import load_file
 
 from benchmarks import against_recbole, busy, cost, efficiency, evaluation, llm_step, read_outs, same_time
-from models import losses
-from models.dropout import Dropout
 from models.llm.recommender import LLMRec
-from models.sr import sasrec
 from utils import metrics
 from utils.data import Sequences, training_examples
 from utils.experiments import pack
@@ -35,10 +32,9 @@ def test_help_is_printed(name, capsys, monkeypatch):
 
 
 def state(model: LLMRec) -> list[dict]:
-    """All that is set in a model and in what benchmarks replace parts of."""
-    owners = (LLMRec, Dropout, losses, metrics, sasrec, sasrec.SASRec, model)
+    """All that is set in a model."""
     hooks = [hooks for part in model.modules() for hooks in (part._forward_pre_hooks, part._forward_hooks)]
-    return [dict(vars(owner)) for owner in owners] + [dict(found) for found in hooks]
+    return [dict(vars(model)), *(dict(found) for found in hooks)]
 
 
 @pytest.mark.parametrize("replaced", REPLACED.values(), ids=REPLACED)

@@ -24,7 +24,7 @@ from models.sr import MODELS
 from utils import cli, flags
 from utils.cli import resolve
 from utils.errors import UserError
-from utils.flags import FLAGS
+from utils.flags import FLAGS, OF_TRAINED
 from utils.recipes import RECIPE_SECTIONS
 
 SCRIPTS = {"train_sr_trad": "sr", "extract_emb": "extract", "finetune": "teacher", "distill": "student"}
@@ -149,6 +149,11 @@ def test_what_a_recipe_or_another_flag_switches_off_is_refused():
 def test_every_documented_flag_is_one_of_some_script():
     used = {p for name in EVERY for p in inspect.signature(importlib.import_module(name).main).parameters}
     assert used - {"model_config"} == set(FLAGS)
+    trained, training = (
+        {p for name in names for p in inspect.signature(importlib.import_module(name).main).parameters}
+        for names in (("evaluate", "recommend"), set(EVERY) - {"evaluate", "recommend"})
+    )
+    assert trained - training == OF_TRAINED
 
 
 def what_is_read(tree: ast.AST) -> tuple[set[str], set[str]]:
@@ -428,6 +433,9 @@ def test_a_recipe_may_name_the_model(tmp_path, monkeypatch):
         ("sr: {other: {with: 3}}", r"unknown key sr\.other\.with"),
         ("teacher: {with: 3}", r"unknown key teacher\.with"),
         ("sr: {third: {width: 3}}", r"unknown key sr\.third"),
+        ("data: {other: {width: 3}}", r"unknown key data\.other"),
+        ("teacher: {other: {width: 3}}", r"unknown key teacher\.other"),
+        ("data: {negatives: 99}", r"unknown key data\.negatives"),
     ],
 )
 def test_bad_values_for_a_model_are_refused(text, words, tmp_path, monkeypatch):

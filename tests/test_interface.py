@@ -108,7 +108,6 @@ def test_a_model_goes_through_every_step(model, kind, sources, tmp_path, monkeyp
         tmp_path / "teacher",
     )
     assert json.loads((tmp_path / "teacher" / "config.json").read_text())["item_dim"] == 6
-    assert outcome(tmp_path / "teacher")[0]["test"]["full"]["HR@10"] >= 0
 
 
 @pytest.mark.parametrize("model", ["sasrec", "sasrec_released"])

@@ -337,6 +337,8 @@ BAD = {
     ),
     "order of ids": ("t.csv", "3,1,2\n0,0,0\n2,3,4\n1,5,6\n", SHUFFLED, "id", "which say what its rows stand for"),
     "empty": ("t.csv", "", LETTERS, None, "no tab, comma or semicolon"),
+    "row numbers of pandas": ("t.csv", ",item_id,x\n0,a,1\n1,b,2\n2,c,3\n", LETTERS, None, "are both of ids"),
+    "row numbers before id": ("t.csv", ",id,x\n0,a,1\n1,b,2\n2,c,3\n", LETTERS, None, "are both of ids"),
     "header alone": ("t.csv", "item_id,a,b\n", LETTERS, None, "no row of numbers"),
     "latin-1": ("t.tsv", "é\t1\n".encode("latin-1"), LETTERS, None, "cannot be read as UTF-8"),
     "an open quote": ("t.csv", 'a,1\n"b,1\nc,1\n', LETTERS, None, "cannot be read as UTF-8 text"),

@@ -84,8 +84,6 @@ def test_each_run_of_the_chain_inherits_from_the_one_before(chain):
         assert {n: config.get(n) for n in distill.INHERITED} == {n: configs[0].get(n) for n in distill.INHERITED}
     tables = [load_tensors(place / name / HEADS_FILE)["item_table"] for name in ("teacher", "last")]
     assert torch.equal(*tables)
-    metrics = json.loads((place / "last" / "metrics.json").read_text())
-    assert 0 <= metrics["test"]["full"]["NDCG@10"] <= 1
 
 
 @pytest.mark.parametrize(

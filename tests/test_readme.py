@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TITLES, forget, make_sequences
-from kills import outcome, step
+from kills import step
 from test_kill import sources  # noqa: F401
 
 import extract_emb
@@ -191,7 +191,6 @@ def test_the_model_of_extend_trains_and_gives_its_table(youtube_dnn, sources, tm
     youtube_dnn.test_padding_changes_no_user_vector()
     flags = ["--model", "youtube_dnn", "--item_dim", 6, "--hidden_dim", 5, "--learning_rate", 1, "--warmup_steps", 1]
     step(train_sr_trad, "sr", sources, *flags, "--output_dir", tmp_path / "run")
-    assert 0 <= outcome(tmp_path / "run")[0]["test"]["full"]["HR@10"] <= 1
     argv = ["--dataset", sources / "data", "--model", "youtube_dnn", "--sr_dir", tmp_path / "run"]
     argv = [*map(str, argv), "--output_dir", str(tmp_path / "table")]
     extract_emb.main(**cli.resolve(extract_emb.main, "extract", argv, models=MODELS))

@@ -124,6 +124,9 @@ def test_histories_come_from_files_and_standard_input(name, text, piped, runs, t
         (["--input", "none.jsonl"], "No such file"),
         (["--input", "bad.jsonl"], "line 2"),
         (["--input", "latin.csv"], "UTF-8"),
+        (["--input", "open.csv"], "open.csv, line 2: "),
+        (["--input", "empty.csv"], "holds no history"),
+        (["--input", "empty.jsonl"], "holds no history"),
         (["--history", "id4", "--run", "nowhere"], "holds no finished run"),
         (["--history", "id4", "--candidates", "none.txt"], "No such file"),
         (["--input", "-", "--candidates", "-"], "both standard input"),
@@ -138,6 +141,9 @@ def test_what_is_refused(flags, words, runs, tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.jsonl").write_text('["id4"]\n{"items": []}\n')
     (tmp_path / "latin.csv").write_bytes(b"caf\xe9\n")
     (tmp_path / "h.csv").write_text("id4\n")
+    (tmp_path / "open.csv").write_text('id4,"Film 5\nid6,id7\n')  # its quote has no end
+    for name in ("empty.csv", "empty.jsonl"):
+        (tmp_path / name).touch()
     (tmp_path.parent / "x").mkdir(exist_ok=True)
     link = tmp_path.parent / "x" / "link.csv"
     link.unlink(missing_ok=True)
@@ -190,3 +196,6 @@ def test_other_numbers_of_candidates(runs, sources, capsys):  # noqa: F811
     cli.run(evaluate.main, None, ["--run", str(runs / "sasrec"), "--negatives", "5", "--candidate_seed", "3"])
     users = len(Sequences.load(sources / "data").users)
     assert f"{users} users, 5 to 5 negatives" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.run(evaluate.main, None, ["--run", str(runs / "sasrec"), "--negatives", "1000000000"])
+    assert stop.value.code == 2 and "so no user has as many" in capsys.readouterr().err

@@ -51,6 +51,15 @@ pairs: [[student, SASRec]]
 """
 
 
+CLAIMS = """
+title: Claims
+shape: claims
+seeds: {small: {strong: [1]}}
+rows: [SASRec, student]
+claims: [{claim: the student beats SASRec, paper: 1, better: [student, SASRec]}]
+"""
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     """A checkout with one table and no runs."""
@@ -223,14 +232,17 @@ def test_a_run_that_is_there_counts_by_whichever_name(named_twice, monkeypatch):
 
 def test_a_run_stops_when_the_budget_is_used_up_and_goes_on_later(place, monkeypatch, capsys):
     ran = process(monkeypatch, place, endless=("teacher-seed1",))
-    times = iter([0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, *[10.0**6] * 99])
+    times = iter([0.0, *range(10), *[10.0**6] * 99])
     monkeypatch.setattr(time, "monotonic", lambda: next(times))
     call(monkeypatch, "run", "table2", "--budget_hours", "0.5")
-    assert "the budget is used up: 9 of 12 runs are left" in capsys.readouterr().out
+    assert "the budget is used up: 10 of 12 runs are left" in capsys.readouterr().out
     assert [words[0] for words in ran.commands] == ["train_sr_trad.py", "extract_emb.py", "finetune.py"]
     assert Experiment("small", "strong", "teacher", 1).state() == "interrupted"
-    monkeypatch.undo()
-    monkeypatch.setattr(cli, "ROOT", place)
+    ran = process(monkeypatch, place)
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    call(monkeypatch, "run", "table2")
+    assert next(words[0] for words in ran.commands) == "finetune.py" and len(ran.commands) == 10
+    assert "the budget" not in capsys.readouterr().out
 
 
 def test_another_recipe_makes_another_run(place, monkeypatch):
@@ -265,6 +277,75 @@ def test_hours_come_from_a_calibration_where_no_other_seed_was_run(place, monkey
         )
     call(monkeypatch, "plan", "table2", "--rows", "SASRec", "--seeds", "1", "--protocol", "strong")
     assert "1 runs, 0.0 hours\n" in capsys.readouterr().out
+
+
+def test_a_calibration_that_failed_tells_no_time(place, monkeypatch, capsys):
+    """What reads it is not run, and the next plan tries again."""
+    ran = process(monkeypatch, place, failing=("teacher-seed0",))
+    monkeypatch.setattr(experiments, "planned_steps", lambda config, per_epoch: 3)
+    monkeypatch.setattr(experiments, "read_config", lambda folder: {"eval_steps": 3})
+    report = {"steps": 3, "steps_per_epoch": 3, "seconds": {"train": 1.0, "score_test": 1.0}}
+    monkeypatch.setattr(experiments, "read_metrics", lambda folder: report)
+    argv = ["plan", "table2", "--protocol", "strong", "--seeds", "1", "--rows", "ours", "--calibrate"]
+    for _ in range(2):
+        ran.commands.clear()
+        with pytest.raises(reproduce.RunError, match="2 runs failed: outputs/small/calibration/teacher-seed0, "):
+            call(monkeypatch, *argv)
+        assert ran.commands[-1][0] == "finetune.py"
+    teacher = Experiment("small", "strong", "teacher", 1)
+    assert experiments.expected_seconds(teacher) is None
+    call(monkeypatch, *argv[:-1])
+    assert "of which no time is known" in capsys.readouterr().out
+
+
+def test_a_run_without_its_folder_is_planned_at_its_time(place, monkeypatch):
+    process(monkeypatch, place)
+    call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1", "--rows", "SASRec")
+    sasrec = Experiment("small", "strong", "SASRec", 1)
+    path = place / f"{sasrec.folder}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 50.0}))
+    assert experiments.expected_seconds(sasrec) == 0
+    shutil.rmtree(place / sasrec.folder)
+    assert experiments.expected_seconds(sasrec) == 50
+
+
+def test_all_that_a_run_needs_is_looked_for_before_it_begins(place, monkeypatch):
+    ran = process(monkeypatch, place)
+
+    def absent(experiment: Experiment) -> int:
+        raise reproduce.UserError("no such base model")
+
+    monkeypatch.setattr(reproduce, "base_layers", absent)
+    with pytest.raises(reproduce.UserError, match="no such base model"):
+        call(monkeypatch, "run", "table2")
+    assert not ran.commands
+    call(monkeypatch, "run", "table2", "--rows", "SASRec")  # needs none
+    assert {words[0] for words in ran.commands} == {"train_sr_trad.py"}
+
+
+def test_what_record_leaves_out_is_told(place, monkeypatch, capsys):
+    process(monkeypatch, place)
+    call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1")
+    call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1")
+    assert "all 2 runs are there" in capsys.readouterr().out
+    (place / "recipes" / "small.yaml").write_text("sr: {num_epochs: 3}\n")
+    forget()
+    call(monkeypatch, "record")
+    assert "outputs/small/paper/sasrec-seed1 is left out: changed" in capsys.readouterr().out
+
+
+def test_what_others_report_is_shown_beside_their_data_alone(place, monkeypatch, capsys):
+    published = "{run: student, published: {ndcg: 0.0599, loss: ce, source: a paper},"
+    text = TABLE.replace("{run: student,", published).replace("paper: [table_2, table_3]", "shape: published")
+    (place / "recipes" / "paper" / "table2.yaml").write_text(text)
+    (place / "recipes" / "other.yaml").write_text("{}")
+    process(monkeypatch, place)
+    monkeypatch.setattr(paper_tables, "measured", lambda *args: [{"test": {"full": {"NDCG@10": 0.06}}}])
+    monkeypatch.setattr(reproduce, "measured", paper_tables.measured)
+    monkeypatch.setattr(reproduce, "difference_table", lambda *args: "")
+    for dataset, shown in (("small", True), ("other", False)):
+        call(monkeypatch, "show", "table2", "--dataset", dataset)
+        assert ("0.0599" in capsys.readouterr().out) == shown
 
 
 def test_records_stand_for_runs_and_make_the_tables(place, monkeypatch, capsys):
@@ -350,17 +431,26 @@ def test_ours_stands_beside_what_others_published():
         ("plan table2 --dataset ../small", "--dataset ../small: the name of a dataset"),
         ("record --dataset /tmp/x", "--dataset /tmp/x: the name of a dataset"),
         ("record --dataset a**b", "the name of a dataset"),
+        ("plan table2 --dataset smal", "--dataset smal: neither"),
+        ("show table2 --dataset smal", "--dataset smal: neither"),
+        ("record --dataset small", "outputs/small/paper/ holds no run"),
+        ("show claims --protocol released", "--protocol has no effect on what claims shows"),
+        ("show claims --rows student", "--rows has no effect"),
     ],
 )
 def test_what_is_not_there_is_refused(place, monkeypatch, words, message):
     monkeypatch.setattr(reproduce.assets, "dataset_folder", DATASET_FOLDER)
+    (place / "recipes" / "paper" / "claims.yaml").write_text(CLAIMS)
     before = contents(place)
     with pytest.raises(reproduce.UserError, match=message):
         call(monkeypatch, *words.split())
     assert contents(place) == before
 
 
-@pytest.mark.parametrize("words", ["run table2 --seeds -1", "plan table2 --seeds 1.5", "record --base_model x"])
+@pytest.mark.parametrize(
+    "words",
+    ["run table2 --seeds -1", "plan table2 --seeds 1.5", "record --base_model x", "run table2 --budget_hours no"],
+)
 def test_flags_that_a_verb_does_not_take_are_refused(place, monkeypatch, words):
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, *words.split())
@@ -393,13 +483,41 @@ def test_a_damaged_file_of_a_run_is_told(place, monkeypatch, entry):
         ("runs", "runs: [", "runs.yaml is no YAML"),
         ("runs", RUNS.replace("flags: {num", "flgs: {num"), "flgs"),
         ("runs", RUNS.replace("terms: [cos]", "terms: [norm]"), "no weight of the term 'norm'"),
+        (
+            "runs",
+            RUNS.replace("{train_sr_trad: {", "{train_sr: {"),
+            "unknown script train_sr.*did you mean train_sr_trad",
+        ),
+        (
+            "runs",
+            RUNS.replace("reads: [item table], flags", "reads: [item table], terms: [cos], flags"),
+            "of a student",
+        ),
+        (
+            "runs",
+            RUNS.replace("reads: [SASRec]}", "reads: [SASRec, SASRec]}"),
+            "item table reads 2 runs, extract_emb 1",
+        ),
         ("table2", TABLE.replace("run: student", "run: studet"), "no run 'studet'.*did you mean student"),
         ("table2", TABLE.replace("released: [1]", "loose: [1]"), "no protocol 'loose'"),
         ("table2", TABLE + "shape: round", "shape 'round' is none of metrics"),
         ("table2", TABLE.replace("paper: [table_2, table_3]", "shape: efficiency"), "paper is missing"),
         ("table2", TABLE.replace("table_3", "table_33"), "paper .'table_33'.: keys of paper_tables.json"),
         ("table2", TABLE.replace("title:", "tilte:"), "tilte"),
-        ("table2", TABLE.replace("{run: student,", "{run: student, published: {nccg: 1},"), "nccg"),
+        (
+            "table2",
+            TABLE.replace("{run: student,", "{run: student, published: {nccg: 1},"),
+            "published is dict of 1, expected ndcg",
+        ),
+        (
+            "table2",
+            TABLE.replace("{run: student,", "{run: student, published: 0.05,"),
+            "published is 0.05, expected ndcg",
+        ),
+        ("claims", CLAIMS.replace(", paper: 1", ""), "expected a claim, what the paper says"),
+        ("claims", CLAIMS.replace("better:", "beter:"), "expected a claim"),
+        ("claims", CLAIMS.replace("better: [student, SASRec]", "better: 3"), "expected a claim"),
+        ("claims", CLAIMS.replace("better: [student, SASRec]", "better: [student]"), "expected a claim"),
         ("table2", "just text", "expected name: value lines"),
     ],
 )

@@ -412,15 +412,18 @@ def test_reconstruction_is_that_of_the_equations():
 def test_training_reads_what_the_mask_leaves_and_inference_the_whole_graph():
     model, _, (batch,) = drawn("maerec", item_dim=D, mask_seeds=3)
     whole, read_tables = model.item_vectors(), []
-    model.blocks[0].register_forward_pre_hook(lambda *args: read_tables.append(model.table.detach()))
+    hook = model.blocks[0].register_forward_pre_hook(lambda *args: read_tables.append(model.table.detach()))
     terms = model(batch)
     assert terms.keys() == {"ce", "recon", "mask"} and not torch.allclose(read_tables[0], whole) and model.table is None
     assert terms["mask"].item() == pytest.approx(-0.1 * model.relation()[1:].mean().item())
     sum(terms.values()).backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert not model.items.weight.grad[0].any(), "the padding is no item"
+    hook.remove()
+    model.eval()
+    before = model.scores(batch["histories"])
     with model.for_inference():
-        torch.testing.assert_close(model.scores(batch["histories"]), model.scores(batch["histories"]))
+        torch.testing.assert_close(model.scores(batch["histories"]), before)
         assert torch.equal(model.table, whole)
 
 

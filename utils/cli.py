@@ -24,6 +24,13 @@ from utils.recipes import RECIPE_SECTIONS, check_recipe, per_model, read_recipe,
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def print_anything() -> None:
+    """A terminal that is not UTF-8 shows what it cannot print as \\u2019."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run(
     main: Callable,
     section: str | None,
@@ -41,9 +48,7 @@ def run(
     """
     script = Path(sys.modules[main.__module__].__file__).name
     argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows what it cannot print as \u2019
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    print_anything()
     try:
         if {"--help", "-h", "help"} & set(argv):
             print(help_text(main, section, script, argv, models))

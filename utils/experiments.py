@@ -28,11 +28,9 @@ from utils.data import planned_steps
 from utils.errors import UserError
 from utils.files import write_json
 from utils.metrics import RANKS_FILE
-from utils.paper_runs import SECTIONS, Spec, protocols, recipe, specs
+from utils.paper_runs import READS, SECTIONS, Spec, protocols, recipe, specs
 from utils.run_files import METRICS, finished_run, read_config, read_metrics
 
-READS = {"train_sr_trad": ["--init_items"], "extract_emb": ["--sr_dir"], "finetune": ["--item_embeddings"]}
-READS |= {"distill": ["--teacher", "--kl_teacher"], "train_open_p5": [], "evaluate": ["--run", "--fuse"]}
 TRAINING = ("train_sr_trad", "finetune", "distill", "train_open_p5")
 CALIBRATION_STEPS = 3
 STATES = ("finished", "recorded", "interrupted", "failed", "to run", "changed")
@@ -219,7 +217,7 @@ def execute(experiment: Experiment, depth: Callable[[], int], seconds_left: floa
 
 def expected_seconds(experiment: Experiment) -> float | None:
     """What it took with another seed, here or in a record; else by its calibration; None where neither is known."""
-    if experiment.kept().get("outcome") == "finished":
+    if experiment.state() == "finished":
         return 0.0
     others = [replace(experiment, seed=seed) for seed in seeds_seen(experiment.dataset)]
     known = [kept["seconds"] for other in others if (kept := other.kept()).get("outcome") == "finished"]
@@ -237,11 +235,15 @@ def seeds_seen(dataset: str) -> set[int]:
 def by_calibration(experiment: Experiment) -> float | None:
     """Seconds by a run of a few steps: steps and evaluations scale, the rest is taken as it was."""
     short = calibration(experiment)
-    wall, path = short.kept().get("seconds"), cli.ROOT / short.folder / "metrics.json"
-    if short.kept().get("outcome") != "finished" or experiment.spec.script not in TRAINING:
+    if short.state() != "finished":
+        return None
+    wall, folder = short.kept()["seconds"], cli.ROOT / short.folder
+    if experiment.spec.script not in TRAINING:
         return wall
-    config, metrics = read_config(path.parent), read_metrics(path.parent)
-    whole = config | {"max_steps": (experiment.of_recipe() | experiment.flags()).get("max_steps", -1)}
+    config, metrics = read_config(folder), read_metrics(folder)
+    values, own = recipe(experiment.dataset)["data"], experiment.of_recipe()
+    values = values | own | own.get(experiment.flags().get("model", "sasrec"), {}) | experiment.flags()
+    whole = config | {"max_steps": values.get("max_steps", -1)}
     steps = planned_steps(whole, metrics["steps_per_epoch"])
     train, score = metrics["seconds"]["train"], metrics["seconds"]["score_test"]
     evaluations = int(np.ceil(steps / config["eval_steps"]))
@@ -261,8 +263,15 @@ def finished_experiments(dataset: str) -> list[Experiment]:
     """Those that have finished in outputs/<dataset>/paper/."""
     paths = sorted((cli.ROOT / "outputs" / dataset / "paper").glob("*-seed*.json"))
     kept = [read_json(path, "", RECORD, f"remove it and {path.with_suffix('')}")["experiment"] for path in paths]
-    known = [entry for entry in kept if entry["name"] in specs() and entry["protocol"] in protocols()]
-    return [experiment for experiment in map(from_entry, known) if experiment.state() == "finished"]
+    found = []
+    for path, entry in zip(paths, kept, strict=True):
+        known = entry["name"] in specs() and entry["protocol"] in protocols()
+        state = from_entry(entry).state() if known else "of no run of recipes/paper/runs.yaml"
+        if state == "finished":
+            found.append(from_entry(entry))
+        else:
+            print(f"{path.with_suffix('').relative_to(cli.ROOT)} is left out: {state}")
+    return found
 
 
 def from_entry(entry: dict) -> Experiment:

@@ -149,6 +149,9 @@ FLAGS: dict[str, tuple[str, str]] = {
     "output": ("write to this .jsonl or .csv file (default: print)", ""),
     "mode": ("offline: a frozen teacher; online: one of its kind is trained anew, beside the student", ""),
 }
+# of scripts that measure or use what is trained, and read no recipe
+OF_TRAINED = {"run", "fuse", "layers", "split", "negatives", "candidate_seed", "history", "input", "k", "exclude_seen"}
+OF_TRAINED |= {"candidates", "output"}
 # what a run did whose version did not have the flag yet
 BEFORE = {"select_by": "sampled/NDCG@10", "read_out": "response", "input_map": "linear", "item_output": "frozen"}
 BEFORE |= {"teacher_states": "stored", "optimizer": "adamw"}

@@ -106,6 +106,9 @@ def read_text(path: Path, catalogue: Catalogue) -> tuple[np.ndarray, list[str]]:
     if cells and is_header(cells[0][1], catalogue):
         names = [name.lower().removesuffix(":token") for name in cells[0][1]]
         column = names.index("item_id") if "item_id" in names else 0
+        more = [name for at, name in enumerate(cells[0][1]) if at != column and ID_NAME.fullmatch(name)]
+        if more:
+            raise UserError(f"{flag}: columns {names[column]!r} and {more[0]!r} are both of ids; leave one of them out")
         cells = cells[1:]
     ids, rows = [], []
     for line, row in cells:

@@ -5,7 +5,7 @@ import statistics
 from utils import cli
 from utils.checked import read_json
 from utils.experiments import records
-from utils.paper_tables import VERDICTS, Table, difference
+from utils.paper_tables import JUDGED, Table, difference
 from utils.report import markdown_table
 
 ENOUGH = 0.98  # of NDCG@10, for a model that is to be as good as another
@@ -21,8 +21,8 @@ def claim_table(table: Table) -> str:
     """
     cells = []
     for claim in table.claims:
-        kind = next((name for name in (*VERDICTS, "timed") if name in claim), None)
-        for dataset in claim.get("datasets", table.seeds) if kind else ():
+        kind = next((name for name in JUDGED if name in claim), None)
+        for dataset in (name for name in claim.get("datasets", table.seeds) if kind and name in table.seeds):
             found = {key: run for key, run in records(dataset).items() if key[0] == "strong"}
             if kind == "timed":
                 ours, verdict = timed(dataset, *claim[kind])

@@ -7,7 +7,42 @@ from matplotlib.figure import Figure
 
 from utils.checked import read_json
 from utils.files import atomic_file
-from utils.paper_tables import IN_FIGURE, PAPER, Table, depth_points, measured
+from utils.paper_tables import PAPER, Table, mean, measured
+from utils.report import markdown_table
+
+IN_FIGURE = ("HR@10", "NDCG@10", "MRR")
+
+
+def depth_points(table: Table, protocol: str, found: dict) -> tuple[dict[int, list[dict]], dict[int, dict]]:
+    """Test metrics by depth: of teachers trained at it, one per seed; and of each layer of the full model."""
+    trained: dict[int, list[dict]] = {}
+    direct: dict[int, dict] = {}
+    rows = table.rows.values()
+    shown = {key: run for key, run in found.items() if key[0] == protocol and key[1] in {row.run for row in rows}}
+    for run in {id(run): run for _, run in sorted(shown.items(), key=lambda pair: pair[0])}.values():  # each once
+        if run["config"]["kind"] == "teacher":
+            trained.setdefault(run["config"]["num_layers"], []).append(run["metrics"]["test"])
+        elif run["config"]["kind"] == "layers" and not direct:
+            direct = {int(layer): metrics for layer, metrics in run["metrics"]["layers"].items()}
+    return dict(sorted(trained.items())), direct
+
+
+def depth_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
+    """Figure 2 as a table: sampled HR@10, NDCG@10, MRR and full NDCG@10 over depth, in percent, beside the paper's."""
+    trained, direct = depth_points(table, protocol, found)
+    printed = read_json(PAPER, "")[table.paper[0]]["trained_at_depth"]
+    cells = []
+    for depth in sorted({*trained, *direct, *printed["layers"]}):
+        of = trained.get(depth, [])
+        line = [str(depth), *(mean([run["sampled"][m] for run in of], 100, 2) for m in IN_FIGURE)]
+        line += [mean([run["full"]["NDCG@10"] for run in of], 100, 2)]
+        line += [
+            f"{100 * direct[depth][kind]['NDCG@10']:.2f}" if depth in direct else "-" for kind in ("sampled", "full")
+        ]
+        at = printed["layers"].index(depth) if depth in printed["layers"] else None
+        cells.append(line + ["-" if at is None else f"{100 * printed[m][at]:.2f}" for m in IN_FIGURE])
+    header = [f"layers, {dataset}, %", *IN_FIGURE, "full NDCG@10", "direct NDCG@10", "direct, full NDCG@10"]
+    return markdown_table([*header, *(f"paper {m}, Cloth" for m in IN_FIGURE)], cells)
 
 
 def depth_figure(table: Table, dataset: str, protocol: str, found: dict, path: Path) -> None:

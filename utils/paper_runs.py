@@ -17,6 +17,9 @@ SECTIONS = {
     "train_open_p5": "open_p5",
     "evaluate": "",
 }
+# flags that take the folders of the runs that a run reads; that of finetune.py takes any number of tables
+READS = {"train_sr_trad": ["--init_items"], "extract_emb": ["--sr_dir"], "finetune": ["--item_embeddings"]}
+READS |= {"distill": ["--teacher", "--kl_teacher"], "train_open_p5": [], "evaluate": ["--run", "--fuse"]}
 
 
 def is_weight(value: object) -> bool:
@@ -66,10 +69,17 @@ def book() -> tuple[dict[str, Protocol], dict[str, Spec]]:
         for name, spec in runs.items():
             if spec.script not in SECTIONS:
                 raise UserError(f"{path}: {name}: unknown script {spec.script}{suggest(spec.script, SECTIONS, '')}")
+            if len(spec.reads) > len(READS[spec.script]) and spec.script != "finetune":
+                raise UserError(f"{path}: {name} reads {len(spec.reads)} runs, {spec.script} {len(READS[spec.script])}")
+            if spec.terms is not None and spec.script != "distill":
+                raise UserError(f"{path}: {name} has terms, which are of a student's loss: of distill")
             order = list(runs)
             for read in spec.reads:
                 if read not in runs or order.index(read) >= order.index(name):
                     raise UserError(f"{path}: {name} reads {read!r}, which does not stand before it")
+        for script in (script for protocol in by_name.values() for script in protocol.flags):
+            if script not in SECTIONS:
+                raise UserError(f"{path}: flags of an unknown script {script}{suggest(script, SECTIONS, '')}")
         for terms in (of.terms or [] for of in (*runs.values(), *by_name.values())):
             for protocol in by_name.values():
                 if unknown := set(terms) - set(protocol.weights):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from utils import cli
-from utils.checked import COUNT, TEXT, Rule, check, maybe, read_json, read_yaml
+from utils.checked import COUNT, NUMBER, TEXT, Rule, check, maybe, read_json, read_yaml
 from utils.errors import UserError
 from utils.experiments import Experiment, records, unpack
 from utils.flags import suggest
@@ -23,8 +23,7 @@ PRINTED = ("HR@1", "HR@5", "NDCG@5", "MRR")  # by the paper, in percent
 PAPER = cli.ROOT / "results" / "paper_tables.json"
 SHAPES = ("metrics", "published", "efficiency", "depth", "data", "values", "claims")
 OF_PAPER = ("efficiency", "depth", "data", "values")  # shapes of one table of the paper
-VERDICTS = ("better", "as_good", "share")  # how a claim is judged: utils/paper_claims.py
-IN_FIGURE = ("HR@10", "NDCG@10", "MRR")
+JUDGED = {"better": 2, "as_good": 2, "share": 3, "timed": 3}  # how a claim may be, and how many words that takes
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,29 @@ class Table:
         return found
 
 
+def is_claim(value: object) -> bool:
+    """What it says and where the paper does, and at most one way to judge it: utils/paper_claims.py."""
+    if not isinstance(value, dict) or not {"claim", "paper"} <= set(value) <= {"claim", "paper", "datasets", *JUDGED}:
+        return False
+    lists = {name: value[name] for name in value if name in ("datasets", *JUDGED)}
+    if not all(isinstance(of, list) and all(map(TEXT[1], of)) for of in lists.values()):
+        return False
+    judged = [name for name in lists if name != "datasets"]
+    return len(judged) <= 1 and all(len(lists[name]) == JUDGED[name] for name in judged)
+
+
+def is_published(value: object) -> bool:
+    whole = isinstance(value, dict) and set(value) == {"ndcg", "loss", "source"}
+    return value is None or (whole and NUMBER[1](value["ndcg"]) and value["ndcg"] > 0)
+
+
 RULE: Rule = {
-    **{"title": TEXT, "shape": TEXT, "paper": [TEXT], "claims": [{}], "seeds": {"*": {"*": [COUNT]}}},
+    **{"title": TEXT, "shape": TEXT, "paper": [TEXT], "seeds": {"*": {"*": [COUNT]}}},
+    "claims": [("a claim, what the paper says, and at most one of " + ", ".join(JUDGED), is_claim)],
     "pairs": [("two runs", lambda pair: isinstance(pair, list) and len(pair) == 2 and all(map(TEXT[1], pair)))],
 }
 ROWS: Rule = {"*": dict.fromkeys(("run", "baseline", "paper"), maybe(TEXT)) | {"model": TEXT}}
+ROWS["*"]["published"] = ("ndcg, loss and source", is_published)
 
 
 def table_names() -> list[str]:
@@ -110,7 +127,7 @@ def read_table(name: str) -> Table:
         raise UserError(f"{path}: {error}") from error
     named = [run for row in table.rows.values() for run in (row.run, row.baseline) if run]
     named += [run for pair in table.pairs for run in pair]
-    named += [run for claim in table.claims for kind in VERDICTS for run in claim.get(kind, ())[-2:]]
+    named += [run for claim in table.claims for kind in JUDGED if kind != "timed" for run in claim.get(kind, ())[-2:]]
     for run in named:
         if run not in specs():
             raise UserError(f"{path}: runs.yaml has no run {run!r}{suggest(run, specs(), '')}")
@@ -207,8 +224,9 @@ def published_table(table: Table, dataset: str, protocol: str, found: dict) -> s
         line += ["-", "-"] if ratio is None else [f"{100 * (ratio - 1):+.1f} %", "yes" if ratio >= 0.95 else "no"]
         trained = [run for run in of if "parameters" in run]  # what learns nothing has none
         line += [f"{trained[0]['parameters']['total'] / 1e6:.2f}" if trained else "-"]
-        line += [mean([run["seconds"]["train_epoch"] for run in trained], digits=1)]
-        line += [", ".join(sorted({str(run["environment"]["threads"]) for run in trained})) or "-"]
+        threads = sorted({str(run["environment"]["threads"]) for run in trained})
+        seconds = [run["seconds"]["train_epoch"] for run in trained]
+        line += [mean(seconds, digits=1) if len(threads) == 1 else "-", ", ".join(threads) or "-"]
         cells.append([*line, theirs.source if theirs else "-"])
     header = [f"{dataset}, full NDCG@10", "published", "its loss", "seeds", "ours", "difference", "at least 95 %"]
     return markdown_table([*header, "params, M", "s/epoch", "threads", "source"], cells)
@@ -223,6 +241,8 @@ def difference(pair: list[str], protocol: str, kind: str, found: dict) -> tuple[
         np.concatenate([unpack(found[protocol, name, seed]["ranks"][f"test_{kind}"]) for seed in seeds])
         for name in pair
     )
+    if len(ours) != len(theirs):
+        raise UserError(f"{pair[0]} and {pair[1]} have records of other users: of two versions of a dataset; run both")
     return seeds, paired_bootstrap(ours, theirs, clusters=len(seeds))
 
 
@@ -305,35 +325,3 @@ def value_table(table: Table) -> str:
         columns[f"paper, {domain}"] = {IN_PAPER.get(k, k): v for k, v in (values["common"] | values[domain]).items()}
     cells = [[name, *("-" if (v := of.get(name)) is None else str(v) for of in columns.values())] for name in VALUES]
     return markdown_table(["flag", *columns], cells)
-
-
-def depth_points(table: Table, protocol: str, found: dict) -> tuple[dict[int, list[dict]], dict[int, dict]]:
-    """Test metrics by depth: of teachers trained at it, one per seed; and of each layer of the full model."""
-    trained: dict[int, list[dict]] = {}
-    direct: dict[int, dict] = {}
-    rows = table.rows.values()
-    shown = {key: run for key, run in found.items() if key[0] == protocol and key[1] in {row.run for row in rows}}
-    for run in {id(run): run for _, run in sorted(shown.items(), key=lambda pair: pair[0])}.values():  # each once
-        if run["config"]["kind"] == "teacher":
-            trained.setdefault(run["config"]["num_layers"], []).append(run["metrics"]["test"])
-        elif run["config"]["kind"] == "layers" and not direct:
-            direct = {int(layer): metrics for layer, metrics in run["metrics"]["layers"].items()}
-    return dict(sorted(trained.items())), direct
-
-
-def depth_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
-    """Figure 2 as a table: sampled HR@10, NDCG@10, MRR and full NDCG@10 over depth, in percent, beside the paper's."""
-    trained, direct = depth_points(table, protocol, found)
-    printed = read_json(PAPER, "")[table.paper[0]]["trained_at_depth"]
-    cells = []
-    for depth in sorted({*trained, *direct, *printed["layers"]}):
-        of = trained.get(depth, [])
-        line = [str(depth), *(mean([run["sampled"][m] for run in of], 100, 2) for m in IN_FIGURE)]
-        line += [mean([run["full"]["NDCG@10"] for run in of], 100, 2)]
-        line += [
-            f"{100 * direct[depth][kind]['NDCG@10']:.2f}" if depth in direct else "-" for kind in ("sampled", "full")
-        ]
-        at = printed["layers"].index(depth) if depth in printed["layers"] else None
-        cells.append(line + ["-" if at is None else f"{100 * printed[m][at]:.2f}" for m in IN_FIGURE])
-    header = [f"layers, {dataset}, %", *IN_FIGURE, "full NDCG@10", "direct NDCG@10", "direct, full NDCG@10"]
-    return markdown_table([*header, *(f"paper {m}, Cloth" for m in IN_FIGURE)], cells)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.checked import read_yaml
 from utils.errors import UserError
-from utils.flags import FLAGS, Flag, Models, coerce, suggest
+from utils.flags import FLAGS, OF_TRAINED, Flag, Models, coerce, suggest
 
 RECIPE_SECTIONS = ("data", "sr", "teacher", "student", "open_p5")
 
@@ -34,10 +34,11 @@ def per_model(title: str, entries: dict, models: Models) -> list[tuple[str, obje
 
 
 def check_recipe(path: Path, sections: dict[str, dict], models: Models) -> None:
-    """UserError for a key that is a flag of no script and no model, in whichever section."""
-    known = set(FLAGS).union(*({field.name for field in dataclasses.fields(m.Config)} for m in (models or {}).values()))
+    """UserError for a key that is a flag of no script that reads recipes, and of no model, in whichever section."""
+    known = set(FLAGS) - OF_TRAINED
+    known |= {field.name for model in (models or {}).values() for field in dataclasses.fields(model.Config)}
     for title, entries in sections.items():
-        for section, part in per_model(title, entries, models):
+        for section, part in per_model(title, entries, models if title == "sr" else None):
             if not isinstance(part, dict):
                 raise UserError(f"{path}: section {section}: expected name: value lines")
             for name in part:

@@ -257,10 +257,8 @@ def finished_runs(folder: Path, fingerprint: str) -> tuple[list[dict], list[str]
             if config.get("kind") not in ORDER:
                 continue
             check_parts(config)
-            run = {
-                "config": config | {"output_dir": portable_path(path.parent)},
-                "metrics": metrics,
-            }  # it may have been copied
+            config |= {"output_dir": portable_path(path.parent)}  # it may have been copied
+            run = {"config": config, "metrics": metrics}
             list(table_rows(run))  # it holds what the table needs
         except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
             why = str(error) if isinstance(error, UserError) else f"damaged ({type(error).__name__}: {error})"

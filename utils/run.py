@@ -36,7 +36,7 @@ from utils.run_files import check_shapes, read_config, read_metrics, read_state,
 # beside config.json
 RUN_FILES = ("metrics.json", "checkpoints", "log.jsonl", "curve.png", "README.md", CATALOGUE_FILE, RANKS_FILE)
 WEIGHTS = ("model.safetensors", "rec_heads.safetensors", "decoder.safetensors", "adapter", "states")
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW, per weight: a stage may leave weights out
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of Adam, per weight: a stage may leave weights out
 LOCK = ".slmrec.lock"  # the first file of a run folder, held while a process trains in it
 # these may differ when a run is continued
 NOT_COMPARED = ("resume", "report_to", "output_dir", "micro_batch_size", "eval_batch_size", "run_id", "num_users")

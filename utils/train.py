@@ -113,7 +113,7 @@ class Loop:
         for start in self.state["starts"]:
             if start.get("micro_batch_size"):
                 return start["micro_batch_size"]
-        # besides the activations there are gradients, their sums over devices, AdamW's moments, and what its step needs
+        # besides the activations there are gradients, their sums over devices, Adam's moments, and what its step needs
         kinds = 2 + (self.accelerator.num_processes > 1) + 2 * (not self.optimizer.state)
         reserved = kinds * sum(p.nbytes for p in self.trained.values())
         size, need, free = examples_that_fit(self.try_examples, self.share(), self.accelerator.device, reserved)

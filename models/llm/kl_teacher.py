@@ -12,8 +12,8 @@ from utils.data import Examples, Sequences, check_same_dataset
 from utils.errors import UserError
 from utils.files import sha256
 from utils.metrics import RANKS_FILE
-from utils.report import finished_run
 from utils.run import Run
+from utils.run_files import finished_run
 
 
 def weights_sha256(folder: Path) -> dict[str, str]:

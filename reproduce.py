@@ -226,8 +226,8 @@ def execute_all(missing: list[Experiment], budget_hours: float = float("inf")) -
     check_unchanged(missing)
     for dataset in dict.fromkeys(experiment.dataset for experiment in missing):
         assets.dataset_folder(dataset)  # what is not there is told before anything is run
-    of_base = {(e.dataset, e.base_model): e for e in missing if e.spec.script in ("finetune", "train_open_p5")}
-    for experiment in of_base.values():
+    on_base = [e for e in missing if e.spec.script in ("finetune", "train_open_p5")]
+    for experiment in {(e.dataset, e.spec.script, e.base_model): e for e in on_base}.values():
         base_layers(experiment)
     for at, experiment in enumerate(missing, 1):
         title = f"{experiment.name} on {experiment.dataset}, {experiment.protocol}, seed {experiment.seed}"

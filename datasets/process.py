@@ -17,7 +17,6 @@ datasets/README.md describes what it reads and writes.
 """
 
 import argparse
-import csv
 import json
 import os
 import sys
@@ -30,20 +29,22 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import numpy as np
+from attributes import SHAPE, read_attributes
 from download import download
-from filters import aligned, apply_filters, check_effect, in_order, tie_share
-from interactions import Interactions, in_list, on_line
+from export import ARRAYS, export, stats
+from filters import apply_filters, check_effect, in_order, tie_share
+from interactions import Interactions
 from jsonl import PRESETS, read_jsonl
 from readers import read_interactions, read_lists, read_pairs, read_prepared, read_sequences
 from sources import open_bytes
-from times import RANK, written
+from times import RANK
 
-from utils.checked import INFO, fingerprint_of, read_array, read_json, read_text
+from utils.checked import fingerprint_of
 from utils.errors import UserError, describe_error, end_output
 from utils.files import atomic_folder, check_replaceable, is_plain_name, locked, sha256
 
-ARRAYS = ("items", "offsets", "timestamps")
-FILES = ["dataset.json", *(f"{name}.npy" for name in ARRAYS), "user_ids.txt", "items.tsv"]
+TEXTS = ("user_ids.txt", "items.tsv", "attribute_ids.txt")
+FILES = ["dataset.json", *(f"{name}.npy" for name in (*ARRAYS, "attributes")), *TEXTS]
 
 
 def check_target(target: Path, inputs: list[Path]) -> None:
@@ -65,7 +66,8 @@ def check_target(target: Path, inputs: list[Path]) -> None:
 def make_dataset(args: argparse.Namespace) -> None:
     """Read, order, filter, and write the folder beside its place, which it takes only when complete."""
     target = Path(os.path.realpath(args.output / args.name))
-    inputs = [path for path in (args.input, getattr(args, "meta", None), getattr(args, "titles", None)) if path]
+    inputs = [getattr(args, name, None) for name in ("input", "meta", "titles", "attributes")]
+    inputs = [path for path in inputs if path]
     for path in inputs:
         open_bytes(path).close()
     check_target(target, inputs)
@@ -86,11 +88,16 @@ def make_dataset(args: argparse.Namespace) -> None:
         "timestamps": found.time.values if found.time else np.zeros(len(found.user), np.int64),
     }
     user_ids, item_ids = [found.user_ids[code] for code in users], [found.item_ids[code] for code in items]
+    texts = {"user_ids.txt": user_ids, "items.tsv": item_lines(item_ids, found.titles or {})}
     info = describe(args, found, arrays, item_ids, order)
+    if args.attributes:
+        arrays["attributes"], texts["attribute_ids.txt"] = read_attributes(args.attributes, item_ids)
+        info["attributes"] = len(texts["attribute_ids.txt"])
+        info["items_with_attributes"] = len(np.unique(arrays["attributes"][:, 0]))
     info |= {"funnel": funnel.steps, "sources": {name: sha256(path) for name, path in by_name(inputs).items()}}
     info["flags"] = {name: str(value) for name, value in vars(args).items() if name not in ("read", "do")}
     with ExitStack() as held, atomic_folder(target) as part:
-        write(part, arrays, user_ids, item_ids, found.titles or {}, info)
+        write(part, arrays, texts | {"dataset.json": [json.dumps(info, indent=2)]})
         held.enter_context(locked(target))  # until the folder has its place
         check_target(target, inputs)
     notes = list(found.notes)
@@ -105,6 +112,8 @@ def make_dataset(args: argparse.Namespace) -> None:
         print(f"process.py: {note}", file=sys.stderr)
     ties = "no timestamps" if info["timestamp_ties"] is None else f"{info['timestamp_ties']:.1%} timestamp ties"
     titles = "" if found.titles is None else f", {info['items_with_title']:,} of {len(items):,} items with a title"
+    if args.attributes:
+        titles += f", {info['items_with_attributes']:,} with some of {info['attributes']:,} attributes"
     counts = f"{len(users):,} users, {len(items):,} items, {len(found.user):,} interactions"
     print(f"{args.output / args.name}: {counts}, {ties}, order: {info['order']}{titles}")
 
@@ -138,71 +147,16 @@ def describe(args: argparse.Namespace, found: Interactions, arrays: dict, item_i
     }
 
 
-def write(folder: Path, arrays: dict, user_ids: list[str], item_ids: list[str], titles: dict, info: dict) -> None:
+def item_lines(item_ids: list[str], titles: dict[str, str]) -> list[str]:
+    return ["item_id\ttitle", *(f"{name}\t{titles.get(name, '')}" for name in item_ids)]
+
+
+def write(folder: Path, arrays: dict[str, np.ndarray], texts: dict[str, list[str]]) -> None:
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values, allow_pickle=False)
-    rows = ["item_id\ttitle", *(f"{name}\t{titles.get(name, '')}" for name in item_ids)]
-    for name, lines in (
-        ("user_ids.txt", user_ids),
-        ("items.tsv", rows),
-        ("dataset.json", [json.dumps(info, indent=2)]),
-    ):
+    for name, lines in texts.items():
         with open(folder / name, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(f"{line}\n" for line in lines)
-
-
-# --- the other commands ---
-
-
-def load_info(name: str) -> tuple[Path, dict]:
-    for folder in (HERE / name, Path(name)):
-        if (folder / "dataset.json").is_file():
-            return folder, read_json(folder / "dataset.json", "", INFO)
-    raise UserError(f"{name}: no dataset of that name in {HERE}, and no such folder")
-
-
-def ids_in(path: Path) -> list[str]:
-    """The first column of a file of ids."""
-    return [on_line(line.partition("\t")[0]) for line in read_text(path).split("\n")[:-1]]
-
-
-def export(args: argparse.Namespace) -> None:
-    """A TSV on standard output that other tools read, and `lists` reads back."""
-    folder, info = load_info(args.name)
-    try:
-        items, offsets, moments = (read_array(folder / f"{name}.npy", "make the dataset anew") for name in ARRAYS)
-        users, names = ids_in(folder / "user_ids.txt"), ids_in(folder / "items.tsv")
-        timed, decimals = info["timestamp_ties"] is not None, int(info.get("timestamp_decimals") or 0)
-        fit = all(part.ndim == 1 and part.dtype.kind == "i" and len(part) for part in (items, offsets, moments))
-        fit = fit and offsets[0] == 0 and offsets[-1] == len(items) == len(moments) and (np.diff(offsets) >= 0).all()
-        if not fit or len(users) != len(offsets) - 1 or items.min() < 1 or items.max() >= len(names):
-            raise ValueError("its parts do not fit together")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be read ({error}); make the dataset anew") from error
-    names = np.array([in_list(name) for name in names], object)
-    first = np.unique(items, return_index=True)[1]
-    # What `lists` does by itself: number items by first appearance, and sort by time.
-    numbered = bool((np.diff(first) < 0).any()) or (timed and info.get("order") == "file")
-    out = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
-    out.writerow(["user_id", "item_ids", "timestamps"] + ["item_numbers"] * numbered)
-    for user, low, high in zip(users, offsets[:-1], offsets[1:], strict=True):
-        mine = items[low:high]
-        times = " ".join(written(moments[low:high], decimals)) if timed else ""
-        out.writerow([user, " ".join(names[mine]), times] + [" ".join(map(str, mine))] * numbered)
-
-
-def stats(args: argparse.Namespace) -> None:
-    """Table 1 of the paper for processed datasets, with the paper's own rows below."""
-    rows = [["dataset", "users", "items", "interactions", "density %"]]
-    for name in args.names:
-        _, info = load_info(name)
-        counts = [f"{info[key]:,}" for key in ("users", "items", "interactions")]
-        rows.append([info["name"], *counts, f"{100 * info['density']:.3f}"])
-    paper = HERE.parent / "results" / "paper_tables.json"
-    if paper.is_file():
-        for name, values in json.loads(paper.read_text(encoding="utf-8"))["table_1"]["rows"].items():
-            rows.append([f"{name} (paper)", *(f"{v:,}" for v in values[:3]), f"{values[3]:.3f}"])
-    print(aligned(rows))
 
 
 # --- flags ---
@@ -231,6 +185,7 @@ def source(commands, name: str, read, repeats: str = "all", filters: str = "none
     one.add_argument("--input", type=Path, required=True, help="plain, gzip, bz2, xz or zip")
     one.add_argument("--name", required=True, help="the dataset is written to datasets/NAME")
     one.add_argument("--output", type=Path, default=HERE, help="write to OUTPUT/NAME instead")
+    one.add_argument("--attributes", type=Path, help=f"of items, which --model s3rec learns from: JSON, {SHAPE}")
     one.add_argument("--filter", choices=("paper", "kcore", "none"), default=filters, help="default: %(default)s")
     one.add_argument("--k", type=number_from(1, int), default=5, help="of --filter kcore (default: %(default)s)")
     one.add_argument("--order", choices=("time", "file"), help="default: time where the source has times")

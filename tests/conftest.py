@@ -78,7 +78,8 @@ def make_sequences(users: int = 60, num_items: int = 40, seed: int = 0, low: int
     lengths = rng.integers(low, high + 1, users)
     items = np.concatenate([rng.permutation(num_items)[:n] + 1 for n in lengths]).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return Sequences("synthetic", items, offsets, num_items, np.arange(users), "0" * 64)
+    attributes = np.array([[i, a] for i in range(1, num_items + 1) for a in range(1, 6) if i % (a + 1) == 1], np.int32)
+    return Sequences("synthetic", items, offsets, num_items, np.arange(users), "0" * 64, attributes=attributes)
 
 
 def control_groups(root: Path, groups: str, files: dict[str, str]) -> None:
@@ -101,7 +102,8 @@ def tiny_sources(place: Path, layers: int = 2) -> Path:
     np.save(place / "data" / "items.npy", data.items)
     np.save(place / "data" / "offsets.npy", data.offsets)
     fingerprint = fingerprint_of(data.items, data.offsets, data.num_items)
-    info = {"name": "kill", "items": data.num_items, "fingerprint": fingerprint}
+    np.save(place / "data" / "attributes.npy", data.attributes)
+    info = {"name": "kill", "items": data.num_items, "attributes": 5, "fingerprint": fingerprint}
     (place / "data" / "dataset.json").write_text(json.dumps(info))
     rows = ["item_id\ttitle", *(f"id{n}\t{TITLES.get(n, f'Film {n}')}" for n in range(1, data.num_items + 1))]
     (place / "data" / "items.tsv").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")

@@ -196,7 +196,7 @@ def folder(path, **changes):
     """A small dataset folder with parts replaced."""
     parts = {"items": np.array([1, 2, 3, 1, 2, 3], np.int32), "offsets": np.array([0, 3, 6])} | changes
     path.mkdir()
-    for name in ("items", "offsets"):
+    for name in parts.keys() - {"info"}:
         np.save(path / f"{name}.npy", parts[name])
     found = fingerprint_of(parts["items"], parts["offsets"], 3)
     info = {"name": "toy", "items": 3, "fingerprint": found} | changes.get("info", {})
@@ -212,6 +212,18 @@ def folder(path, **changes):
         ({"items": np.array([], np.int32)}, "is empty"),
         ({"offsets": np.array([0, 3, 7])}, "does not fit"),
         ({"offsets": np.array([0, 2, 4, 6])}, "no user has 3"),
+        *(
+            ({"attributes": np.array(pairs, kind), "info": {"attributes": 2}}, r"attributes.npy does not fit")
+            for pairs, kind in (
+                ([[1, 3]], "int32"),
+                ([[4, 1]], "int32"),
+                ([[1, 0]], "int32"),
+                ([[1, 1]], "int64"),
+                ([1, 1], "int32"),
+            )
+        ),
+        ({"info": {"attributes": 1}}, r"attributes.npy is missing"),
+        ({"info": {"attributes": "some"}}, "attributes is 'some', expected a whole number"),
         ({"info": {"items": "many"}}, "items is 'many', expected a whole number of at least 1"),
         ({"info": {"items": 1e9}}, "items is 1000000000.0, expected a whole number"),
         ({"info": {"items": 10**9}}, "not as it was made"),

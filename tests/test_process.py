@@ -24,6 +24,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from utils.data import Sequences
+
 PROCESS = ROOT / "datasets" / "process.py"
 SHARED = ROOT.parent / "shared" / "data"
 RAW = SHARED / "amazon2018_raw"
@@ -174,13 +176,16 @@ def test_appliances_filters_to_nothing_and_writes_nothing(tmp_path):
 @needs_shared
 def test_files_of_other_formats_have_the_published_counts(tmp_path):
     beauty, clothing, movielens = SHARED / "amazon2014_beauty", SHARED / "amazon2014_clothing", SHARED / "movielens_1m"
-    titles = ["--titles", beauty / "titles.tsv.gz"]
-    made = make(tmp_path, "sequences", "beauty", "--input", beauty / "Beauty.txt.gz", *titles)
+    more = ["--titles", beauty / "titles.tsv.gz", "--attributes", beauty / "item2attributes.json.gz"]
+    made = make(tmp_path, "sequences", "beauty", "--input", beauty / "Beauty.txt.gz", *more)
     with gzip.open(beauty / "Beauty.txt.gz", "rt") as file:
         lines = [line.split() for line in file]
     assert {user: [item for item, _ in s] for user, s in made["users"].items()} == {line[0]: line[1:] for line in lines}
     assert (made["info"]["users"], made["info"]["items"], made["info"]["interactions"]) == (22363, 12101, 198502)
     assert made["info"]["items_with_title"] == 12101 - 7 and made["info"]["timestamp_ties"] is None
+    with gzip.open(beauty / "item2attributes.json.gz", "rt") as file:
+        expected = {item: set(map(str, attributes)) for item, attributes in json.load(file).items()}
+    assert attributes_in(tmp_path / "beauty") == expected
     for folder, expected, ties in ((clothing, (39230, 22948, 277534), 0.42), (movielens, (6040, 3416, 999611), 0.53)):
         flags = ["--input", folder / "user2item.tsv.gz", "--titles", folder / "item2title.tsv.gz"]
         info = make(tmp_path, "lists", folder.name, *flags)["info"]
@@ -191,6 +196,66 @@ def test_files_of_other_formats_have_the_published_counts(tmp_path):
     source = SHARED / "amazon2018_cds_partial/interactions.tsv.gz"
     info = make(tmp_path, "interactions", "cds", "--input", source, *flags)["info"]
     assert (info["users"], info["items"], info["interactions"]) == (2991, 5590, 25694)
+
+
+def attributes_in(folder: Path) -> dict[str, set[str]]:
+    """The attributes of each item that has some, by their own ids."""
+    items = [line.split("\t")[0] for line in (folder / "items.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+    names, found = (folder / "attribute_ids.txt").read_text(encoding="utf-8").splitlines(), {}
+    for item, attribute in np.load(folder / "attributes.npy").tolist():
+        found.setdefault(items[item - 1], set()).add(names[attribute - 1])
+    return found
+
+
+def test_attributes_stand_beside_the_items_that_are_left(tmp_path):
+    (tmp_path / "in.txt").write_text("a 10 11 12\nb 10 12 13\n")
+    listed = {"10": ["x y", 3, "3", "x y"], "12": [3, "tab\t"], "99": ["gone"], "13": []}
+    (tmp_path / "of.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(listed).encode())
+    flags = ["--input", tmp_path / "in.txt", "--attributes"]
+    made = make(tmp_path, "sequences", "made", *flags, tmp_path / "of.json")
+    assert attributes_in(tmp_path / "made") == {"10": {"x y", "3"}, "12": {"3", "tab\\u0009"}}
+    data = Sequences.load(tmp_path / "made")
+    assert data.attributes.tolist() == [[1, 1], [1, 2], [3, 2], [3, 3]] and data.training_part().attributes.shape == (
+        4,
+        2,
+    )
+    assert "2 with some of 3 attributes" in made["printed"] and made["info"]["items_with_attributes"] == 2
+    plain = make(tmp_path, "sequences", "made", *flags[:2])
+    assert plain["info"]["fingerprint"] == made["info"]["fingerprint"] and "attributes" not in plain["info"]
+    assert not (tmp_path / "made/attributes.npy").exists() and not len(Sequences.load(tmp_path / "made").attributes)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "no JSON object of the form"),
+        ("{", "no JSON object of the form"),
+        ('{"10": [1], "10": [2]}', "'10' stands twice"),
+        ("[" * 100_000, "no JSON object of the form"),
+        ('{"10": [' + "9" * 5000 + "]}", "no JSON object of the form"),
+        ("[1]", "it holds a list"),
+        ('{"10": "x"}', "item '10' has 'x')"),
+        ('{"10": {"a": 1}}', "item '10' has {'a': 1})"),
+        ('{"10": [1.5]}', "item '10' has [1.5]"),
+        ('{"10": [true]}', "has [True]"),
+        ('{"10": [NaN]}', "has [nan]"),
+        ('{"10": [null]}', "has [None]"),
+        ('{"10": [""]}', "has ['']"),
+        ('{"10": ["a\\tb", "a\\\\u0009b"]}', "are both written as"),
+        ("{}", "attributes of no item of the dataset (as it is empty and '10')"),
+        ('{"x": [1]}', "attributes of no item of the dataset (such as 'x' and '10')"),
+        ('{"10": []}', "attributes of no item"),
+        ('{"10": [1]}'.encode("utf-16"), "UTF-16"),
+        (b'{"10": ["\xff"]}', "no JSON object of the form"),
+    ],
+)
+def test_attributes_that_cannot_be_read_are_told_in_one_line(tmp_path, text, told):
+    (tmp_path / "in.txt").write_text("a 10 11 12\n")
+    (tmp_path / "of.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    flags = ["--input", tmp_path / "in.txt", "--attributes", tmp_path / "of.json"]
+    done = process("sequences", *flags, "--name", "made", "--output", tmp_path)
+    assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (tmp_path / "made").exists()
 
 
 def test_the_authors_csv_round_trips_with_item_0(tmp_path):

@@ -1,5 +1,7 @@
 """The models that attend, against their papers' equations in NumPy, loop by loop, in float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from test_sr_models import HISTORIES, small
 
 from models.sr.duorec import info_nce
 from models.sr.maerec import transitions
-from utils.data import training_examples
+from utils.data import no_attributes, training_examples
 from utils.errors import UserError
 
 D, HEADS, MASK = 6, 2, 41
@@ -322,7 +324,8 @@ def test_pre_training_hides_items_and_segments():
 def test_the_losses_of_pre_training_are_those_of_the_equations(monkeypatch):
     monkeypatch.setattr("models.sr.s3rec.uniform_negatives", lambda targets, number, V: targets[:, None] % V + 1)
     model, _, (batch,) = drawn("s3rec", stage="pretrain", item_dim=D)
-    terms, w, items, segments = model(batch), weights_of(model), [], []
+    terms, w, items, segments, attributes = model(batch), weights_of(model), [], [], {0: [], 1: []}
+    pairs = set(map(tuple, make_sequences().attributes.tolist()))
 
     def states(ids):
         return encode(w, read(w, ids[ids != 0].tolist()), seeing(False))
@@ -336,12 +339,30 @@ def test_the_losses_of_pre_training_are_those_of_the_equations(monkeypatch):
         for state, item, place in zip(states(ids), own[own != 0].tolist(), places[own != 0].tolist(), strict=True):
             a = linear(w, "maps.item", state)
             items += [loss(a @ w["items.weight"][item], a @ w["items.weight"][item % 40 + 1])] * place
+            p = sigma(w["attributes"] @ linear(w, "maps.hidden_attributes" if place else "maps.attributes", state))
+            has = np.array([(item, number) in pairs for number in range(1, 6)])
+            attributes[place] += [-np.where(has, np.log(p), np.log(1 - p)).sum()]
         a = linear(w, "maps.segment", states(context)[-1])
         segments.append(loss(a @ states(segment)[-1], a @ states(other)[-1]))
-    expected = {"item": np.mean(items), "segment": 0.5 * np.mean(segments)}
+    sums = {"item": sum(items), "segment": 0.5 * sum(segments)}
+    sums |= {"hidden_attributes": sum(attributes[1]), "attributes": 0.2 * sum(attributes[0])}
+    expected = {name: value / len(segments) for name, value in sums.items()}
     assert {name: value.item() for name, value in terms.items()} == pytest.approx(expected, rel=1e-5)
     sum(terms.values()).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+
+
+def test_a_dataset_without_attributes_goes_without_their_tasks():
+    data = make_sequences()
+    model, _, (batch,) = drawn("s3rec", stage="pretrain", data=replace(data, attributes=no_attributes()))
+    assert model(batch).keys() == {"item", "segment"}
+    with_some = small("s3rec", data, noise=0.3)
+    model.resize(with_some.state_dict())  # as `recommend.py` does, which has no dataset
+    model.load_state_dict(with_some.state_dict())
+    assert torch.equal(model.scores(HISTORIES), with_some.scores(HISTORIES))
+    for odd in (torch.rand(3), torch.rand(3, 4)):
+        model.resize({"attributes": odd})
+        assert model.attributes.shape != odd.shape, "such weights are refused by their shape"
 
 
 # --- MAERec ---

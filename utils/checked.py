@@ -49,7 +49,7 @@ def maybe(rule: Rule) -> Rule:
 # dataset.json
 INFO: Rule = {"name": TEXT, "fingerprint": TEXT, "order": TEXT, "density": NUMBER} | {
     **dict.fromkeys(("users", "items"), SIZE),
-    **{"interactions": COUNT, "timestamp_ties": maybe(NUMBER)},
+    **{"interactions": COUNT, "timestamp_ties": maybe(NUMBER), "attributes": SIZE},
     "timestamp_decimals": maybe(("a whole number from 0 to 20", lambda value: COUNT[1](value) and value <= 20)),
 }
 

@@ -7,7 +7,7 @@ order. Nothing here copies it: splits and examples are index ranges into that ar
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,6 +26,10 @@ def consecutive(begin: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.arange(counts.sum()) + np.repeat(begin - (np.cumsum(counts) - counts), counts)
 
 
+def no_attributes() -> np.ndarray:
+    return np.zeros((0, 2), np.int32)
+
+
 @dataclass(frozen=True)
 class Sequences:
     """All users' items, oldest first.
@@ -35,6 +39,7 @@ class Sequences:
     users: (kept,) the users with at least three interactions, the only ones that are split and ranked.
     fingerprint: SHA-256 of what the arrays hold, as the dataset's maker recorded it.
     folder: where they were read, None for sequences made in memory.
+    attributes: (pairs, 2) int32, item 1..num_items and attribute 1..; none where the dataset has no attributes.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Sequences:
     users: np.ndarray
     fingerprint: str
     folder: Path | None = None
+    attributes: np.ndarray = field(default_factory=no_attributes)
 
     @classmethod
     def load(cls, folder: Path) -> "Sequences":
@@ -68,14 +74,19 @@ class Sequences:
         users = np.flatnonzero(np.diff(offsets) >= MIN_INTERACTIONS)
         if not len(users):
             raise UserError(f"dataset {folder}: no user has {MIN_INTERACTIONS} interactions to split; bring more data")
-        return cls(name, items, offsets, num_items, users, fingerprint, folder)
+        attributes = read_array(folder / "attributes.npy", remake) if "attributes" in info else no_attributes()
+        limits = [num_items, info.get("attributes", 1)]
+        fit = attributes.dtype == np.int32 and attributes.ndim == 2 and attributes.shape[1] == 2
+        if not fit or (attributes < 1).any() or (attributes > limits).any():
+            raise UserError(f"dataset {folder}: attributes.npy does not fit dataset.json; {remake}")
+        return cls(name, items, offsets, num_items, users, fingerprint, folder, attributes)
 
     def training_part(self) -> "TrainingPart":
         """All but the last two items of every kept user (leave-one-out)."""
         begin = self.offsets[self.users]
         lengths = self.offsets[self.users + 1] - 2 - begin
         users, items = np.repeat(self.users, lengths), self.items[consecutive(begin, lengths)]
-        return TrainingPart(self.num_items, len(self.offsets) - 1, users, items)
+        return TrainingPart(self.num_items, len(self.offsets) - 1, users, items, self.attributes)
 
     def describe(self) -> str:
         dropped = len(self.offsets) - 1 - len(self.users)
@@ -90,13 +101,14 @@ class TrainingPart:
     """What a model may know of the data when it is built: the interactions that training sees.
 
     users, items (interactions,): who met what, users in order and each user's oldest first. Users are numbered
-    0..num_users - 1, items 1..num_items.
+    0..num_users - 1, items 1..num_items. attributes: of items, as those of `Sequences`.
     """
 
     num_items: int
     num_users: int
     users: np.ndarray
     items: np.ndarray
+    attributes: np.ndarray = field(default_factory=no_attributes)
 
     def counts(self) -> np.ndarray:
         """(V + 1,) int64: how often each item occurs."""

@@ -1,25 +1,39 @@
 """S3-Rec (Zhou et al., 2020): BERT's encoder, causal as SASRec, is pre-trained on hidden items and segments.
 
-Pre-training reads both sides of a place. With f(a, b) = sigma(a W b) and one drawn negative, each task minimises
--log(exp f(a, b) / (exp f(a, b) + exp f(a, b-))). Masked item prediction: a is the state at a hidden place, b its item;
-items are hidden with probability `mask_prob`, the newest always. Segment prediction: a is the newest state of a
-sequence with a segment hidden, b that of the segment alone, b- that of one from elsewhere. Then SASRec is trained from
-these weights. Deviations: the two attribute tasks are left out, as datasets have no attributes; tasks are means, not
-sums; and each epoch draws one prefix of every training sequence, where the release takes all. With
---micro_batch_size a micro-batch of pre-training counts by its targets, not by what is hidden of its prefixes.
+Pre-training reads both sides of a place. Items are hidden with probability `mask_prob`, the newest always. A task has
+a W of its own. Two tell from the state a at a place which attributes its item has, by the binary cross-entropy of a W m
+for each attribute m: masked attribute prediction at hidden places, associated attribute prediction at the others. Two
+more, with f(a, b) = sigma(a W b) and one drawn negative, minimise -log(exp f(a, b) / (exp f(a, b) + exp f(a, b-))).
+Masked item prediction: a is the state at a hidden place, b its item. Segment prediction: a is the newest state of a
+sequence with a segment hidden, b that of the segment alone, b- that of one from elsewhere. Losses are sums over places
+and attributes, and means over sequences. Then SASRec is trained from these weights. A dataset without attributes
+(`--attributes` of datasets/process.py) goes without their tasks. Deviations: each epoch draws one prefix of every
+training sequence, where the release takes all; a negative may be an item of the sequence; associated attributes are
+told from states, as in the release, not from item vectors. With --micro_batch_size a micro-batch of pre-training counts
+by its targets, not by what is hidden of its prefixes.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models.interface import flag
 from models.losses import bpr, item_logits, uniform_negatives
 from models.sr.bert4rec import MaskedSASRec
 from models.sr.sasrec import SASRec, start_as_bert
-from utils.data import Examples, TrainingPart
+from utils.data import Examples, TrainingPart, consecutive
+
+
+def rows_of_attributes(data: TrainingPart) -> torch.Tensor:
+    """The attributes of each item (V + 1, most), 0 where it has fewer."""
+    item, attribute = data.attributes[data.attributes[:, 0].argsort()].T
+    counts = np.bincount(item, minlength=data.num_items + 1)
+    rows = np.zeros((len(counts), counts.max()), np.int64)
+    rows[item, consecutive(np.zeros_like(counts), counts)] = attribute
+    return torch.from_numpy(rows)
 
 
 class S3Rec(MaskedSASRec):
@@ -33,14 +47,23 @@ class S3Rec(MaskedSASRec):
         mask_prob: float = flag(0.2, "probability that an item is hidden in pre-training", "0..1")
         item_weight: float = flag(1.0, "weight of masked item prediction", ">= 0")
         segment_weight: float = flag(0.5, "weight of segment prediction", ">= 0")
+        hidden_attribute_weight: float = flag(1.0, "weight of masked attribute prediction", ">= 0")
+        attribute_weight: float = flag(0.2, "weight of associated attribute prediction", ">= 0")
 
     def __init__(self, config: Config, data: TrainingPart) -> None:
         super().__init__(config, data)
         self.pretrain_epochs, self.mask_prob = config.pretrain_epochs, config.mask_prob
         self.weights = {"item": config.item_weight, "segment": config.segment_weight}
+        self.weights |= {"hidden_attributes": config.hidden_attribute_weight, "attributes": config.attribute_weight}
         self.known = data.items  # (interactions,)
         self.maps = nn.ModuleDict({task: nn.Linear(config.item_dim, config.item_dim) for task in self.weights})
         start_as_bert(*self.maps.values())
+        self.attributes = nn.Parameter(0.02 * torch.randn(data.attributes[:, 1].max(initial=0), config.item_dim))
+        self.register_buffer("of_item", rows_of_attributes(data), persistent=False)
+
+    def resize(self, weights: dict[str, torch.Tensor]) -> None:
+        if (found := weights.get("attributes")) is not None and found.ndim == 2:
+            self.attributes = nn.Parameter(self.attributes.new_empty(len(found), self.attributes.shape[1]))
 
     def stages(self) -> list[tuple[str, float]]:
         return [("pretrain", self.pretrain_epochs)] if self.pretrain_epochs else []
@@ -74,17 +97,28 @@ class S3Rec(MaskedSASRec):
     def states(self, histories: torch.Tensor) -> torch.Tensor:
         return super().states(histories, causal=self.stage != "pretrain")
 
-    def task(self, name: str, vectors: torch.Tensor, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """A task's loss of vectors a (N, d); ids (N, 2): the rows of b and of b- in the table."""
-        return self.weights[name] * bpr(item_logits(self.maps[name](vectors), table, ids).sigmoid())
+    def contrast(self, name: str, vectors: torch.Tensor, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The sum of a task's losses of vectors a (N, d); ids (N, 2): the rows of b and of b- in the table."""
+        return len(ids) * bpr(item_logits(self.maps[name](vectors), table, ids).sigmoid())
+
+    def attribute_loss(self, name: str, vectors: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """The sum of a task's losses of vectors a (N, d) at places of the items (N,)."""
+        logits = self.maps[name](vectors) @ self.attributes.T  # (N, A)
+        has = logits.new_zeros(len(items), len(self.attributes) + 1).scatter_(1, self.of_item[items], 1)[:, 1:]
+        return F.binary_cross_entropy_with_logits(logits, has, reduction="sum")
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self.stage != "pretrain":
             return super().forward(batch)
-        items, hidden = batch["items"], batch["hidden"]
-        vectors, wanted = self.states_asked(items.masked_fill(hidden, self.mask_id), items * hidden)  # (N, d), (N,)
-        negatives = uniform_negatives(wanted, 1, self.mask_id - 1)  # (N, 1)
-        terms = {"item": self.task("item", vectors, self.items.weight, torch.cat([wanted[:, None], negatives], 1))}
+        items, masked = batch["items"], batch["items"].masked_fill(batch["hidden"], self.mask_id)
+        vectors, places = self.states_asked(masked, items + self.mask_id * batch["hidden"])  # (N, d), (N,)
+        hidden, items = places > self.mask_id, places % self.mask_id  # (N,)
+        pairs = torch.cat([items[hidden, None], uniform_negatives(items[hidden], 1, self.mask_id - 1)], 1)
+        terms = {"item": self.contrast("item", vectors[hidden], self.items.weight, pairs)}
         context, *segments = (self.newest_states(batch[name]) for name in ("context", "segment", "elsewhere"))
         rows = torch.arange(2 * len(context), device=items.device).view(2, -1).T  # (B, 2)
-        return terms | {"segment": self.task("segment", context, torch.cat(segments), rows)}
+        terms["segment"] = self.contrast("segment", context, torch.cat(segments), rows)
+        if len(self.attributes):
+            for name, at in (("hidden_attributes", hidden), ("attributes", ~hidden)):
+                terms[name] = self.attribute_loss(name, vectors[at], items[at])
+        return {name: self.weights[name] / len(context) * term for name, term in terms.items()}

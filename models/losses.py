@@ -4,13 +4,15 @@ The printed and the released forms of the distillation loss differ; see `norm_di
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 LOGITS_AT_ONCE = 2**20  # entries of a chunk of the logits: small enough for a cache, large enough for a fast product
+# With more items than these, a CPU takes so many examples and items at once: its cache holds their logits and vectors.
+MANY_ITEMS, EXAMPLES_AT_ONCE, ITEMS_AT_ONCE = 4096, 1024, 512
 
 
 def catalogue_cross_entropy(vectors: torch.Tensor, items: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -23,12 +25,24 @@ def catalogue_cross_entropy(vectors: torch.Tensor, items: torch.Tensor, targets:
         vectors, items = vectors.float(), items.float()
         if len(vectors) * len(items) <= LOGITS_AT_ONCE:  # one chunk: nothing to save
             return F.cross_entropy(vectors @ items[1:].T, targets - 1)
-        return ChunkedCrossEntropy.apply(vectors, items, targets)
+        return mean_over_chunks(lambda v, t: ChunkedCrossEntropy.apply(v, items, t), items, vectors, targets)
+
+
+def fits_no_cache(items: torch.Tensor) -> bool:
+    return items.device.type == "cpu" and len(items) > MANY_ITEMS
+
+
+def mean_over_chunks(loss: Callable[..., torch.Tensor], items: torch.Tensor, *of: torch.Tensor) -> torch.Tensor:
+    """loss(*of), a mean over N examples: of (N, ...), in chunks of the examples where that is faster."""
+    if not fits_no_cache(items):
+        return loss(*of)
+    parts = zip(*(part.split(EXAMPLES_AT_ONCE) for part in of), strict=True)
+    return sum(len(part[0]) * loss(*part) for part in parts) / len(of[0])
 
 
 def item_chunks(vectors: torch.Tensor, items: torch.Tensor) -> Iterator[slice]:
     """Rows of `items` (V + 1, d), the padding left out, in chunks whose logits with `vectors` (N, d) fit in memory."""
-    size = max(256, LOGITS_AT_ONCE // len(vectors))
+    size = ITEMS_AT_ONCE if fits_no_cache(items) else max(256, LOGITS_AT_ONCE // len(vectors))
     return (slice(low, min(low + size, len(items))) for low in range(1, len(items), size))
 
 
@@ -83,15 +97,18 @@ def distillation_kl(
     with torch.autocast(vectors.device.type, enabled=False):
         vectors, items = vectors.float() / temperature, items.float()
         teacher_vectors, teacher_items = teacher_vectors.float().detach() / temperature, teacher_items.float().detach()
-        if top is not None and top < len(items) - 1:
-            best, teacher = best_and_rest(teacher_vectors, teacher_items, top)  # (N, top), (N, top + 1)
-            student = BestAndRest.apply(vectors, items, best)
-        elif len(vectors) * len(items) <= LOGITS_AT_ONCE:  # one chunk: nothing to save
-            teacher, student = teacher_vectors @ teacher_items[1:].T, vectors @ items[1:].T
-        else:
-            return temperature**2 * ChunkedKL.apply(vectors, items, teacher_vectors, teacher_items)
-        divergence = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
-        return temperature**2 * divergence
+
+        def divergence(vectors: torch.Tensor, teacher_vectors: torch.Tensor) -> torch.Tensor:
+            if top is not None and top < len(items) - 1:
+                best, teacher = best_and_rest(teacher_vectors, teacher_items, top)  # (N, top), (N, top + 1)
+                student = BestAndRest.apply(vectors, items, best)
+            elif len(vectors) * len(items) <= LOGITS_AT_ONCE:  # one chunk: nothing to save
+                teacher, student = teacher_vectors @ teacher_items[1:].T, vectors @ items[1:].T
+            else:
+                return ChunkedKL.apply(vectors, items, teacher_vectors, teacher_items)
+            return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+
+        return temperature**2 * mean_over_chunks(divergence, items, vectors, teacher_vectors)
 
 
 class ChunkedKL(torch.autograd.Function):

@@ -55,12 +55,14 @@ def numpy_kl(vectors, items, teacher_vectors, teacher_items, temperature: float,
     return float(np.mean(values))
 
 
+@pytest.mark.parametrize("many_items", [4096, V], ids=["all examples at once", "by examples"])
 @pytest.mark.parametrize("at_once", [2**20, N * 300, 1], ids=["one chunk", "uneven chunks", "smallest chunks"])
 @pytest.mark.parametrize("temperature", [1.0, 3.0, 0.2])
 @pytest.mark.parametrize("top", [None, 1, 20, 600, V - 1, V, 5 * V])
-def test_kl_equals_numpy_in_float64_with_its_gradients(top, temperature, at_once, monkeypatch):
+def test_kl_equals_numpy_in_float64_with_its_gradients(top, temperature, at_once, many_items, monkeypatch):
     """The gradients by finite differences of the NumPy value, along random directions."""
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    for name, value in {"LOGITS_AT_ONCE": at_once, "MANY_ITEMS": many_items, "EXAMPLES_AT_ONCE": N - 1}.items():
+        monkeypatch.setattr(losses, name, value)
     inputs = drawn(grad=True)
     loss = distillation_kl(*inputs, temperature, top)
     plain = [x.detach().numpy().astype(np.float64) for x in inputs]

@@ -193,14 +193,21 @@ def test_teacher_states_kept_as_bits_of_bfloat16_are_these_numbers():
     assert not torch.equal(want["norm"], model(data)["norm"])
 
 
-def test_chunked_cross_entropy_equals_float64_with_its_gradients(monkeypatch):
-    """Chunks that do not divide the catalogue, targets in the first and the last, one target twice."""
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 7 * 300)
+@pytest.mark.parametrize(("many_items", "chunks"), [(4096, 1), (1000, 3)])
+def test_chunked_cross_entropy_equals_float64_with_its_gradients(many_items, chunks, monkeypatch):
+    """Chunks that do not divide the catalogue, targets in the first and the last, one target twice.
+
+    A large catalogue is taken in chunks of the examples too, the last of which is smaller.
+    """
+    for name, value in {"LOGITS_AT_ONCE": 7 * 300, "MANY_ITEMS": many_items, "EXAMPLES_AT_ONCE": 3}.items():
+        monkeypatch.setattr(losses, name, value)
+    calls, apply = [], losses.ChunkedCrossEntropy.apply
+    monkeypatch.setattr(losses.ChunkedCrossEntropy, "apply", lambda *of: calls.append(of) or apply(*of))
     torch.manual_seed(0)
     vectors, items = torch.randn(7, 16, requires_grad=True), torch.randn(1001, 16, requires_grad=True)
     targets = torch.tensor([1, 1000, 300, 301, 512, 512, 257])
     loss = catalogue_cross_entropy(vectors, items, targets)
-    assert type(loss.grad_fn).__name__.startswith("ChunkedCrossEntropy")
+    assert len(calls) == chunks
     (3 * loss).backward()
     v, i = (x.detach().double().numpy() for x in (vectors, items))
     assert loss.item() == pytest.approx(numpy_cross_entropy(v, i, targets.numpy()), rel=1e-6)

@@ -179,7 +179,7 @@ def sasrec_groups(repeats: int, device) -> dict[str, float]:
     groups = training_step(model, ours_loss, batches)
 
     def one_piece() -> None:
-        with patch.object(objectives, "GROUP", 256):
+        with patch.multiple(objectives, GROUP=256, PADDED=MAX_ITEMS):
             groups()
 
     one_piece()

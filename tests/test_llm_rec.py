@@ -203,7 +203,8 @@ def everything_off() -> ExitStack:
         return trimmed(self, F.pad(histories, (missing, 0)))[:, missing:]
 
     plain = [(SASRec, "states", untrimmed), (LLMRec, "fast", PLAIN), (Dropout, "forward", nn.Dropout.forward)]
-    plain += [(losses, "LOGITS_AT_ONCE", 2**62), (metrics, "SCORES_AT_ONCE", 2**62), (objectives, "GROUP", 2**62)]
+    plain += [(losses, "LOGITS_AT_ONCE", 2**62), (metrics, "SCORES_AT_ONCE", 2**62)]
+    plain += [(objectives, name, 2**62) for name in ("GROUP", "PADDED")]
     with ExitStack() as replaced:
         for owner, name, by in plain:
             replaced.enter_context(patch.object(owner, name, by))
@@ -213,6 +214,7 @@ def everything_off() -> ExitStack:
 def test_everything_off_is_the_plain_computation(monkeypatch, request):
     """Everything on and everything off is the same computation, and off is really off."""
     monkeypatch.setattr(objectives, "GROUP", 4)
+    monkeypatch.setattr(objectives, "PADDED", 99)
     histories = pad(mixed_histories()[:6])
     targets = torch.zeros_like(histories)
     targets[:, -1], targets[2, -3:] = 7, torch.tensor([3, 0, 9])

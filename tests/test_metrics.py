@@ -271,6 +271,7 @@ def test_sasrec_trains_the_same_in_groups_of_like_lengths(sequences, monkeypatch
     plain = torch.nn.functional.cross_entropy(scores, batch["targets"][target_mask] - 1)
     model.blocks[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[:2]))
     monkeypatch.setattr("models.sr.objectives.GROUP", 16)
+    monkeypatch.setattr("models.sr.objectives.PADDED", 3)
     grouped = model(batch)["ce"]
     assert [users for users, _ in widths] == [16, 16, 8] and widths[0][1] < widths[2][1]
     assert grouped.item() == pytest.approx(plain.item(), rel=1e-6)

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_sequences, sasrec
+from test_sr_models import small
 
 import train_sr_trad
 from models.losses import gbce_beta, uniform_negatives
-from models.sr import MODELS
+from models.sr import MODELS, objectives
+from models.sr.objectives import groups_by_length
 from models.sr.storage import new_recommender
 from utils import cli
+from utils.data import training_examples
 from utils.errors import UserError
 
 
@@ -109,3 +112,31 @@ def test_a_run_made_before_there_was_a_choice_is_read():
     assert new_recommender(old, known).loss == "ce"
     with pytest.raises(UserError, match="the run has no num_heads"):
         new_recommender({name: value for name, value in old.items() if name != "num_heads"}, known)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_hold_every_row_once_and_little_padding(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.geometric(rng.uniform(0.02, 0.5), rng.integers(1, 300)).clip(0, 50)
+    groups = list(groups_by_length(torch.from_numpy(lengths)))
+    assert sorted(row for rows in groups for row in rows) == list(range(len(lengths)))
+    assert (np.diff(lengths[[row for rows in groups for row in rows]]) >= 0).all()
+    for rows in groups:
+        assert 1 <= len(rows) <= 64 and len(rows) * lengths[rows].max() <= 1.5 * lengths[rows].sum()
+    alike = list(groups_by_length(torch.full((200,), 7)))
+    assert [len(rows) for rows in alike] == [64, 64, 64, 8], "nothing is halved in vain"
+
+
+@pytest.mark.parametrize("name", ["sasrec", "gru4rec", "lightsans"])
+def test_groups_change_neither_loss_nor_gradients(name, monkeypatch):
+    data = make_sequences(users=50, high=40)
+    examples = training_examples(data, "all", 40)
+    found = []
+    for padded in (1.5, 1.0, 2**62):
+        monkeypatch.setattr(objectives, "PADDED", padded)
+        model = small(name, data, noise=0.1, max_seq_length=40)
+        loss = sum(model(examples.batch(np.arange(len(examples)))).values())
+        loss.backward()
+        found.append([loss.item(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for other in found[:2]:
+        torch.testing.assert_close(other, found[2], rtol=1e-4, atol=1e-6)

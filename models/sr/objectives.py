@@ -1,5 +1,6 @@
 """What the traditional models share: their objectives (--loss), and user vectors from states after every position."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +19,22 @@ from models.losses import (
 from utils.data import TrainingPart
 from utils.errors import UserError
 
-# A CPU runs the users of a training batch in groups of this size, sorted by length, which leaves little padding; an
-# accelerator would lose more to many small kernels.
-GROUP = 64
+# A CPU runs the users of a training batch in groups of at most this size, sorted by length, and in smaller ones where
+# padding would make histories longer than so many times their items; an accelerator would lose more to small kernels.
+GROUP, PADDED = 64, 1.5
+
+
+def groups_by_length(lengths: torch.Tensor) -> Iterator[list[int]]:
+    """Rows with `lengths` (B,) in groups, the shortest first; a group is halved until it has little padding."""
+    order, lengths = lengths.argsort().tolist(), lengths.tolist()
+    waiting = [order[low : low + GROUP] for low in range(0, len(order), GROUP)][::-1]
+    while waiting:
+        rows = waiting.pop()
+        if len(rows) * lengths[rows[-1]] > PADDED * sum(lengths[row] for row in rows):
+            middle = len(rows) // 2
+            waiting += [rows[middle:], rows[:middle]]
+        else:
+            yield rows
 
 
 class SequentialRecommender(Recommender):
@@ -81,7 +95,7 @@ class SequentialRecommender(Recommender):
         if histories.device.type != "cpu":
             return self.states(histories)[targets != 0], targets[targets != 0]
         lengths, found = (histories != 0).sum(1), []
-        for rows in lengths.argsort().split(GROUP):
+        for rows in groups_by_length(lengths):
             T = int(lengths[rows[-1]])
             wanted = targets[rows, -T:]
             found.append((self.states(histories[rows, -T:])[wanted != 0], wanted[wanted != 0]))

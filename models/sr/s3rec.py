@@ -115,9 +115,12 @@ class S3Rec(MaskedSASRec):
         hidden, items = places > self.mask_id, places % self.mask_id  # (N,)
         pairs = torch.cat([items[hidden, None], uniform_negatives(items[hidden], 1, self.mask_id - 1)], 1)
         terms = {"item": self.contrast("item", vectors[hidden], self.items.weight, pairs)}
-        context, *segments = (self.newest_states(batch[name]) for name in ("context", "segment", "elsewhere"))
-        rows = torch.arange(2 * len(context), device=items.device).view(2, -1).T  # (B, 2)
-        terms["segment"] = self.contrast("segment", context, torch.cat(segments), rows)
+        newest = self.newest_states(
+            torch.cat([batch[name] for name in ("context", "segment", "elsewhere")])
+        )  # (3 B, d)
+        context, segments = newest.split([len(newest) // 3, len(newest) // 3 * 2])
+        rows = torch.arange(len(segments), device=items.device).view(2, -1).T  # (B, 2)
+        terms["segment"] = self.contrast("segment", context, segments, rows)
         if len(self.attributes):
             for name, at in (("hidden_attributes", hidden), ("attributes", ~hidden)):
                 terms[name] = self.attribute_loss(name, vectors[at], items[at])

@@ -18,6 +18,7 @@ from models.sr import MODELS
 from models.sr.popularity import Popularity
 from models.sr.transitions import Transitions
 from utils import assets, cli
+from utils.checked import attributes_fingerprint
 from utils.data import Sequences, training_examples
 from utils.files import save_tensors
 from utils.item_tables import find_table, read_table
@@ -65,7 +66,12 @@ def main(
         start, table = read_table("--init_items", source, data)
         config |= {"init_items": cli.portable_path(source), "init_items_sha256": table["table_sha256"]}
 
+    if MODELS[model].reads_attributes:
+        config["attributes_fingerprint"] = attributes_fingerprint(known.attributes) if len(known.attributes) else None
+
     run = Run(config, data, default_dir=model)
+    if MODELS[model].reads_attributes and not len(known.attributes):
+        run.print(f"dataset {data.name} has no attributes (--attributes of datasets/process.py): {model} goes without")
     if not run.finished:
         recommender = MODELS[model](model_config, known)
         if init_items:

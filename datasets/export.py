@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 from filters import aligned
-from interactions import in_list, on_line
+from interactions import ARRAYS, in_list, on_line
 from times import written
 
 from utils.checked import INFO, read_array, read_json, read_text
 from utils.errors import UserError
 
 HERE = Path(__file__).resolve().parent
-ARRAYS = ("items", "offsets", "timestamps")
 
 
 def load_info(name: str) -> tuple[Path, dict]:

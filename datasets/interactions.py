@@ -13,6 +13,7 @@ from utils.errors import UserError
 BREAKS = re.compile(  # what would end a line or a list, or be no UTF-8; a single space between two words may stay
     r"[^\S ]|[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufeff]|^ | \Z|(?<= ) | (?= )"
 )
+ARRAYS = ("items", "offsets", "timestamps")  # the files of a dataset that hold its interactions, NAME.npy
 SPACE = "\\u0020"  # as it stands in a list that spaces separate
 UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 USUAL = re.compile(

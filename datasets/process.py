@@ -6,7 +6,7 @@
     python datasets/process.py interactions --input ratings.csv --name mine --user userId --item movieId
     python datasets/process.py interactions --input u.data --name ml --header none --columns user,item,rating,timestamp
     python datasets/process.py pairs --input Video.txt --name video
-    python datasets/process.py sequences --input Beauty.txt.gz --titles titles.tsv.gz --name beauty
+    python datasets/process.py sequences --input Beauty.txt.gz --attributes item2attributes.json.gz --name beauty
     python datasets/process.py lists --input user2item.tsv.gz --titles item2title.tsv.gz --name clothing2014
     python datasets/process.py prepared --input cloths.csv --name cloth
     python datasets/process.py stats beauty clothing2014
@@ -29,17 +29,17 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import numpy as np
-from attributes import SHAPE, read_attributes
+from attributes import SHAPE, number_attributes, read_attributes
 from download import download
-from export import ARRAYS, export, stats
+from export import export, stats
 from filters import apply_filters, check_effect, in_order, tie_share
-from interactions import Interactions
+from interactions import ARRAYS, Interactions
 from jsonl import PRESETS, read_jsonl
 from readers import read_interactions, read_lists, read_pairs, read_prepared, read_sequences
 from sources import open_bytes
 from times import RANK
 
-from utils.checked import fingerprint_of
+from utils.checked import attributes_fingerprint, fingerprint_of
 from utils.errors import UserError, describe_error, end_output
 from utils.files import atomic_folder, check_replaceable, is_plain_name, locked, sha256
 
@@ -71,6 +71,7 @@ def make_dataset(args: argparse.Namespace) -> None:
     for path in inputs:
         open_bytes(path).close()
     check_target(target, inputs)
+    listed = read_attributes(args.attributes) if args.attributes else {}
     read = args.read(args)
     if not len(read.user):
         raise UserError(f"{args.input} holds no line that can be used; no dataset is written")
@@ -91,9 +92,10 @@ def make_dataset(args: argparse.Namespace) -> None:
     texts = {"user_ids.txt": user_ids, "items.tsv": item_lines(item_ids, found.titles or {})}
     info = describe(args, found, arrays, item_ids, order)
     if args.attributes:
-        arrays["attributes"], texts["attribute_ids.txt"] = read_attributes(args.attributes, item_ids)
-        info["attributes"] = len(texts["attribute_ids.txt"])
-        info["items_with_attributes"] = len(np.unique(arrays["attributes"][:, 0]))
+        pairs, names = number_attributes(args.attributes, listed, item_ids)
+        arrays["attributes"], texts["attribute_ids.txt"] = pairs, names
+        info |= {"attributes": len(names), "items_with_attributes": len(np.unique(pairs[:, 0]))}
+        info["attributes_fingerprint"] = attributes_fingerprint(pairs)
     info |= {"funnel": funnel.steps, "sources": {name: sha256(path) for name, path in by_name(inputs).items()}}
     info["flags"] = {name: str(value) for name, value in vars(args).items() if name not in ("read", "do")}
     with ExitStack() as held, atomic_folder(target) as part:
@@ -111,11 +113,12 @@ def make_dataset(args: argparse.Namespace) -> None:
     for note in notes:
         print(f"process.py: {note}", file=sys.stderr)
     ties = "no timestamps" if info["timestamp_ties"] is None else f"{info['timestamp_ties']:.1%} timestamp ties"
-    titles = "" if found.titles is None else f", {info['items_with_title']:,} of {len(items):,} items with a title"
+    more = "" if found.titles is None else f", {info['items_with_title']:,} of {len(items):,} items with a title"
     if args.attributes:
-        titles += f", {info['items_with_attributes']:,} with some of {info['attributes']:,} attributes"
+        more += f", {info['items_with_attributes']:,} of {len(items):,} items with attributes"
+        more += f" ({info['attributes']:,} different ones)"
     counts = f"{len(users):,} users, {len(items):,} items, {len(found.user):,} interactions"
-    print(f"{args.output / args.name}: {counts}, {ties}, order: {info['order']}{titles}")
+    print(f"{args.output / args.name}: {counts}, {ties}, order: {info['order']}{more}")
 
 
 def by_name(inputs: list[Path]) -> dict[str, Path]:

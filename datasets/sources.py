@@ -99,7 +99,7 @@ def json_blocks(path: Path) -> Iterator[bytes]:
         if number == 0:
             block = block.removeprefix(b"\xef\xbb\xbf")
             if block.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise UserError(f"{path} is in UTF-16; JSON lines are read in UTF-8: convert it first")
+                raise UserError(f"{path} is in UTF-16; JSON is read in UTF-8: convert it first")
         yield block if b"\n" in block else block.replace(b"\r", b"\n")
 
 

@@ -47,7 +47,7 @@ class Recommender(nn.Module):
         max_seq_length: int = flag(30, "newest items of a history that are read", ">= 1")
 
     def __init__(self, config: Config | None, data: TrainingPart | None) -> None:
-        """config: the resolved flags. data: what training may know (counts, pairs for graphs, number of users)."""
+        """config: the resolved flags. data: what training may know (counts, pairs for graphs, attributes of items)."""
         super().__init__()
 
     # --- needed ---
@@ -123,8 +123,10 @@ class Recommender(nn.Module):
 
     stage = "train"
 
+    reads_attributes = False  # whether training learns from the attributes of items, where the dataset has some
+
     def resize(self, weights: dict[str, torch.Tensor]) -> None:
-        """Make room for saved `weights` in the buffers whose shape the training data decides."""
+        """Make room for saved `weights` whose shape the training data decides."""
 
     def for_inference(self) -> AbstractContextManager[None]:
         """Inside, while no weight changes, the model may keep what it computes."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 LOGITS_AT_ONCE = 2**20  # entries of a chunk of the logits: small enough for a cache, large enough for a fast product
-# With more items than these, a CPU takes so many examples and items at once: its cache holds their logits and vectors.
+# A CPU takes a catalogue of more than MANY_ITEMS in chunks of EXAMPLES_AT_ONCE by ITEMS_AT_ONCE, which its cache holds.
 MANY_ITEMS, EXAMPLES_AT_ONCE, ITEMS_AT_ONCE = 4096, 1024, 512
 
 
@@ -25,24 +25,27 @@ def catalogue_cross_entropy(vectors: torch.Tensor, items: torch.Tensor, targets:
         vectors, items = vectors.float(), items.float()
         if len(vectors) * len(items) <= LOGITS_AT_ONCE:  # one chunk: nothing to save
             return F.cross_entropy(vectors @ items[1:].T, targets - 1)
-        return mean_over_chunks(lambda v, t: ChunkedCrossEntropy.apply(v, items, t), items, vectors, targets)
+        return in_parts(lambda v, t: ChunkedCrossEntropy.apply(v, items, t), is_large(items), vectors, targets)
 
 
-def fits_no_cache(items: torch.Tensor) -> bool:
+def is_large(items: torch.Tensor) -> bool:
+    """Whether a catalogue is too large for the cache of a CPU."""
     return items.device.type == "cpu" and len(items) > MANY_ITEMS
 
 
-def mean_over_chunks(loss: Callable[..., torch.Tensor], items: torch.Tensor, *of: torch.Tensor) -> torch.Tensor:
-    """loss(*of), a mean over N examples: of (N, ...), in chunks of the examples where that is faster."""
-    if not fits_no_cache(items):
-        return loss(*of)
-    parts = zip(*(part.split(EXAMPLES_AT_ONCE) for part in of), strict=True)
-    return sum(len(part[0]) * loss(*part) for part in parts) / len(of[0])
+def in_parts(loss: Callable[..., torch.Tensor], large: bool, *examples: torch.Tensor) -> torch.Tensor:
+    """loss(*examples), a mean over N examples: tensors (N, ...); with a large catalogue part by part."""
+    if not large:
+        return loss(*examples)
+    parts = zip(*(tensor.split(EXAMPLES_AT_ONCE) for tensor in examples), strict=True)
+    return sum(len(part[0]) * loss(*part) for part in parts) / len(examples[0])
 
 
 def item_chunks(vectors: torch.Tensor, items: torch.Tensor) -> Iterator[slice]:
     """Rows of `items` (V + 1, d), the padding left out, in chunks whose logits with `vectors` (N, d) fit in memory."""
-    size = ITEMS_AT_ONCE if fits_no_cache(items) else max(256, LOGITS_AT_ONCE // len(vectors))
+    size = max(256, LOGITS_AT_ONCE // len(vectors))
+    if is_large(items):
+        size = min(size, max(ITEMS_AT_ONCE, EXAMPLES_AT_ONCE * ITEMS_AT_ONCE // len(vectors)))
     return (slice(low, min(low + size, len(items))) for low in range(1, len(items), size))
 
 
@@ -108,7 +111,7 @@ def distillation_kl(
                 return ChunkedKL.apply(vectors, items, teacher_vectors, teacher_items)
             return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
 
-        return temperature**2 * mean_over_chunks(divergence, items, vectors, teacher_vectors)
+        return temperature**2 * in_parts(divergence, is_large(items), vectors, teacher_vectors)
 
 
 class ChunkedKL(torch.autograd.Function):

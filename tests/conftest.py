@@ -19,7 +19,7 @@ from models.llm.decoder import keep_layers
 from models.llm.recommender import LLMRec
 from models.sr.sasrec import SASRec
 from utils import files, paper_runs
-from utils.checked import fingerprint_of
+from utils.checked import attributes_fingerprint, fingerprint_of
 from utils.data import Sequences
 from utils.experiments import Experiment
 
@@ -103,7 +103,8 @@ def tiny_sources(place: Path, layers: int = 2) -> Path:
     np.save(place / "data" / "offsets.npy", data.offsets)
     fingerprint = fingerprint_of(data.items, data.offsets, data.num_items)
     np.save(place / "data" / "attributes.npy", data.attributes)
-    info = {"name": "kill", "items": data.num_items, "attributes": 5, "fingerprint": fingerprint}
+    info = {"name": "kill", "items": data.num_items, "fingerprint": fingerprint}
+    info |= {"attributes": 5, "attributes_fingerprint": attributes_fingerprint(data.attributes)}
     (place / "data" / "dataset.json").write_text(json.dumps(info))
     rows = ["item_id\ttitle", *(f"id{n}\t{TITLES.get(n, f'Film {n}')}" for n in range(1, data.num_items + 1))]
     (place / "data" / "items.tsv").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")

@@ -213,7 +213,7 @@ def folder(path, **changes):
         ({"offsets": np.array([0, 3, 7])}, "does not fit"),
         ({"offsets": np.array([0, 2, 4, 6])}, "no user has 3"),
         *(
-            ({"attributes": np.array(pairs, kind), "info": {"attributes": 2}}, r"attributes.npy does not fit")
+            ({"attributes": np.array(pairs, kind), "info": {"attributes": 2}}, r"attributes.npy is not as it was made")
             for pairs, kind in (
                 ([[1, 3]], "int32"),
                 ([[4, 1]], "int32"),
@@ -223,6 +223,10 @@ def folder(path, **changes):
             )
         ),
         ({"info": {"attributes": 1}}, r"attributes.npy is missing"),
+        (
+            {"attributes": np.array([[1, 1]], np.int32), "info": {"attributes": 1, "attributes_fingerprint": "0" * 64}},
+            r"attributes.npy is not as it was made",
+        ),
         ({"info": {"attributes": "some"}}, "attributes is 'some', expected a whole number"),
         ({"info": {"items": "many"}}, "items is 'many', expected a whole number of at least 1"),
         ({"info": {"items": 1e9}}, "items is 1000000000.0, expected a whole number"),

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -125,3 +126,22 @@ def test_a_table_that_is_still_as_it_was_drawn_is_refused(model, sources, tmp_pa
 
 def test_the_model_of_the_test_is_short():
     assert len(inspect.getsource(GRU).splitlines()) < 40
+
+
+def test_a_run_knows_which_attributes_it_learned_from(sources, tmp_path, capsys):  # noqa: F811
+    place = tmp_path / "sources"
+    shutil.copytree(sources, place)
+    with_some = json.loads((place / "data/dataset.json").read_text())
+    without = {name: value for name, value in with_some.items() if not name.startswith("attributes")}
+    (place / "data/dataset.json").write_text(json.dumps(without))
+    flags = ["--model", "s3rec", "--item_dim", 6, "--num_heads", 2, "--pretrain_epochs", 1, "--warmup_steps", 1]
+    flags += ["--resume", "auto", "--output_dir", tmp_path / "run"]
+    step(train_sr_trad, "sr", place, *flags)
+    assert "has no attributes (--attributes of datasets/process.py): s3rec goes without" in capsys.readouterr().out
+    terms = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert any("segment" in row for row in terms) and not any("masked_attribute" in row for row in terms)
+    assert json.loads((tmp_path / "run/config.json").read_text())["attributes_fingerprint"] is None
+    assert len(load(tmp_path / "run").recommend([["id4", "id5"]], 3)[0].items) == 3
+    (place / "data/dataset.json").write_text(json.dumps(with_some))
+    with pytest.raises(UserError, match="holds a run with attributes_fingerprint=None, not"):
+        step(train_sr_trad, "sr", place, *flags)

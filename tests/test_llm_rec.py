@@ -205,6 +205,7 @@ def everything_off() -> ExitStack:
     plain = [(SASRec, "states", untrimmed), (LLMRec, "fast", PLAIN), (Dropout, "forward", nn.Dropout.forward)]
     plain += [(losses, "LOGITS_AT_ONCE", 2**62), (metrics, "SCORES_AT_ONCE", 2**62)]
     plain += [(objectives, name, 2**62) for name in ("GROUP", "PADDED")]
+    plain += [(losses, "MANY_ITEMS", 2**62)]
     with ExitStack() as replaced:
         for owner, name, by in plain:
             replaced.enter_context(patch.object(owner, name, by))
@@ -246,7 +247,8 @@ def test_everything_off_is_the_plain_computation(monkeypatch, request):
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and relative(found[1][1], found[0][1]) < 1e-5
     # through both layers, for each target: prefix 11, all places for items, three response tokens
     assert found[0][2] < found[1][2] == 2 * int((targets != 0).sum()) * (11 + width + 3)
-    assert losses.LOGITS_AT_ONCE == metrics.SCORES_AT_ONCE == objectives.GROUP == 2**62
+    assert losses.LOGITS_AT_ONCE == losses.MANY_ITEMS == metrics.SCORES_AT_ONCE == 2**62
+    assert objectives.GROUP == objectives.PADDED == 2**62
     assert Dropout.forward is torch.nn.Dropout.forward and LLMRec.fast == PLAIN
 
 

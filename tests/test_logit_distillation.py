@@ -61,11 +61,16 @@ def numpy_kl(vectors, items, teacher_vectors, teacher_items, temperature: float,
 @pytest.mark.parametrize("top", [None, 1, 20, 600, V - 1, V, 5 * V])
 def test_kl_equals_numpy_in_float64_with_its_gradients(top, temperature, at_once, many_items, monkeypatch):
     """The gradients by finite differences of the NumPy value, along random directions."""
-    for name, value in {"LOGITS_AT_ONCE": at_once, "MANY_ITEMS": many_items, "EXAMPLES_AT_ONCE": N - 1}.items():
+    sizes = {"LOGITS_AT_ONCE": at_once, "MANY_ITEMS": many_items, "EXAMPLES_AT_ONCE": N - 1, "ITEMS_AT_ONCE": 300}
+    for name, value in sizes.items():
         monkeypatch.setattr(losses, name, value)
+    calls, in_parts = [], losses.in_parts
+    counted = lambda loss, *rest: in_parts(lambda *part: calls.append(part) or loss(*part), *rest)  # noqa: E731
+    monkeypatch.setattr(losses, "in_parts", counted)
     inputs = drawn(grad=True)
     loss = distillation_kl(*inputs, temperature, top)
     plain = [x.detach().numpy().astype(np.float64) for x in inputs]
+    assert [len(part[0]) for part in calls] == ([N] if many_items > V else [N - 1, 1])
     expected = partial(numpy_kl, temperature=temperature, top=top or V)
     assert loss.item() == pytest.approx(expected(*plain), rel=1e-5)
     (3 * loss).backward()

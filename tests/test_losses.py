@@ -199,7 +199,12 @@ def test_chunked_cross_entropy_equals_float64_with_its_gradients(many_items, chu
 
     A large catalogue is taken in chunks of the examples too, the last of which is smaller.
     """
-    for name, value in {"LOGITS_AT_ONCE": 7 * 300, "MANY_ITEMS": many_items, "EXAMPLES_AT_ONCE": 3}.items():
+    for name, value in {
+        "LOGITS_AT_ONCE": 7 * 300,
+        "MANY_ITEMS": many_items,
+        "EXAMPLES_AT_ONCE": 3,
+        "ITEMS_AT_ONCE": 300,
+    }.items():
         monkeypatch.setattr(losses, name, value)
     calls, apply = [], losses.ChunkedCrossEntropy.apply
     monkeypatch.setattr(losses.ChunkedCrossEntropy, "apply", lambda *of: calls.append(of) or apply(*of))

@@ -131,12 +131,16 @@ def test_groups_hold_every_row_once_and_little_padding(seed):
 def test_groups_change_neither_loss_nor_gradients(name, monkeypatch):
     data = make_sequences(users=50, high=40)
     examples = training_examples(data, "all", 40)
-    found = []
+    found, sizes = [], []
     for padded in (1.5, 1.0, 2**62):
         monkeypatch.setattr(objectives, "PADDED", padded)
         model = small(name, data, noise=0.1, max_seq_length=40)
+        groups, states = [], model.states
+        model.states = lambda histories, groups=groups, states=states: groups.append(histories) or states(histories)
         loss = sum(model(examples.batch(np.arange(len(examples)))).values())
         loss.backward()
+        sizes.append(len(groups))
         found.append([loss.item(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert sizes[1] > sizes[0] > sizes[2] == 1
     for other in found[:2]:
         torch.testing.assert_close(other, found[2], rtol=1e-4, atol=1e-6)

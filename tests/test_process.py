@@ -215,11 +215,13 @@ def test_attributes_stand_beside_the_items_that_are_left(tmp_path):
     made = make(tmp_path, "sequences", "made", *flags, tmp_path / "of.json")
     assert attributes_in(tmp_path / "made") == {"10": {"x y", "3"}, "12": {"3", "tab\\u0009"}}
     data = Sequences.load(tmp_path / "made")
-    assert data.attributes.tolist() == [[1, 1], [1, 2], [3, 2], [3, 3]] and data.training_part().attributes.shape == (
-        4,
-        2,
+    assert data.attributes.tolist() == [[1, 1], [1, 2], [3, 2], [3, 3]]
+    assert data.training_part().attributes is data.attributes
+    assert data.describe().endswith("dropped), 2 items with attributes")
+    assert (
+        "2 of 4 items with attributes (3 different ones)" in made["printed"]
+        and made["info"]["items_with_attributes"] == 2
     )
-    assert "2 with some of 3 attributes" in made["printed"] and made["info"]["items_with_attributes"] == 2
     plain = make(tmp_path, "sequences", "made", *flags[:2])
     assert plain["info"]["fingerprint"] == made["info"]["fingerprint"] and "attributes" not in plain["info"]
     assert not (tmp_path / "made/attributes.npy").exists() and not len(Sequences.load(tmp_path / "made").attributes)
@@ -241,10 +243,10 @@ def test_attributes_stand_beside_the_items_that_are_left(tmp_path):
         ('{"10": [NaN]}', "has [nan]"),
         ('{"10": [null]}', "has [None]"),
         ('{"10": [""]}', "has ['']"),
-        ('{"10": ["a\\tb", "a\\\\u0009b"]}', "are both written as"),
-        ("{}", "attributes of no item of the dataset (as it is empty and '10')"),
-        ('{"x": [1]}', "attributes of no item of the dataset (such as 'x' and '10')"),
-        ('{"10": []}', "attributes of no item"),
+        ('{"10": ["a\\tb", "a\\\\u0009b"]}', "of.json: of attributes, the ids"),
+        ("{}", "an attribute of no item; give another file"),
+        ('{"x": [1]}', "(it has item 'x', the dataset '10')"),
+        ('{"10": []}', "an attribute of no item; give another file"),
         ('{"10": [1]}'.encode("utf-16"), "UTF-16"),
         (b'{"10": ["\xff"]}', "no JSON object of the form"),
     ],

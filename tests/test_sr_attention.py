@@ -323,7 +323,9 @@ def test_pre_training_hides_items_and_segments():
 
 def test_the_losses_of_pre_training_are_those_of_the_equations(monkeypatch):
     monkeypatch.setattr("models.sr.s3rec.uniform_negatives", lambda targets, number, V: targets[:, None] % V + 1)
-    model, _, (batch,) = drawn("s3rec", stage="pretrain", item_dim=D)
+    weights = {"item": 1.5, "segment": 0.7, "masked_attribute": 0.3, "associated_attribute": 0.2}
+    flags = {f"{task}_weight": weight for task, weight in weights.items()}
+    model, _, (batch,) = drawn("s3rec", stage="pretrain", item_dim=D, **flags)
     terms, w, items, segments, attributes = model(batch), weights_of(model), [], [], {0: [], 1: []}
     pairs = set(map(tuple, make_sequences().attributes.tolist()))
 
@@ -339,14 +341,16 @@ def test_the_losses_of_pre_training_are_those_of_the_equations(monkeypatch):
         for state, item, place in zip(states(ids), own[own != 0].tolist(), places[own != 0].tolist(), strict=True):
             a = linear(w, "maps.item", state)
             items += [loss(a @ w["items.weight"][item], a @ w["items.weight"][item % 40 + 1])] * place
-            p = sigma(w["attributes"] @ linear(w, "maps.hidden_attributes" if place else "maps.attributes", state))
+            p = sigma(
+                w["attribute_vectors"] @ linear(w, f"maps.{'masked' if place else 'associated'}_attribute", state)
+            )
             has = np.array([(item, number) in pairs for number in range(1, 6)])
             attributes[place] += [-np.where(has, np.log(p), np.log(1 - p)).sum()]
         a = linear(w, "maps.segment", states(context)[-1])
         segments.append(loss(a @ states(segment)[-1], a @ states(other)[-1]))
-    sums = {"item": sum(items), "segment": 0.5 * sum(segments)}
-    sums |= {"hidden_attributes": sum(attributes[1]), "attributes": 0.2 * sum(attributes[0])}
-    expected = {name: value / len(segments) for name, value in sums.items()}
+    sums = {"item": sum(items), "segment": sum(segments)}
+    sums |= {"masked_attribute": sum(attributes[1]), "associated_attribute": sum(attributes[0])}
+    expected = {name: weights[name] * value / len(segments) for name, value in sums.items()}
     assert {name: value.item() for name, value in terms.items()} == pytest.approx(expected, rel=1e-5)
     sum(terms.values()).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
@@ -361,8 +365,8 @@ def test_a_dataset_without_attributes_goes_without_their_tasks():
     model.load_state_dict(with_some.state_dict())
     assert torch.equal(model.scores(HISTORIES), with_some.scores(HISTORIES))
     for odd in (torch.rand(3), torch.rand(3, 4)):
-        model.resize({"attributes": odd})
-        assert model.attributes.shape != odd.shape, "such weights are refused by their shape"
+        model.resize({"attribute_vectors": odd})
+        assert model.attribute_vectors.shape != odd.shape, "such weights are refused by their shape"
 
 
 # --- MAERec ---

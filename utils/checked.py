@@ -49,7 +49,7 @@ def maybe(rule: Rule) -> Rule:
 # dataset.json
 INFO: Rule = {"name": TEXT, "fingerprint": TEXT, "order": TEXT, "density": NUMBER} | {
     **dict.fromkeys(("users", "items"), SIZE),
-    **{"interactions": COUNT, "timestamp_ties": maybe(NUMBER), "attributes": SIZE},
+    **{"interactions": COUNT, "timestamp_ties": maybe(NUMBER), "attributes": SIZE, "attributes_fingerprint": TEXT},
     "timestamp_decimals": maybe(("a whole number from 0 to 20", lambda value: COUNT[1](value) and value <= 20)),
 }
 
@@ -193,6 +193,11 @@ def fingerprint_of(items: np.ndarray, offsets: np.ndarray, num_items: int) -> st
     for part in (np.ascontiguousarray(items), np.ascontiguousarray(offsets), str(num_items).encode()):
         digest.update(part)
     return digest.hexdigest()
+
+
+def attributes_fingerprint(pairs: np.ndarray) -> str:
+    """SHA-256 of the attributes of a dataset's items, as datasets/process.py records it."""
+    return hashlib.sha256(np.ascontiguousarray(pairs)).hexdigest()
 
 
 def load_tensors(path: Path, advice: str = AGAIN) -> dict[str, "torch.Tensor"]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.checked import INFO, fingerprint_of, read_array, read_json
+from utils.checked import INFO, attributes_fingerprint, fingerprint_of, read_array, read_json
 from utils.errors import UserError
 from utils.files import is_plain_name
 
@@ -74,11 +74,13 @@ class Sequences:
         users = np.flatnonzero(np.diff(offsets) >= MIN_INTERACTIONS)
         if not len(users):
             raise UserError(f"dataset {folder}: no user has {MIN_INTERACTIONS} interactions to split; bring more data")
-        attributes = read_array(folder / "attributes.npy", remake) if "attributes" in info else no_attributes()
-        limits = [num_items, info.get("attributes", 1)]
-        fit = attributes.dtype == np.int32 and attributes.ndim == 2 and attributes.shape[1] == 2
-        if not fit or (attributes < 1).any() or (attributes > limits).any():
-            raise UserError(f"dataset {folder}: attributes.npy does not fit dataset.json; {remake}")
+        attributes = no_attributes()
+        if "attributes" in info:
+            attributes, limits = read_array(folder / "attributes.npy", remake), [num_items, info["attributes"]]
+            fit = attributes.dtype == np.int32 and attributes.ndim == 2 and attributes.shape[1] == 2
+            fit = fit and (attributes >= 1).all() and (attributes <= limits).all()
+            if not fit or attributes_fingerprint(attributes) != info["attributes_fingerprint"]:
+                raise UserError(f"dataset {folder}: attributes.npy is not as it was made; {remake}")
         return cls(name, items, offsets, num_items, users, fingerprint, folder, attributes)
 
     def training_part(self) -> "TrainingPart":
@@ -89,16 +91,17 @@ class Sequences:
         return TrainingPart(self.num_items, len(self.offsets) - 1, users, items, self.attributes)
 
     def describe(self) -> str:
-        dropped = len(self.offsets) - 1 - len(self.users)
+        dropped, count = len(self.offsets) - 1 - len(self.users), len(np.unique(self.attributes[:, 0]))
+        attributes = f", {count:,} items with attributes" if count else ""
         return (
             f"dataset {self.name}: {len(self.users):,} users, {self.num_items:,} items, {len(self.items):,} "
-            f"interactions ({dropped:,} users with fewer than {MIN_INTERACTIONS} interactions dropped)"
+            f"interactions ({dropped:,} users with fewer than {MIN_INTERACTIONS} interactions dropped){attributes}"
         )
 
 
 @dataclass(frozen=True)
 class TrainingPart:
-    """What a model may know of the data when it is built: the interactions that training sees.
+    """What a model may know of the data when it is built: the interactions that training sees, and items' attributes.
 
     users, items (interactions,): who met what, users in order and each user's oldest first. Users are numbered
     0..num_users - 1, items 1..num_items. attributes: of items, as those of `Sequences`.

@@ -1,4 +1,4 @@
-"""S3-Rec (Zhou et al., 2020): BERT's encoder, causal as SASRec, is pre-trained on hidden items and segments.
+"""S3-Rec (Zhou et al., 2020): BERT's encoder, causal as SASRec, is first pre-trained on items, attributes and segments.
 
 Pre-training reads both sides of a place. Items are hidden with probability `mask_prob`, the newest always. A task has
 a W of its own. Two tell from the state a at a place which attributes its item has, by the binary cross-entropy of a W m
@@ -7,10 +7,12 @@ more, with f(a, b) = sigma(a W b) and one drawn negative, minimise -log(exp f(a,
 Masked item prediction: a is the state at a hidden place, b its item. Segment prediction: a is the newest state of a
 sequence with a segment hidden, b that of the segment alone, b- that of one from elsewhere. Losses are sums over places
 and attributes, and means over sequences. Then SASRec is trained from these weights. A dataset without attributes
-(`--attributes` of datasets/process.py) goes without their tasks. Deviations: each epoch draws one prefix of every
-training sequence, where the release takes all; a negative may be an item of the sequence; associated attributes are
-told from states, as in the release, not from item vectors. With --micro_batch_size a micro-batch of pre-training counts
-by its targets, not by what is hidden of its prefixes.
+(`--attributes` of datasets/process.py) goes without their tasks.
+
+As in the release, and unlike the paper, associated attributes are told from states, not from item vectors. Deviations
+from the release: each epoch draws one prefix of every training sequence, of two items at least, where the release takes
+all of the newest `max_seq_length` items; segments from elsewhere are of the training part; a negative may be an item of
+the sequence. With --micro_batch_size a micro-batch of pre-training counts by its targets, not by what is hidden.
 """
 
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.interface import flag
+from models.interface import dot_products, flag
 from models.losses import bpr, item_logits, uniform_negatives
 from models.sr.bert4rec import MaskedSASRec
 from models.sr.sasrec import SASRec, start_as_bert
@@ -39,7 +41,7 @@ def rows_of_attributes(data: TrainingPart) -> torch.Tensor:
 class S3Rec(MaskedSASRec):
     """Bidirectional while it is pre-trained, causal from then on."""
 
-    inner_dropout = False
+    inner_dropout, reads_attributes = False, True
 
     @dataclass(frozen=True)
     class Config(SASRec.Config):
@@ -47,23 +49,26 @@ class S3Rec(MaskedSASRec):
         mask_prob: float = flag(0.2, "probability that an item is hidden in pre-training", "0..1")
         item_weight: float = flag(1.0, "weight of masked item prediction", ">= 0")
         segment_weight: float = flag(0.5, "weight of segment prediction", ">= 0")
-        hidden_attribute_weight: float = flag(1.0, "weight of masked attribute prediction", ">= 0")
-        attribute_weight: float = flag(0.2, "weight of associated attribute prediction", ">= 0")
+        masked_attribute_weight: float = flag(1.0, "weight of masked attribute prediction", ">= 0")
+        associated_attribute_weight: float = flag(0.2, "weight of associated attribute prediction", ">= 0")
 
     def __init__(self, config: Config, data: TrainingPart) -> None:
         super().__init__(config, data)
         self.pretrain_epochs, self.mask_prob = config.pretrain_epochs, config.mask_prob
         self.weights = {"item": config.item_weight, "segment": config.segment_weight}
-        self.weights |= {"hidden_attributes": config.hidden_attribute_weight, "attributes": config.attribute_weight}
+        self.weights["masked_attribute"] = config.masked_attribute_weight
+        self.weights["associated_attribute"] = config.associated_attribute_weight
         self.known = data.items  # (interactions,)
         self.maps = nn.ModuleDict({task: nn.Linear(config.item_dim, config.item_dim) for task in self.weights})
         start_as_bert(*self.maps.values())
-        self.attributes = nn.Parameter(0.02 * torch.randn(data.attributes[:, 1].max(initial=0), config.item_dim))
-        self.register_buffer("of_item", rows_of_attributes(data), persistent=False)
+        number = data.attributes[:, 1].max(initial=0)
+        self.attribute_vectors = nn.Parameter(0.02 * torch.randn(number, config.item_dim))
+        self.register_buffer("attributes_of", rows_of_attributes(data), persistent=False)
 
     def resize(self, weights: dict[str, torch.Tensor]) -> None:
-        if (found := weights.get("attributes")) is not None and found.ndim == 2:
-            self.attributes = nn.Parameter(self.attributes.new_empty(len(found), self.attributes.shape[1]))
+        if (found := weights.get("attribute_vectors")) is not None and found.ndim == 2:
+            width = self.attribute_vectors.shape[1]
+            self.attribute_vectors = nn.Parameter(self.attribute_vectors.new_empty(len(found), width))
 
     def stages(self) -> list[tuple[str, float]]:
         return [("pretrain", self.pretrain_epochs)] if self.pretrain_epochs else []
@@ -103,8 +108,8 @@ class S3Rec(MaskedSASRec):
 
     def attribute_loss(self, name: str, vectors: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """The sum of a task's losses of vectors a (N, d) at places of the items (N,)."""
-        logits = self.maps[name](vectors) @ self.attributes.T  # (N, A)
-        has = logits.new_zeros(len(items), len(self.attributes) + 1).scatter_(1, self.of_item[items], 1)[:, 1:]
+        logits = dot_products(self.maps[name](vectors), self.attribute_vectors)  # (N, A)
+        has = logits.new_zeros(len(items), 1 + logits.shape[1]).scatter_(1, self.attributes_of[items], 1)[:, 1:]
         return F.binary_cross_entropy_with_logits(logits, has, reduction="sum")
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -118,10 +123,10 @@ class S3Rec(MaskedSASRec):
         newest = self.newest_states(
             torch.cat([batch[name] for name in ("context", "segment", "elsewhere")])
         )  # (3 B, d)
-        context, segments = newest.split([len(newest) // 3, len(newest) // 3 * 2])
+        context, segments = newest[: len(masked)], newest[len(masked) :]
         rows = torch.arange(len(segments), device=items.device).view(2, -1).T  # (B, 2)
         terms["segment"] = self.contrast("segment", context, segments, rows)
-        if len(self.attributes):
-            for name, at in (("hidden_attributes", hidden), ("attributes", ~hidden)):
+        if len(self.attribute_vectors):
+            for name, at in (("masked_attribute", hidden), ("associated_attribute", ~hidden)):
                 terms[name] = self.attribute_loss(name, vectors[at], items[at])
         return {name: self.weights[name] / len(context) * term for name, term in terms.items()}

@@ -23,7 +23,7 @@ from models.sr import MODELS
 from utils import cli, report
 
 COMMON = "--batch_size 8 --max_steps 4 --eval_steps 2"
-EARLY = "--max_steps 6 --patience 1 --learning_rate 1 --warmup_steps 0"  # too high a rate: it stops after 4 steps
+EARLY = "--max_steps 6 --patience 1 --learning_rate 10 --warmup_steps 0"  # too high a rate: it stops after 4 steps
 STEPS = {
     "train_sr_trad": (train_sr_trad, "sr", f"--item_dim 8 --num_layers 1 {EARLY}"),
     "finetune": (finetune, "teacher", "--base_model {0}/base --item_embeddings {0}/table --num_layers 2 --lora_r 2"),

@@ -321,7 +321,7 @@ def test_a_run_that_stops_early_continues_exactly(patient, tmp_path, monkeypatch
             raise Interrupted
         select(loop)
 
-    for at in range(2, expected["step"] + 1, 5):
+    for at in range(2, expected["step"] + 1, 3):
         with pytest.raises(Interrupted):
             patient(f"cut-{at}", {"raise_at": at}, patience=2)
     with monkeypatch.context() as patch:

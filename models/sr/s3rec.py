@@ -120,10 +120,8 @@ class S3Rec(MaskedSASRec):
         hidden, items = places > self.mask_id, places % self.mask_id  # (N,)
         pairs = torch.cat([items[hidden, None], uniform_negatives(items[hidden], 1, self.mask_id - 1)], 1)
         terms = {"item": self.contrast("item", vectors[hidden], self.items.weight, pairs)}
-        newest = self.newest_states(
-            torch.cat([batch[name] for name in ("context", "segment", "elsewhere")])
-        )  # (3 B, d)
-        context, segments = newest[: len(masked)], newest[len(masked) :]
+        parts = torch.cat([batch[name] for name in ("context", "segment", "elsewhere")])  # (3 B, T)
+        context, segments = self.newest_states(parts).tensor_split([len(masked)])  # (B, d), (2 B, d)
         rows = torch.arange(len(segments), device=items.device).view(2, -1).T  # (B, 2)
         terms["segment"] = self.contrast("segment", context, segments, rows)
         if len(self.attribute_vectors):

@@ -16,12 +16,13 @@ import utils.threads  # noqa: F401  before torch is imported
 import argparse
 import re
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from utils import assets, cli
-from utils.errors import RunError, UserError, describe_error, end_output
+from utils.errors import RunError, UserError, told_in_one_line
 from utils.experiments import (
     Experiment,
     calibration,
@@ -313,18 +314,6 @@ def compare(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.print_anything()
-    try:
+    with told_in_one_line("reproduce.py", "the same command goes on"), suppress(BrokenPipeError):  # `show | head`
         main()
-    except UserError as error:
-        cli.stop("reproduce.py", str(error), 2)
-    except RunError as error:
-        cli.stop("reproduce.py", str(error), 1)
-    except BrokenPipeError:  # `show | head`
-        pass
-    except OSError as error:
-        cli.stop("reproduce.py", describe_error(error), 2)
-    except KeyboardInterrupt:
-        cli.stop("reproduce.py", "interrupted; the same command goes on", 130)
-    finally:
-        end_output()
+        print(end="", flush=True)

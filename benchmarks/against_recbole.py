@@ -29,6 +29,7 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.command import check_dataset, command_line, run_main
 from benchmarks.llm_step import ours_loss, training_step
 from models.sr import MODELS
 from utils.assets import dataset_folder
@@ -172,18 +173,15 @@ def table(record: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "against_recbole")
     parser.add_argument("part", choices=("quality", "speed"))
     parser.add_argument("--python", required=True, help="of the environment that has RecBole")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--models", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--repeats", type=int, default=3, help="for speed")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "against_recbole.json")
     args = parser.parse_args()
-    held = read_json(args.out, "")["datasets"].get(args.part, args.dataset) if args.out.exists() else args.dataset
-    if held != args.dataset:
-        parser.error(f"{args.out} holds what was measured on {held}: give another --out, or remove it")
+    check_dataset(args, lambda record: record["datasets"].get(args.part, args.dataset))
     data, measure = Sequences.load(dataset_folder(args.dataset)), {"quality": quality, "speed": speed}[args.part]
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
@@ -197,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -25,6 +25,7 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
+from benchmarks.command import command_line, run_main
 from benchmarks.llm_step import ours_loss, seconds, training_step
 from models.llm.storage import build_llm_rec, load_base
 from models.sr import MODELS
@@ -98,11 +99,10 @@ def table(record: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "busy")
     parser.add_argument("--settings", nargs="+", default=SETTINGS, help="default, chosen or NAME=VALUE ...")
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed in each process")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "busy.json")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -124,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

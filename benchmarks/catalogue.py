@@ -4,7 +4,6 @@ python benchmarks/catalogue.py                      sizes of Beauty and, for the
 python benchmarks/catalogue.py --step plain --target plain.npz    one training step alone: memory, loss, gradients
 """
 
-import argparse
 import random
 import statistics
 import subprocess
@@ -19,11 +18,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.command import command_line, run_main
 from benchmarks.llm_step import make_data
 from models.interface import Recommender
 from models.losses import catalogue_cross_entropy
 from utils.candidates import draw_negatives
-from utils.cli import ROOT
 from utils.data import Sequences, sorted_batches, split_examples
 from utils.files import write_json
 from utils.memory import peak_extra_bytes
@@ -131,12 +130,11 @@ def timed(function, *arguments) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "catalogue")
     parser.add_argument("--users", type=int, default=22_363)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--step", choices=("plain", "ours"), help="only this")
     parser.add_argument("--target", type=Path, help="where --step writes loss and gradients (npz)")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "catalogue.json")
     args = parser.parse_args()
     if args.step:
         step(args.step, args.target)
@@ -172,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -10,7 +10,6 @@ with the catalogue, a SASRec training step with the whole softmax and with 2,048
 candidates, and ranking by vectors that cost nothing.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.catalogue import LastItem
+from benchmarks.command import command_line, run_main
 from benchmarks.llm_step import (
     MAX_ITEMS,
     Workload,
@@ -45,7 +45,6 @@ from models.llm.decoder import block_boundaries
 from models.slmrec import SLMRec
 from models.sr import objectives, sasrec
 from utils.candidates import draw_negatives
-from utils.cli import ROOT
 from utils.data import Sequences, TrainingPart, shuffled_batches, training_examples
 from utils.files import write_json
 from utils.metrics import rank_users
@@ -321,9 +320,8 @@ def plot_panels(panels: dict[str, dict[int, dict[str, float]]], path: Path) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "cost")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "cost.json")
     args = parser.parse_args()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     device, repeats = accelerator.device, args.repeats
@@ -363,4 +361,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

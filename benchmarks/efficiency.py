@@ -9,7 +9,6 @@ scaled to all training targets of an epoch and to all users of the test. Steps i
 validation. Memory is the peak of a row's first training step, over what the process held before.
 """
 
-import argparse
 import random
 import statistics
 import sys
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill
 import finetune
 import train_sr_trad
+from benchmarks.command import check_dataset, command_line, run_main
 from benchmarks.llm_step import (
     MAX_ITEMS,
     ours_loss,
@@ -40,8 +40,7 @@ from models.slmrec import SLMRec
 from models.sr import MODELS
 from utils.assets import base_model_path, dataset_folder
 from utils.candidates import draw_negatives
-from utils.checked import read_json
-from utils.cli import ROOT, resolve
+from utils.cli import resolve
 from utils.data import Sequences, shuffled_batches, split_examples, training_examples
 from utils.files import write_json
 from utils.memory import peak_extra_bytes
@@ -157,17 +156,14 @@ def table(record: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "efficiency")
     parser.add_argument("--dataset", default="beauty")
     parser.add_argument("--depths", type=int, nargs="+", default=[8, 4], help="of teachers beside the full one")
     parser.add_argument("--student_layers", type=int, default=4)
     parser.add_argument("--full_layers", type=int, help="default: all of the base")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "efficiency.json")
     args = parser.parse_args()
-    held = read_json(args.out, "")["settings"]["dataset"] if args.out.exists() else args.dataset
-    if held != args.dataset:
-        parser.error(f"{args.out} holds what was measured on {held}: give another --out, or remove it")
+    check_dataset(args, lambda record: record["settings"]["dataset"])
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     torch.manual_seed(0)
     random.seed(0)
@@ -184,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -8,7 +8,6 @@ Sequences are generated, with Beauty's lengths. The model is a SASRec with rando
 whatever they are.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -23,11 +22,11 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.command import command_line, run_main
 from benchmarks.llm_step import make_data
 from models.sr.sasrec import SASRec
 from utils.candidates import SPLITS, Negatives
 from utils.checked import read_json
-from utils.cli import ROOT
 from utils.data import Sequences
 from utils.files import write_json
 from utils.memory import peak_extra_bytes
@@ -116,12 +115,11 @@ def table(record: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "evaluation")
     parser.add_argument("part", nargs="?", choices=("memory", "processes", "seconds", "both"), default="both")
     parser.add_argument("--users", type=int, help="by default those of Cloth for memory, 22,363 for processes")
     parser.add_argument("--items", type=int, default=CLOTH_ITEMS, help="of the catalogue, for memory")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "evaluation.json")
     args = parser.parse_args()
     if args.part == "seconds":
         measure_seconds(args.users)
@@ -139,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -8,7 +8,6 @@ Each step runs fresh, resumed and in the place of an older run, on tiny data. Af
 hashes of the weights of a run that nobody killed. `--random` kills real processes, which run all three steps.
 """
 
-import argparse
 import os
 import random
 import shutil
@@ -29,6 +28,7 @@ from conftest import tiny_sources
 from kills import STEPS, contents, outcome, prepare, restore, snapshots, start
 from processes import FLAGS
 
+from benchmarks.command import command_line, run_main
 from utils.errors import UserError
 from utils.files import write_json
 from utils.report import environment, markdown_table
@@ -146,11 +146,10 @@ def table(record: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "kills")
     steps = [name for name in STEPS if name != "train_open_p5"]
     parser.add_argument("--steps", nargs="*", choices=steps, default=steps)
     parser.add_argument("--random", type=int, default=24, help="kills at random moments")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "kills.json")
     args = parser.parse_args()
     about = environment(Accelerator(cpu=True))
     record = {"events": {name: each_event(name) for name in args.steps}, "random": random_moments(args.random)}
@@ -159,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

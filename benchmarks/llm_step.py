@@ -33,6 +33,7 @@ from transformers import AutoModel, LlamaConfig
 from transformers.utils import ModelOutput
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.command import command_line, run_main
 from models.llm.decoder import base_config, block_boundaries, load_decoder, prompt_ids
 from models.llm.recommender import LLMRec
 from models.slmrec import SLMRec
@@ -418,7 +419,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "llm_step")
     parser.add_argument("--base_model", default="smollm2-135m", help="as finetune.py takes it, or llama-7b-shape")
     parser.add_argument("--dataset", help="whose history lengths and catalogue size (default: those of Beauty)")
     parser.add_argument("--num_layers", type=int, default=8, help="at equal depth, and of the teacher")
@@ -429,7 +430,6 @@ def main() -> None:
     parser.add_argument("--infer_batch_size", type=int, help="default: that of training")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "llm_step.json")
     args = parser.parse_args()
     if args.full_layers is None:
         known = 32 if args.base_model == LLAMA else None
@@ -454,4 +454,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

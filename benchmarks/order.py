@@ -7,7 +7,6 @@ The released notebook keeps the order of the file, and raw Amazon files are orde
 The order decides what is held out as well: only the figures in time order are those of a next item.
 """
 
-import argparse
 import csv
 import gzip
 import json
@@ -22,6 +21,7 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.command import command_line, run_main
 from utils.cli import ROOT
 from utils.files import write_json
 from utils.report import environment, markdown_table
@@ -75,11 +75,10 @@ def chronological(folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "order")
     parser.add_argument("--gift", type=Path, required=True, help="raw reviews, 2018")
     parser.add_argument("--cds", type=Path, required=True, help="TSV of interactions")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "order.json")
     args = parser.parse_args()
     runs, done = [], {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -126,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

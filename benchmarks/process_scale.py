@@ -22,6 +22,10 @@ import psutil
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.command import run_main
+from utils.errors import UserError
+
 CHUNK = 100_000
 
 
@@ -166,7 +170,7 @@ def main() -> None:
         lines = take_users(source, sample, args.sample)
         expected = in_memory(sample)
         if not expected:
-            raise SystemExit("the sample filters to nothing: take a larger --sample")
+            raise UserError("the sample filters to nothing: take a larger --sample")
         process(sample, place, "sample")
         items, offsets = (np.load(place / "sample" / f"{name}.npy") for name in ("items", "offsets"))
         ids = [
@@ -179,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

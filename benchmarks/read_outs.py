@@ -7,7 +7,6 @@ released computation, which has one target per user and pads every history to 30
 passes in turn, and medians are reported. The two read-outs are different models: only their speed is compared.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.command import command_line, run_main
 from benchmarks.llm_step import (
     MAX_ITEMS,
     Workload,
@@ -26,7 +26,6 @@ from benchmarks.llm_step import (
     training_step,
 )
 from utils.candidates import draw_negatives
-from utils.cli import ROOT
 from utils.data import shuffled_batches, training_examples
 from utils.files import write_json
 from utils.report import environment, markdown_table
@@ -72,11 +71,10 @@ def table(record: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "read_outs")
     parser.add_argument("--num_layers", type=int, default=8)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "read_outs.json")
     args = parser.parse_args()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     works = [Workload(None, size, accelerator.device, users=2048) for size in args.batch_sizes]
@@ -87,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

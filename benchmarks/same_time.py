@@ -6,7 +6,6 @@ The order of these two, the items of validation and test, is that of the file: w
 time. The dataset's folder has the timestamps, the records have the test users' ranks: nothing is trained here.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,9 +13,8 @@ import numpy as np
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.command import check_dataset, command_line, run_main
 from utils.assets import dataset_folder
-from utils.checked import read_json
-from utils.cli import ROOT
 from utils.data import Sequences
 from utils.experiments import records, unpack
 from utils.files import write_json
@@ -57,13 +55,10 @@ def table(record: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "same_time")
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks" / "same_time.json")
     args = parser.parse_args()
-    held = read_json(args.out, "")["dataset"] if args.out.exists() else args.dataset
-    if held != args.dataset:
-        parser.error(f"{args.out} holds what was measured on {held}: give another --out, or remove it")
+    check_dataset(args, lambda record: record["dataset"])
     folder = dataset_folder(args.dataset)
     data, times, found = Sequences.load(folder), np.load(folder / "timestamps.npy"), records(args.dataset)
     if not times.any():
@@ -78,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -26,7 +26,7 @@ from benchmarks import (
     read_outs,
     same_time,
 )
-from utils import cli
+from benchmarks.command import run_main
 from utils.checked import read_json
 from utils.cli import ROOT
 from utils.errors import UserError
@@ -169,7 +169,7 @@ def main() -> None:
         try:
             new = filled(old)
         except UserError as error:
-            cli.stop("tables.py", f"{path}: {error}", 2)
+            raise UserError(f"{path}: {error}") from None
         if new != old:
             with atomic_file(path) as part:
                 part.write_text(new, encoding="utf-8")
@@ -177,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -22,7 +22,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -40,7 +40,7 @@ from sources import open_bytes
 from times import RANK
 
 from utils.checked import attributes_fingerprint, fingerprint_of
-from utils.errors import UserError, describe_error, end_output
+from utils.errors import UserError, told_in_one_line
 from utils.files import atomic_folder, check_replaceable, is_plain_name, locked, sha256
 
 TEXTS = ("user_ids.txt", "items.tsv", "attribute_ids.txt")
@@ -281,25 +281,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # whatever the locale
-    try:
+        stream.reconfigure(encoding="utf-8")  # whatever the locale
+    with told_in_one_line("process.py", "nothing was changed"), suppress(BrokenPipeError):  # `export NAME | head`
         args = parse(argv)
-        args.do(args)
+        try:
+            args.do(args)
+        except (BrokenProcessPool, MemoryError):
+            raise UserError("memory ran out, or a process that parses was killed") from None
         print(end="", flush=True)
-    except BrokenPipeError:  # `export NAME | head`
-        pass
-    except KeyboardInterrupt:
-        print("process.py: interrupted; nothing was changed", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (BrokenProcessPool, MemoryError):
-        print("process.py: memory ran out, or a process that parses was killed", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (UserError, OSError) as error:
-        text = describe_error(error) if isinstance(error, OSError) else str(error)
-        print(f"process.py: {' '.join(text.split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:
-        end_output()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from utils import metrics
 from utils.data import Sequences, training_examples
 from utils.experiments import pack
 
-NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "command")
 REPLACED = {name: lambda model, off=off: llm_step.without(model, *off) for name, (off, _) in cost.OFF.items() if off}
 
 
@@ -29,6 +29,35 @@ def test_help_is_printed(name, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         module.main()
     assert stop.value.code == 0 and module.__doc__.splitlines()[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["against_recbole", "efficiency", "llm_step", "same_time"])
+def test_bad_input_ends_with_one_line(name, tmp_path, capsys, monkeypatch):
+    """A dataset that is not there, and a record of another dataset. Nothing is written."""
+    module, out = importlib.import_module(f"benchmarks.{name}"), tmp_path / "out.json"
+    first = ["quality", "--python", "python"] if name == "against_recbole" else []
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *first, "--dataset", "nowhere", "--out", str(out)])
+    with pytest.raises(SystemExit) as stop:
+        module.run_main(module.main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith(f"{name}.py: ") and "nowhere" in line and not out.exists()
+    if name == "llm_step":  # it replaces its record
+        return
+    held = json.dumps({"datasets": {"quality": "a"}, "settings": {"dataset": "a"}, "dataset": "a"})
+    out.write_text(held, encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        module.run_main(module.main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and f"{out} holds what was measured on a" in line and out.read_text() == held
+
+
+@pytest.mark.parametrize("place", [".", "nowhere/out.json", "file/out.json"])
+def test_a_place_that_takes_no_record_is_told_first(place, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--out", str(tmp_path / place)])
+    with pytest.raises(SystemExit) as stop:
+        cost.main()
+    assert stop.value.code == 2 and place in capsys.readouterr().err
 
 
 def state(model: LLMRec) -> list[dict]:

@@ -54,7 +54,7 @@ def test_one_line_says_which_page_and_nothing_is_written(tmp_path, monkeypatch, 
     monkeypatch.setattr(tables, "FILES", [page])
     monkeypatch.setattr("sys.argv", ["tables.py"])
     with pytest.raises(SystemExit) as stop:
-        tables.main()
+        tables.run_main(tables.main)
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and str(page) in line and "z" in line
     assert page.read_text(encoding="utf-8") == "<!-- table: z -->\n<!-- end -->\n"

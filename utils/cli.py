@@ -9,7 +9,6 @@ import dataclasses
 import inspect
 import re
 import sys
-import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -17,18 +16,11 @@ import fire
 from fire import decorators, helptext
 from fire import trace as fire_trace
 
-from utils.errors import RunError, UserError, describe_error, end_output, is_out_of_memory
+from utils.errors import RunError, UserError, is_out_of_memory, told_in_one_line
 from utils.flags import Models, choices, coerce, flags_of, suggest, without_choices
 from utils.recipes import RECIPE_SECTIONS, check_recipe, per_model, read_recipe, recipe_values
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def print_anything() -> None:
-    """A terminal that is not UTF-8 shows what it cannot print as \\u2019."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def run(
@@ -48,37 +40,20 @@ def run(
     """
     script = Path(sys.modules[main.__module__].__file__).name
     argv = sys.argv[1:] if argv is None else argv
-    print_anything()
-    try:
+    resumes = "resume" in flags_of(main)
+    with told_in_one_line(script, f"start it again{' with --resume auto to go on' if resumes else ''}"):
         if {"--help", "-h", "help"} & set(argv):
             print(help_text(main, section, script, argv, models))
             return
-        main(**resolve(main, section, argv, inherits=inherits, models=models))
-        print(end="", flush=True)
-    except UserError as error:
-        stop(script, str(error), 2)
-    except RunError as error:
-        stop(script, str(error), 1)
-    except OSError as error:
-        stop(script, describe_error(error), 2)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        resumes = "resume" in flags_of(main)
-        sizes = ("micro_batch_size", "eval_batch_size", *(() if resumes else ("batch_size",)))
-        flags = [f"--{name}" for name in sizes if name in flags_of(main)]
-        advice = f"; a smaller {' or '.join(flags)} needs less" if flags else ""
-        stop(script, f"out of memory{advice}{', and may change with --resume auto' if resumes else ''}", 1)
-    except KeyboardInterrupt:
-        how = " with --resume auto to go on" if "resume" in flags_of(main) else ""
-        stop(script, f"interrupted; start it again{how}", 130)
-    finally:
-        end_output()
-
-
-def stop(script: str, message: str, code: int) -> typing.NoReturn:
-    print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code) from None
+        try:
+            main(**resolve(main, section, argv, inherits=inherits, models=models))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            sizes = ("micro_batch_size", "eval_batch_size", *(() if resumes else ("batch_size",)))
+            flags = [f"--{name}" for name in sizes if name in flags_of(main)]
+            advice = f"; a smaller {' or '.join(flags)} needs less" if flags else ""
+            raise RunError(f"out of memory{advice}{', and may change with --resume auto' if resumes else ''}") from None
 
 
 def resolve(

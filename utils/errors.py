@@ -3,6 +3,9 @@
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space, or choose another place")
 ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may write to")
@@ -29,6 +32,36 @@ def describe_error(error: OSError) -> str:
     file = f": {error.filename}" if error.filename else ""
     advice = f"; {ADVICE[error.errno]}" if error.errno in ADVICE else ""
     return f"{error.strerror or error}{file}{advice}"
+
+
+@contextmanager
+def told_in_one_line(script: str, go_on: str) -> Iterator[None]:
+    """What goes wrong inside ends the program, with one line that begins with the script's name instead of a traceback.
+
+    Exit code 2 for bad input and for what the system refuses, 1 for a RunError, 130 for an interruption: its line says
+    how to `go_on`. A terminal that is not UTF-8 shows what it cannot print as \\u2019.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        print(end="", flush=True)
+    except UserError as error:
+        stop(script, str(error), 2)
+    except RunError as error:
+        stop(script, str(error), 1)
+    except OSError as error:
+        stop(script, describe_error(error), 2)
+    except KeyboardInterrupt:
+        stop(script, f"interrupted; {go_on}", 130)
+    finally:
+        end_output()
+
+
+def stop(script: str, message: str, code: int) -> NoReturn:
+    print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 def end_output() -> None:

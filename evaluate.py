@@ -26,15 +26,14 @@ from recommend import Trained, load, run_folder
 from utils import assets, cli
 from utils.candidates import CANDIDATE_SEED, NUM_NEGATIVES, Negatives, negative_counts
 from utils.catalogue import CATALOGUE_FILE
-from utils.checked import REPLACED, read_json
 from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
-from utils.files import atomic_folder, check_replaceable, write_json
+from utils.files import atomic_folder, write_json
 from utils.metrics import (
     RANKS_FILE,
     SelectBy,
     evaluate,
-    metrics_from_ranks,
+    metrics_by_kind,
     rank_each,
     save_ranks,
 )
@@ -46,7 +45,7 @@ from utils.report import (
     peak_memory,
     protocol,
 )
-from utils.run_files import finished_run
+from utils.run_files import config_to_replace, finished_run
 
 WEIGHTS = [k / 10 for k in range(11)]  # of the second run
 CRITERIA = [f"valid {metric.replace('/', ' ')}" for metric in get_args(SelectBy)]
@@ -78,7 +77,7 @@ def main(
         raise UserError("--output_dir is where --fuse and --layers write: add --fuse or --layers, or leave it out")
     asked = None if layers is None else asked_layers(run, layers)
     if output_dir is not None:
-        check_target(Path(output_dir), "layers", ["config.json", "metrics.json"])
+        config_to_replace(Path(output_dir), "layers", ["config.json", "metrics.json"])
     trained = load(run)
     data = Sequences.load(assets.dataset_folder(dataset or trained.config["dataset"]))
     check_same_dataset(data, trained.config, Path(run))
@@ -122,7 +121,7 @@ def evaluate_layers(
     """`evaluate` by the states after each layer, which answer from one forward pass; keys are the layers' numbers."""
     blocks = partial(trained.model.layer_score_blocks, layers)
     found, seconds = rank_each(trained.model, blocks, len(layers), data, split, negatives, **options)
-    metrics = [{kind: metrics_from_ranks(values) for kind, values in ranks.items()} for ranks in found]
+    metrics = [metrics_by_kind(ranks) for ranks in found]
     return dict(zip(map(str, layers), metrics, strict=True)), seconds
 
 
@@ -159,13 +158,6 @@ def save_layers(
         write_json(found, part / "metrics.json")
 
 
-def check_target(target: Path, kind: str, names: list[str]) -> None:
-    """UserError unless `target` is free, or holds the files `names` of an earlier record of this kind alone."""
-    check_replaceable(target, names, "--output_dir")
-    if (target / "config.json").exists() and read_json(target / "config.json", "", advice=REPLACED).get("kind") != kind:
-        raise UserError(f"--output_dir {target} holds something else (config.json); choose another place")
-
-
 def fuse_runs(run: str, fuse: str, dataset: str | None, batch_size: int, output_dir: str | None) -> None:
     """Choose the weight of `fuse` beside `run` on validation, measure both as one on test, and write a run folder."""
     folders = [run_folder(name).absolute() for name in (run, fuse)]
@@ -178,7 +170,7 @@ def fuse_runs(run: str, fuse: str, dataset: str | None, batch_size: int, output_
     data = Sequences.load(assets.dataset_folder(dataset or configs[0]["dataset"]))
     check_same_dataset(data, configs[0], folders[0])
     target = Path(output_dir or folders[0].parent / f"{folders[0].name}-with-{folders[1].name}")
-    check_target(target, "fusion", ["config.json", "metrics.json", CATALOGUE_FILE, RANKS_FILE])
+    config_to_replace(target, "fusion", ["config.json", "metrics.json", CATALOGUE_FILE, RANKS_FILE])
 
     parts = [load(folder) for folder in folders]
     lengths = [config["max_seq_length"] for config in configs]
@@ -227,7 +219,7 @@ def choose_weight(
     """
     options = {"batch_size": batch_size, "device": device, "progress": True}
     found, choosing = rank_with_weights(fusion, WEIGHTS, data, "valid", Negatives(data, "valid"), **options)
-    valid = [{kind: metrics_from_ranks(values) for kind, values in ranks.items()} for ranks in found]
+    valid = [metrics_by_kind(ranks) for ranks in found]
     _, kind, name = selected_by.split()
     values = [metrics[kind][name] for metrics in valid]
     best = int(np.argmax(values))
@@ -235,7 +227,7 @@ def choose_weight(
     [ranks], seconds = rank_with_weights(fusion, [fusion.weight], data, "test", Negatives(data, "test"), **options)
     figures = {
         "valid": valid[best],
-        "test": {kind: metrics_from_ranks(values) for kind, values in ranks.items()},
+        "test": metrics_by_kind(ranks),
         "weight": fusion.weight,
         "weights": [{"weight": weight, "valid": value} for weight, value in zip(WEIGHTS, values, strict=True)],
         "selected_by": selected_by,

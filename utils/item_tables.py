@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from utils import cli
-from utils.checked import REPLACED, load_tensors, read_json
+from utils.checked import load_tensors
 from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
-from utils.files import atomic_folder, check_replaceable, save_tensors, sha256, write_json
-from utils.run_files import read_config
+from utils.files import atomic_folder, save_tensors, sha256, write_json
+from utils.run_files import config_to_replace, read_config
 
 TABLE_FILE = "item_embeddings.safetensors"
 ORIGINS = ("import_table", "text", "sr_dir")  # flags of step 2: what a table was made from
@@ -22,13 +22,8 @@ def origin(config: dict) -> str | None:
 
 def check_target(folder: Path, made_from: str) -> None:
     """UserError unless a table made from one of ORIGINS may replace `folder`: it is free, or holds another such."""
-    check_replaceable(folder, ["config.json", TABLE_FILE], "--output_dir")
-    if not (folder / "config.json").exists():
-        return
-    held = read_json(folder / "config.json", "", advice=REPLACED)  # of what is to be replaced
-    if held.get("kind") != "item_embeddings":
-        raise UserError(f"--output_dir {folder} holds something else (config.json); choose another place")
-    if origin(held) not in (made_from, None):
+    held = config_to_replace(folder, "item_embeddings", ["config.json", TABLE_FILE])
+    if held and origin(held) not in (made_from, None):
         raise UserError(f"--output_dir {folder} holds a table from --{origin(held)}; choose another place")
 
 

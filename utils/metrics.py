@@ -47,6 +47,11 @@ def metrics_from_ranks(ranks: np.ndarray) -> dict[str, float]:
     return {name: float(values.mean()) for name, values in metrics_of_users(ranks).items()}
 
 
+def metrics_by_kind(ranks: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """`metrics_from_ranks` among the candidates and among all items: {"sampled": {...}, "full": {...}}."""
+    return {kind: metrics_from_ranks(found) for kind, found in ranks.items()}
+
+
 def save_ranks(ranks: dict[str, np.ndarray], folder: Path) -> None:
     """The ranks (users,) of the test users, as `rank_users` returns them."""
     of_users = {f"test_{kind}": torch.from_numpy(found.astype(np.int32)) for kind, found in ranks.items()}
@@ -185,4 +190,4 @@ def evaluate(
 ) -> tuple[dict, float]:
     """`rank_users` turned into {"sampled": {...}, "full": {...}}, with the seconds it took."""
     ranks, seconds = rank_users(recommender, data, split, negatives, **options)
-    return {kind: metrics_from_ranks(values) for kind, values in ranks.items()}, seconds
+    return metrics_by_kind(ranks), seconds

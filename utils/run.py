@@ -29,7 +29,7 @@ from utils.errors import UserError
 from utils.files import atomic_file, atomic_folder, remove, remove_left_over, save_tensors, write_json
 from utils.flags import BEFORE
 from utils.memory import check_sharded
-from utils.metrics import RANKS_FILE, metrics_from_ranks, rank_users, save_ranks
+from utils.metrics import RANKS_FILE, metrics_by_kind, rank_users, save_ranks
 from utils.report import card, flatten, git_commit, log_rows, peak_memory, plot_curve, protocol
 from utils.run_files import check_shapes, read_config, read_metrics, read_state, without
 
@@ -192,7 +192,7 @@ class Run:
     def evaluate(self, model: nn.Module, split: str) -> tuple[dict, float]:
         """Metrics of `model` on a split, and the seconds it took to score and rank its users."""
         ranks, seconds = self.rank(model, split)
-        return {kind: metrics_from_ranks(found) for kind, found in ranks.items()}, seconds
+        return metrics_by_kind(ranks), seconds
 
     def rank(self, model: nn.Module, split: str, progress: bool = False) -> tuple[dict[str, np.ndarray], float]:
         """`rank_users` with the protocol of the run; several processes share the users, and all get all ranks."""
@@ -320,7 +320,7 @@ class Run:
         if self.accelerator.is_main_process:
             metrics = {
                 "valid": chosen["metrics"],
-                "test": {kind: metrics_from_ranks(found) for kind, found in ranks.items()},
+                "test": metrics_by_kind(ranks),
                 "best_step": state["best_step"],
                 "steps": state["step"],
                 "planned_steps": state["planned_steps"],

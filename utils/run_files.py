@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal, Union
 
-from utils.checked import COUNT, FLAG, NUMBER, SIZE, TEXT, Rule, maybe, read_json
+from utils.checked import COUNT, FLAG, NUMBER, REPLACED, SIZE, TEXT, Rule, maybe, read_json
 from utils.errors import UserError
+from utils.files import check_replaceable
 from utils.flags import FLAGS, alternatives, choices, within
 
 # Flags that later steps read, with the types that the scripts give them; the ranges are those of FLAGS.
@@ -120,3 +121,17 @@ def check_shapes(folder: Path, saved: dict, wanted: dict) -> None:
             kinds = [f"{part.dtype} {tuple(part.shape)}" for part in (saved[name], value)]
             what = f"{name} is {kinds[0]}, not {kinds[1]}"
             raise UserError(f"{folder} does not belong to this run ({what}); remove it and start again")
+
+
+def config_to_replace(folder: Path, kind: str, names: list[str]) -> dict:
+    """config.json of what a step may replace, {} where there is none.
+
+    UserError unless `folder` is free, or holds the files `names` of this kind alone.
+    """
+    check_replaceable(folder, names, "--output_dir")
+    if not (folder / "config.json").exists():
+        return {}
+    held = read_json(folder / "config.json", "", advice=REPLACED)
+    if held.get("kind") != kind:
+        raise UserError(f"--output_dir {folder} holds something else (config.json); choose another place")
+    return held

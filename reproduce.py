@@ -16,13 +16,12 @@ import utils.threads  # noqa: F401  before torch is imported
 import argparse
 import re
 import time
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from utils import assets, cli
-from utils.errors import RunError, UserError, told_in_one_line
+from utils.errors import Parser, RunError, UserError, cut_short, told_in_one_line
 from utils.experiments import (
     Experiment,
     calibration,
@@ -87,7 +86,7 @@ def main() -> None:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     tables = {"nargs": "?", "default": "all", "help": "one of `list`, or all (default)"}
     for name, meaning in {
@@ -314,6 +313,5 @@ def compare(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line("reproduce.py", "the same command goes on"), suppress(BrokenPipeError):  # `show | head`
+    with told_in_one_line("reproduce.py", "the same command goes on"), cut_short():
         main()
-        print(end="", flush=True)

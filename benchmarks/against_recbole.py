@@ -29,7 +29,7 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.command import check_dataset, command_line, run_main
+from benchmarks.command import check_dataset, command_line, count, run_main
 from benchmarks.llm_step import ours_loss, training_step
 from models.sr import MODELS
 from utils.assets import dataset_folder
@@ -179,10 +179,11 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--models", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--repeats", type=int, default=3, help="for speed")
+    parser.add_argument("--repeats", type=count, default=3, help="for speed")
     args = parser.parse_args()
     check_dataset(args, lambda record: record["datasets"].get(args.part, args.dataset))
     data, measure = Sequences.load(dataset_folder(args.dataset)), {"quality": quality, "speed": speed}[args.part]
+    subprocess.run([args.python, "-c", "import recbole"], check=True, capture_output=True, encoding="utf-8")
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             run = measure(args, name, data, Path(folder)) | {"environment": environment(Accelerator(cpu=True))}

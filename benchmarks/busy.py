@@ -25,7 +25,7 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
-from benchmarks.command import command_line, run_main
+from benchmarks.command import command_line, count, run_main
 from benchmarks.llm_step import ours_loss, seconds, training_step
 from models.llm.storage import build_llm_rec, load_base
 from models.sr import MODELS
@@ -101,8 +101,8 @@ def table(record: dict) -> str:
 def main() -> None:
     parser = command_line(__doc__, "busy")
     parser.add_argument("--settings", nargs="+", default=SETTINGS, help="default, chosen or NAME=VALUE ...")
-    parser.add_argument("--steps", type=int, default=3, help="steps that are timed in each process")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=count, default=3, help="steps that are timed in each process")
+    parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

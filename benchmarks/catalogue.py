@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.command import command_line, run_main
+from benchmarks.command import command_line, count, run_main
 from benchmarks.llm_step import make_data
 from models.interface import Recommender
 from models.losses import catalogue_cross_entropy
@@ -131,11 +131,13 @@ def timed(function, *arguments) -> float:
 
 def main() -> None:
     parser = command_line(__doc__, "catalogue")
-    parser.add_argument("--users", type=int, default=22_363)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--users", type=count, default=22_363)
+    parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--step", choices=("plain", "ours"), help="only this")
     parser.add_argument("--target", type=Path, help="where --step writes loss and gradients (npz)")
     args = parser.parse_args()
+    if bool(args.step) != bool(args.target):
+        parser.error("--step and --target go together")
     if args.step:
         step(args.step, args.target)
         return

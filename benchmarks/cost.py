@@ -28,7 +28,7 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.catalogue import LastItem
-from benchmarks.command import command_line, run_main
+from benchmarks.command import command_line, count, run_main
 from benchmarks.llm_step import (
     MAX_ITEMS,
     Workload,
@@ -321,7 +321,7 @@ def plot_panels(panels: dict[str, dict[int, dict[str, float]]], path: Path) -> N
 
 def main() -> None:
     parser = command_line(__doc__, "cost")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=count, default=5)
     args = parser.parse_args()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     device, repeats = accelerator.device, args.repeats

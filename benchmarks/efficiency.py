@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill
 import finetune
 import train_sr_trad
-from benchmarks.command import check_dataset, command_line, run_main
+from benchmarks.command import check_dataset, command_line, count, run_main
 from benchmarks.llm_step import (
     MAX_ITEMS,
     ours_loss,
@@ -158,10 +158,10 @@ def table(record: dict) -> str:
 def main() -> None:
     parser = command_line(__doc__, "efficiency")
     parser.add_argument("--dataset", default="beauty")
-    parser.add_argument("--depths", type=int, nargs="+", default=[8, 4], help="of teachers beside the full one")
-    parser.add_argument("--student_layers", type=int, default=4)
-    parser.add_argument("--full_layers", type=int, help="default: all of the base")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--depths", type=count, nargs="+", default=[8, 4], help="of teachers beside the full one")
+    parser.add_argument("--student_layers", type=count, default=4)
+    parser.add_argument("--full_layers", type=count, help="default: all of the base")
+    parser.add_argument("--repeats", type=count, default=5)
     args = parser.parse_args()
     check_dataset(args, lambda record: record["settings"]["dataset"])
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())

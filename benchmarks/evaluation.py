@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.command import command_line, run_main
+from benchmarks.command import command_line, count, run_main
 from benchmarks.llm_step import make_data
 from models.sr.sasrec import SASRec
 from utils.candidates import SPLITS, Negatives
@@ -117,12 +117,12 @@ def table(record: dict) -> str:
 def main() -> None:
     parser = command_line(__doc__, "evaluation")
     parser.add_argument("part", nargs="?", choices=("memory", "processes", "seconds", "both"), default="both")
-    parser.add_argument("--users", type=int, help="by default those of Cloth for memory, 22,363 for processes")
-    parser.add_argument("--items", type=int, default=CLOTH_ITEMS, help="of the catalogue, for memory")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--users", type=count, help="by default those of Cloth for memory, 22,363 for the others")
+    parser.add_argument("--items", type=count, default=CLOTH_ITEMS, help="of the catalogue, for memory")
+    parser.add_argument("--repeats", type=count, default=3)
     args = parser.parse_args()
     if args.part == "seconds":
-        measure_seconds(args.users)
+        measure_seconds(args.users or 22_363)
         return
     found = read_json(args.out, "") if args.out.exists() else {}
     about = environment(Accelerator(cpu=True))

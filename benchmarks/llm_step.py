@@ -33,7 +33,7 @@ from transformers import AutoModel, LlamaConfig
 from transformers.utils import ModelOutput
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.command import command_line, run_main
+from benchmarks.command import command_line, count, run_main
 from models.llm.decoder import base_config, block_boundaries, load_decoder, prompt_ids
 from models.llm.recommender import LLMRec
 from models.slmrec import SLMRec
@@ -422,15 +422,17 @@ def main() -> None:
     parser = command_line(__doc__, "llm_step")
     parser.add_argument("--base_model", default="smollm2-135m", help="as finetune.py takes it, or llama-7b-shape")
     parser.add_argument("--dataset", help="whose history lengths and catalogue size (default: those of Beauty)")
-    parser.add_argument("--num_layers", type=int, default=8, help="at equal depth, and of the teacher")
-    parser.add_argument("--student_layers", type=int, nargs="+", default=[4])
-    parser.add_argument("--full_layers", type=int, help="default: all of the base")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[32, 128], help="at equal depth")
-    parser.add_argument("--student_batch_size", type=int, default=32)
-    parser.add_argument("--infer_batch_size", type=int, help="default: that of training")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--num_layers", type=count, default=8, help="at equal depth, and of the teacher")
+    parser.add_argument("--student_layers", type=count, nargs="+", default=[4])
+    parser.add_argument("--full_layers", type=count, help="default: all of the base")
+    parser.add_argument("--batch_sizes", type=count, nargs="+", default=[32, 128], help="at equal depth")
+    parser.add_argument("--student_batch_size", type=count, default=32)
+    parser.add_argument("--infer_batch_size", type=count, help="default: that of training")
+    parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
+    if args.dataset:
+        dataset_folder(args.dataset)  # what is not there is told before the base model is made
     if args.full_layers is None:
         known = 32 if args.base_model == LLAMA else None
         args.full_layers = known or base_config(base_model_path(args.base_model)).num_hidden_layers

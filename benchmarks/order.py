@@ -21,7 +21,8 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.command import command_line, run_main
+from benchmarks.command import command_line, count, run_main
+from utils.checked import check_file
 from utils.cli import ROOT
 from utils.files import write_json
 from utils.report import environment, markdown_table
@@ -78,8 +79,10 @@ def main() -> None:
     parser = command_line(__doc__, "order")
     parser.add_argument("--gift", type=Path, required=True, help="raw reviews, 2018")
     parser.add_argument("--cds", type=Path, required=True, help="TSV of interactions")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=count, default=3)
     args = parser.parse_args()
+    for path in (args.gift, args.cds):
+        check_file(path)
     runs, done = [], {}
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)

@@ -7,7 +7,6 @@ Generated reviews have text of realistic length, 2% repeated (user, item) pairs,
 popularity that follows a power law. A sample is processed by a plain in-memory loop too, and must come out the same.
 """
 
-import argparse
 import gzip
 import json
 import subprocess
@@ -23,8 +22,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.command import run_main
-from utils.errors import UserError
+from benchmarks.command import command_line, count, run_main
+from utils.errors import RunError, UserError
 
 CHUNK = 100_000
 
@@ -121,7 +120,7 @@ def process(source: Path, place: Path, name: str, *flags: object) -> tuple[float
                 pass
             time.sleep(0.2)
     if child.returncode:
-        raise SystemExit(f"process.py ended with status {child.returncode}")
+        raise RunError(f"process.py ended with status {child.returncode}")
     return time.perf_counter() - begun, peak / 2**20
 
 
@@ -141,11 +140,11 @@ print(seconds, (memory - before) / 2**20, memory / 2**20, data.describe(), sep="
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reviews", type=int, default=11_300_000)
-    parser.add_argument("--users", type=int, default=1_220_000)
-    parser.add_argument("--items", type=int, default=2_700_000)
-    parser.add_argument("--sample", type=int, default=5_000, help="users compared with the in-memory loop")
+    parser = command_line(__doc__)
+    parser.add_argument("--reviews", type=count, default=11_300_000)
+    parser.add_argument("--users", type=count, default=1_220_000)
+    parser.add_argument("--items", type=count, default=2_700_000)
+    parser.add_argument("--sample", type=count, default=5_000, help="users compared with the in-memory loop")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

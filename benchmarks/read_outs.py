@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.command import command_line, run_main
+from benchmarks.command import command_line, count, run_main
 from benchmarks.llm_step import (
     MAX_ITEMS,
     Workload,
@@ -72,9 +72,9 @@ def table(record: dict) -> str:
 
 def main() -> None:
     parser = command_line(__doc__, "read_outs")
-    parser.add_argument("--num_layers", type=int, default=8)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[128, 256])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--num_layers", type=count, default=8)
+    parser.add_argument("--batch_sizes", type=count, nargs="+", default=[128, 256])
+    parser.add_argument("--repeats", type=count, default=3)
     args = parser.parse_args()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     works = [Workload(None, size, accelerator.device, users=2048) for size in args.batch_sizes]

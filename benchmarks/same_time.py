@@ -15,6 +15,7 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.command import check_dataset, command_line, run_main
 from utils.assets import dataset_folder
+from utils.checked import read_array
 from utils.data import Sequences
 from utils.experiments import records, unpack
 from utils.files import write_json
@@ -60,8 +61,9 @@ def main() -> None:
     args = parser.parse_args()
     check_dataset(args, lambda record: record["dataset"])
     folder = dataset_folder(args.dataset)
-    data, times, found = Sequences.load(folder), np.load(folder / "timestamps.npy"), records(args.dataset)
-    if not times.any():
+    data, found = Sequences.load(folder), records(args.dataset)
+    times = read_array(folder / "timestamps.npy", "make the dataset anew")
+    if len(times) != len(data.items) or not times.any():
         parser.error(f"--dataset {args.dataset} has no timestamps")
     if any(run["config"]["dataset_fingerprint"] != data.fingerprint for run in found.values()):
         parser.error(f"--dataset {args.dataset} is not what the records of {args.dataset} were made of")

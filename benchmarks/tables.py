@@ -6,7 +6,6 @@ A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`, neit
 TABLES. What stands there is replaced; the rest of a file is left as it is.
 """
 
-import argparse
 import re
 import statistics
 import sys
@@ -26,7 +25,7 @@ from benchmarks import (
     read_outs,
     same_time,
 )
-from benchmarks.command import run_main
+from benchmarks.command import command_line, run_main
 from utils.checked import read_json
 from utils.cli import ROOT
 from utils.errors import UserError
@@ -162,7 +161,7 @@ def filled(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.parse_args()
     for path in FILES:
         old = path.read_text(encoding="utf-8")

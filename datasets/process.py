@@ -22,7 +22,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -40,7 +40,7 @@ from sources import open_bytes
 from times import RANK
 
 from utils.checked import attributes_fingerprint, fingerprint_of
-from utils.errors import UserError, told_in_one_line
+from utils.errors import Parser, UserError, cut_short, told_in_one_line
 from utils.files import atomic_folder, check_replaceable, is_plain_name, locked, sha256
 
 TEXTS = ("user_ids.txt", "items.tsv", "attribute_ids.txt")
@@ -165,11 +165,6 @@ def write(folder: Path, arrays: dict[str, np.ndarray], texts: dict[str, list[str
 # --- flags ---
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def number_from(low: float, kind: type = float) -> Callable[[str], float]:
     """A number of that kind, not below `low`, for a flag."""
 
@@ -226,7 +221,7 @@ def json_flags(one: Parser) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="process.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="process.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     one = source(commands, "amazon2018", read_jsonl, "first", "paper")
     one.set_defaults(preset="amazon2018")
@@ -282,13 +277,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
         stream.reconfigure(encoding="utf-8")  # whatever the locale
-    with told_in_one_line("process.py", "nothing was changed"), suppress(BrokenPipeError):  # `export NAME | head`
+    with told_in_one_line("process.py", "nothing was changed"), cut_short():
         args = parse(argv)
         try:
             args.do(args)
         except (BrokenProcessPool, MemoryError):
             raise UserError("memory ran out, or a process that parses was killed") from None
-        print(end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest.mock import patch
 
+from matplotlib.figure import Figure
+
 import distill
 import finetune
 import train_open_p5
 import train_sr_trad
 from models.sr import MODELS
-from utils import cli, report
+from utils import cli
 
 COMMON = "--batch_size 8 --max_steps 4 --eval_steps 2"
 EARLY = "--max_steps 6 --patience 1 --learning_rate 10 --warmup_steps 0"  # too high a rate: it stops after 4 steps
@@ -151,7 +153,7 @@ def exit_code(name: str, sources: Path, place: Path, seed: int, resume: str) -> 
 
 def undrawn() -> AbstractContextManager:
     """A figure costs more time than all the rest of such a run."""
-    return patch.object(report.Figure, "savefig", lambda self, path, **how: Path(path).write_bytes(b"a figure"))
+    return patch.object(Figure, "savefig", lambda self, path, **how: Path(path).write_bytes(b"a figure"))
 
 
 def command(name: str, sources: Path, place: Path, seed: int, resume: str, run: str = "run") -> tuple:

@@ -56,8 +56,26 @@ def test_a_place_that_takes_no_record_is_told_first(place, tmp_path, capsys, mon
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["cost.py", "--out", str(tmp_path / place)])
     with pytest.raises(SystemExit) as stop:
-        cost.main()
-    assert stop.value.code == 2 and place in capsys.readouterr().err
+        cost.run_main(cost.main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and str(tmp_path / place) in line
+
+
+def test_a_process_that_fails_is_told_with_what_it_said(capsys):
+    words = [sys.executable, "-c", "import sys; sys.exit('it is broken')"]
+    with pytest.raises(SystemExit) as stop:
+        busy.run_main(lambda: busy.subprocess.run(words, check=True, capture_output=True, encoding="utf-8"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and "status 1" in line and "it is broken" in line
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "²"])
+def test_a_number_that_measures_nothing_is_refused(value, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["read_outs.py", "--repeats", value])
+    with pytest.raises(SystemExit) as stop:
+        read_outs.run_main(read_outs.main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "--repeats" in line
 
 
 def state(model: LLMRec) -> list[dict]:

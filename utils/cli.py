@@ -16,7 +16,7 @@ import fire
 from fire import decorators, helptext
 from fire import trace as fire_trace
 
-from utils.errors import RunError, UserError, is_out_of_memory, told_in_one_line
+from utils.errors import RunError, UserError, cut_short, is_out_of_memory, told_in_one_line
 from utils.flags import Models, choices, coerce, flags_of, suggest, without_choices
 from utils.recipes import RECIPE_SECTIONS, check_recipe, per_model, read_recipe, recipe_values
 
@@ -43,7 +43,8 @@ def run(
     resumes = "resume" in flags_of(main)
     with told_in_one_line(script, f"start it again{' with --resume auto to go on' if resumes else ''}"):
         if {"--help", "-h", "help"} & set(argv):
-            print(help_text(main, section, script, argv, models))
+            with cut_short():
+                print(help_text(main, section, script, argv, models))
             return
         try:
             main(**resolve(main, section, argv, inherits=inherits, models=models))

@@ -1,5 +1,6 @@
 """What ends a program with one line instead of a traceback."""
 
+import argparse
 import errno
 import os
 import sys
@@ -34,6 +35,16 @@ def describe_error(error: OSError) -> str:
     return f"{error.strerror or error}{file}{advice}"
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose mistakes are UserErrors, and whose help shows the text as it is written."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 @contextmanager
 def told_in_one_line(script: str, go_on: str) -> Iterator[None]:
     """What goes wrong inside ends the program, with one line that begins with the script's name instead of a traceback.
@@ -56,6 +67,16 @@ def told_in_one_line(script: str, go_on: str) -> Iterator[None]:
     except KeyboardInterrupt:
         stop(script, f"interrupted; {go_on}", 130)
     finally:
+        end_output()
+
+
+@contextmanager
+def cut_short() -> Iterator[None]:
+    """Around what is printed for people: a pipe that takes no more of it (`show | head`) ends it in silence."""
+    try:
+        yield
+        print(end="", flush=True)
+    except BrokenPipeError:
         end_output()
 
 

@@ -3,8 +3,6 @@
 import statistics
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from utils.checked import read_json
 from utils.files import atomic_file
 from utils.paper_tables import PAPER, Table, mean, measured
@@ -55,6 +53,8 @@ def depth_figure(table: Table, dataset: str, protocol: str, found: dict, path: P
         return
     base = measured(found, protocol, table.rows["SASRec"])
     printed = read_json(PAPER, "")[table.paper[0]]["trained_at_depth"]
+    from matplotlib.figure import Figure  # takes a second to import, which most verbs do not need
+
     figure = Figure(figsize=(4 * len(IN_FIGURE), 3.6), layout="constrained")
     panels = figure.subplots(1, len(IN_FIGURE))
     for panel, metric in zip(panels, IN_FIGURE, strict=True):

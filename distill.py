@@ -11,6 +11,7 @@ import utils.threads  # noqa: F401  before torch is imported
 
 # isort: split
 
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -122,8 +123,11 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
         raise UserError(f"--teacher {source} is no run of finetune.py or distill.py{instead}")
     check_same_dataset(data, taught, source)
     depth, blocks = taught["num_layers"], config["num_blocks"]
+    of_lora = [name for name, value in config.items() if name.startswith("lora_") and value is not None]
     cli.inherit(config, BEFORE | taught, INHERITED, cli.portable_path(source))
     needed = [name for name in INHERITED if name in TYPES and type(None) not in alternatives(TYPES[name])]
+    if config["train_strategy"] in ("full", "frozen"):
+        cli.check_lora(config, of_lora)
     if lacking := [name for name in needed if config.get(name) is None]:
         raise UserError(f"{source}/config.json has no {lacking[0]}: another version made it; run finetune.py again")
     if (rows := len(read_heads(source, taught.get("item_dim"))["item_table"]) - 1) != data.num_items:
@@ -142,8 +146,10 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     if config["teacher_states"] != "stored" and not (config["lambda_cos"] or config["lambda_norm"]):
         what = f"--teacher_states {config['teacher_states']}"
         raise UserError(f"{what} has no effect without a term that reads them: leave it out, or add --lambda_cos")
-    for stack in (config["num_layers"], depth):
-        block_boundaries(stack, blocks)
+    if (most := math.gcd(config["num_layers"], depth)) % blocks:
+        choice = ", ".join(str(number) for number in range(1, most + 1) if most % number == 0)
+        layers = f"{config['num_layers']} layers of the student and the {depth} of the teacher"
+        raise UserError(f"--num_blocks {blocks} does not divide the {layers}; choose from {choice}")
     config |= {"teacher": cli.portable_path(source), "base_shape": taught["base_shape"], "teacher_layers": depth}
     depths = taught["title"].removeprefix("SLMRec-").partition(",")[0] if taught["kind"] == "student" else depth
     title = f"SLMRec-{config['num_layers']}<-{depths}" + ", online" * (config["mode"] == "online")

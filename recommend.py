@@ -34,12 +34,14 @@ from models.llm.open_p5 import OpenP5, load_open_p5
 from models.llm.storage import load_llm_rec
 from models.sr.storage import load_recommender
 from utils import cli
-from utils.catalogue import CATALOGUE_FILE, Catalogue
-from utils.checked import HALF
+from utils.catalogue import Catalogue
+from utils.checked import HALF, check_file
 from utils.errors import RunError, UserError
 from utils.files import atomic_file
 from utils.report import check_parts
 from utils.run_files import finished_run
+
+HEADER = ["history", "rank", "id", "title", "score", "by_popularity"]  # of answers as CSV
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,20 @@ def check_output(output: str, read: list[str]) -> None:
         raise UserError(f"--output {output}: a name that ends in .csv or .jsonl")
     if path.exists() and any(name != "-" and Path(name).exists() and path.samefile(name) for name in read):
         raise UserError(f"--output {output} is read by this command; choose another name")
-    if path.name in (CATALOGUE_FILE, "log.jsonl") and (path.parent / "config.json").exists():
-        raise UserError(f"--output {output} is a file of a run; choose another place")
+    if path.is_dir():
+        raise UserError(f"--output {output} is a folder; choose another name")
+    if path.exists() and not holds_answers(path):
+        raise UserError(f"--output {output} holds something else than answers; choose another place, or remove it")
+
+
+def holds_answers(path: Path) -> bool:
+    """Whether a file begins as `write_answers` begins one; an empty one does too."""
+    check_file(path)
+    with open(path, encoding="utf-8", errors="replace") as file:
+        first = file.readline(1 << 20).strip()
+    if path.suffix == ".csv":
+        return first in ("", ",".join(HEADER))
+    return not first or first.startswith('{"items": [')
 
 
 def write_answers(answers: list[Answer], file: TextIO, form: str) -> None:
@@ -223,7 +237,7 @@ def write_answers(answers: list[Answer], file: TextIO, form: str) -> None:
             file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
         return
     rows = csv.writer(file)
-    rows.writerow(["history", "rank", "id", "title", "score", "by_popularity"])
+    rows.writerow(HEADER)
     for number, answer in enumerate(answers, 1):
         rows.writerows([number, *asdict(item).values(), answer.by_popularity] for item in answer.items)
 
@@ -271,6 +285,9 @@ def main(
     seconds = time.perf_counter() - begun
     for line in trained.catalogue.doubts(chain.from_iterable(histories)) + trained.catalogue.doubts(wanted or []):
         print(line, file=sys.stderr)
+    if left_without := [number for number, answer in enumerate(answers, 1) if not answer.items]:
+        what = "no candidate is left, as the history has them all; add --exclude_seen false"
+        print(f"{what} ({len(left_without):,} histories; the first is number {left_without[0]})", file=sys.stderr)
     if output:
         with atomic_file(Path(output)) as part, open(part, "w", encoding="utf-8", newline="") as file:
             write_answers(answers, file, Path(output).suffix.lstrip("."))

@@ -176,8 +176,8 @@ def base_layers(experiment: Experiment) -> int:
 
     sections = recipe(experiment.dataset)
     values = sections["data"] | sections["open_p5" if experiment.spec.script == "train_open_p5" else "teacher"]
-    base = experiment.base_model or values.get("base_model", assets.EMBEDDED_MODEL)
-    return base_config(assets.base_model_path(base)).num_hidden_layers
+    base = experiment.base_model or values.get("base_model") or assets.EMBEDDED_MODEL
+    return base_config(assets.base_model_path(str(base))).num_hidden_layers
 
 
 # --- verbs ---

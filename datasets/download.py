@@ -76,7 +76,7 @@ def download(args: argparse.Namespace) -> None:
                 try:
                     fetch(f"{mirror.rstrip('/')}/{path}", target, args.timeout)
                     break
-                except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no address at all
+                except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
                     failures.append(f"{mirror}: {error}")
             if target.exists():
                 break

@@ -719,6 +719,26 @@ def test_a_pipe_is_refused_and_not_waited_for(module, tmp_path, capsys):
     assert ended.value.code == 2 and "is a pipe" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("pairs --input a.txt --input b.txt --name made", "--input: it is given twice"),
+        ("pairs --input a.txt --name made --name=again", "--name: it is given twice"),
+        ("pairs --input a.txt --name made --titles ", "is empty"),
+        ("pairs --input= --name made", "is empty"),
+        ("stats ", "is empty"),
+    ],
+)
+def test_nothing_of_the_command_line_is_dropped(module, words, told, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text("1 2\n1 3\n")
+    with pytest.raises(SystemExit) as ended:
+        module.main(words.split(" "))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and told in line and sorted(os.listdir()) == ["a.txt", "b.txt"]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize(("redirect", "code"), [(">/dev/full", 2), ("| true", 0), (">&-", None)])
 def test_output_that_nobody_takes_gives_one_line(redirect, code, run, tmp_path):

@@ -133,7 +133,9 @@ def test_histories_come_from_files_and_standard_input(name, text, piped, runs, t
         (["--input", "h.csv", "--output", "h.csv"], "is read by this command"),
         (["--input", "h.csv", "--output", "../x/link.csv"], "is read by this command"),
         (["--history", "id4", "--candidates", "h.csv", "--output", "h.csv"], "is read by this command"),
-        (["--history", "id4", "--output", "run/items.jsonl"], "is a file of a run"),
+        (["--history", "id4", "--output", "run/items.jsonl"], "holds something else than answers"),
+        (["--history", "id4", "--output", "h.csv"], "holds something else than answers"),
+        (["--history", "id4", "--output", "folder.csv"], "is a folder"),
     ],
 )
 def test_what_is_refused(flags, words, runs, tmp_path, capsys, monkeypatch):
@@ -149,6 +151,7 @@ def test_what_is_refused(flags, words, runs, tmp_path, capsys, monkeypatch):
     link.unlink(missing_ok=True)
     link.symlink_to(tmp_path / "h.csv")
     (tmp_path / "run").mkdir()
+    (tmp_path / "folder.csv").mkdir()
     for name in ("config.json", "items.jsonl"):
         (tmp_path / "run" / name).write_text("{}")
     before = contents(tmp_path)
@@ -157,6 +160,25 @@ def test_what_is_refused(flags, words, runs, tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and words in lines[0], lines
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["o.csv", "o.jsonl"])
+def test_answers_replace_answers(name, runs, tmp_path, capsys):
+    (tmp_path / name).touch()
+    found = []
+    for history in ("id4", "id5", "id4"):
+        run(capsys, "--run", runs / "sasrec", "--history", history, "--output", tmp_path / name)
+        found.append((tmp_path / name).read_text(encoding="utf-8"))
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_history_that_has_every_candidate_is_told(runs, tmp_path, capsys):
+    (tmp_path / "candidates").write_text("id4\n")
+    (tmp_path / "h.csv").write_text("id5\nid4\nid6,id4\n")
+    err = run(
+        capsys, "--run", runs / "sasrec", "--input", tmp_path / "h.csv", "--candidates", tmp_path / "candidates"
+    ).err
+    assert "no candidate is left" in err and "2 histories; the first is number 2" in err
 
 
 def test_unknown_items_are_told_with_what_is_close(runs, capsys):
@@ -176,8 +198,14 @@ def test_unknown_candidates_and_more_than_a_screen_of_them_are_told(runs, tmp_pa
 def test_of_items_that_share_a_title_the_most_frequent_is_taken_and_told():
     catalogue = Catalogue(["a", "b", "c", "d"], ["Same", "same", "SAME", "a"], np.array([0, 1, 3, 3, 9]))
     assert [catalogue.number(name) for name in ("Same", "a", "A", "c", "none")] == [2, 1, 1, 3, None]
-    (line,) = catalogue.doubts(["same", "a", "c", "same"])
-    assert line.startswith("items b, c, a have the title 'same': b, the most frequent, is taken")
+    same, a = catalogue.doubts(["same", "a", "c", "same"])
+    assert same.startswith("items b, c, a have the title 'same': b, the most frequent, is taken")
+    assert a == "'a' is an item's id, and is taken as that; it is the title of d too: ids tell them apart"
+
+
+def test_a_title_that_is_its_items_own_id_is_no_doubt():
+    catalogue = Catalogue(["1917", "B"], ["1917", "b"], np.array([0, 1, 1]))
+    assert catalogue.doubts(["1917", "B", "b"]) == [] and [catalogue.number(name) for name in ("1917", "b")] == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["sasrec", "teacher"])

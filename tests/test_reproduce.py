@@ -449,12 +449,26 @@ def test_what_is_not_there_is_refused(place, monkeypatch, words, message):
 
 @pytest.mark.parametrize(
     "words",
-    ["run table2 --seeds -1", "plan table2 --seeds 1.5", "record --base_model x", "run table2 --budget_hours no"],
+    [
+        "run table2 --seeds -1",
+        "plan table2 --seeds 1.5",
+        "record --base_model x",
+        "run table2 --budget_hours no",
+        "run table2 --seeds 1 --seeds 2",
+        "show table2 --dataset a --dataset b",
+    ],
 )
 def test_flags_that_a_verb_does_not_take_are_refused(place, monkeypatch, words):
     verb, *_, flag, value = words.split()
+    if words.count(flag) == 2:
+        value = "twice"
     with pytest.raises(reproduce.UserError, match=rf"{flag}.*{value}.*; see reproduce.py( {verb})? --help"):
         call(monkeypatch, *words.split())
+
+
+def test_an_empty_variable_of_the_shell_is_not_everything(place, monkeypatch):
+    with pytest.raises(reproduce.UserError, match="is empty"):
+        call(monkeypatch, "run", "all", "--dataset", "")
 
 
 def test_a_recipe_may_hold_what_yaml_takes_for_a_date(place, monkeypatch, capsys):

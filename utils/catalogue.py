@@ -72,33 +72,54 @@ class Catalogue:
         return TrainingPart(len(self), num_users, np.zeros_like(items), items)
 
     @cached_property
-    def _named(self) -> dict[str, list[int]]:
-        """Numbers by id, and by title in lower case: of items that share one the most frequent in training first."""
+    def _by_title(self) -> dict[str, list[int]]:
+        """Numbers by title in lower case: of items that share one the most frequent in training first."""
         found: dict[str, list[int]] = {}
         for number in (np.argsort(-self.counts[1:], kind="stable") + 1).tolist():
             if title := self.titles[number - 1]:
                 found.setdefault(title.casefold(), []).append(number)
-        return found | {name: [number] for number, name in enumerate(self.ids, 1)}  # an id goes before a title
+        return found
+
+    @cached_property
+    def _by_id(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.ids, 1)}
 
     def _numbers(self, item: str) -> list[int]:
-        return self._named.get(item) or self._named.get(item.casefold()) or []
+        """An id goes before a title, and what is written as it stands before another case."""
+        for name in (item, item.casefold()):
+            if name in self._by_id:
+                return [self._by_id[name]]
+            if name in self._by_title:
+                return self._by_title[name]
+        return []
+
+    def _others(self, item: str) -> list[int]:
+        """Where `item` is read as an id: the other items that have it as their title."""
+        numbers = self._numbers(item)
+        return [number for number in self._by_title.get(item.casefold(), []) if number not in numbers]
 
     def number(self, item: str) -> int | None:
         """The number of an item given by id or by title, in whatever case; of several the most frequent one."""
         return next(iter(self._numbers(item)), None)
 
     def doubts(self, items: Iterable[str], most: int = 20) -> list[str]:
-        """Lines about items that are not there, and titles that several items have: so many, and how many more."""
-        odd = [item for item in dict.fromkeys(items) if len(self._numbers(item)) != 1]
+        """Lines about items that are not there, and names that several items have: so many, and how many more."""
+        odd = [item for item in dict.fromkeys(items) if len(self._numbers(item)) != 1 or self._others(item)]
         rest = [f"and {len(odd) - most:,} more such items"] if len(odd) > most else []
         return [self._doubt(item) for item in odd[:most]] + rest
 
     def _doubt(self, item: str) -> str:
+        if others := self._others(item):
+            titled = ", ".join(self.ids[number - 1] for number in others)
+            return (
+                f"{item!r} is an item's id, and is taken as that; it is the title of {titled} too: ids tell them apart"
+            )
         if numbers := self._numbers(item):
             ids = [self.ids[number - 1] for number in numbers]
             title = f"items {', '.join(ids)} have the title {item!r}"
             return f"{title}: {ids[0]}, the most frequent, is taken; ids tell them apart"
-        close = difflib.get_close_matches(item.casefold(), self._named, n=3, cutoff=0.5)
-        names = [self.titles[number - 1] or self.ids[number - 1] for number in (self._named[name][0] for name in close)]
+        known = {name: [number] for name, number in self._by_id.items()} | self._by_title
+        close = difflib.get_close_matches(item.casefold(), known, n=3, cutoff=0.5)
+        names = [self.titles[number - 1] or self.ids[number - 1] for number in (known[name][0] for name in close)]
         meant = " or ".join(map(repr, names))
         return f"item {item!r} is not in the dataset and is skipped" + (f"; did you mean {meant}?" if meant else "")

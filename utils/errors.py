@@ -4,7 +4,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -24,7 +24,8 @@ class RunError(Exception):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory is what was missing: NumPy has MemoryError, torch an error of its own or a plain RuntimeError."""
-    texts = ("out of memory", "allocate memory", "alloc_failed")  # of CUDA and MPS, a CPU, cuBLAS
+    # of CUDA and MPS, a CPU, cuBLAS, and what is too large to be asked for
+    texts = ("out of memory", "allocate memory", "alloc_failed", "size calculation overflowed")
     return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
@@ -35,11 +36,36 @@ def describe_error(error: OSError) -> str:
     return f"{error.strerror or error}{file}{advice}"
 
 
+class Once(argparse.Action):
+    """Keep the value of a flag that is given once; argparse itself would keep the last and drop the others."""
+
+    given_in: argparse.Namespace | None = None
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, flag: str | None = None
+    ) -> None:
+        if flag and self.given_in is namespace:
+            parser.error(f"argument {flag}: it is given twice")
+        self.given_in = namespace
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """One whose mistakes are UserErrors, and whose help shows the text as it is written."""
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.register("action", None, Once)
+        self.register("action", "store", Once)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: object = None) -> tuple:
+        args = sys.argv[1:] if args is None else args
+        for before, word in zip(["", *args], args, strict=False):
+            if not word or (word.startswith("--") and word.endswith("=")):
+                self.error(
+                    f"what follows {word or before or self.prog} is empty, as a variable of the shell that is not set"
+                )
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")

@@ -230,6 +230,32 @@ def test_a_run_that_is_there_counts_by_whichever_name(named_twice, monkeypatch):
     assert ran.commands[0][ran.commands[0].index("--teacher") + 1] == "outputs/small/paper/alone-seed1"
 
 
+def test_other_data_under_the_same_name_are_another_run(place, monkeypatch):
+    """Of a run folder, and of a record."""
+    process(monkeypatch, place)
+    dataset, sasrec = place / "datasets" / "small" / "dataset.json", Experiment("small", "strong", "SASRec", 1)
+    words = ("run", "table2", "--protocol", "strong", "--seeds", "1", "--rows", "SASRec")
+    call(monkeypatch, *words)
+    config = place / sasrec.folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dataset_fingerprint": "a"}))
+    dataset.parent.mkdir(parents=True)
+    dataset.write_text(json.dumps({"fingerprint": "a"}))
+    call(monkeypatch, "record")
+    states = {}
+    for data in "ab":
+        dataset.write_text(json.dumps({"fingerprint": data}))
+        states[data] = [sasrec.state()]
+    with pytest.raises(
+        reproduce.UserError, match=r"sasrec-seed1\.json are of other flags, another recipe or other data"
+    ):
+        call(monkeypatch, *words)
+    shutil.rmtree(place / "outputs")
+    for data in "ab":
+        dataset.write_text(json.dumps({"fingerprint": data}))
+        states[data].append(sasrec.state())
+    assert states == {"a": ["finished", "recorded"], "b": ["changed", "to run"]}
+
+
 def test_a_run_stops_when_the_budget_is_used_up_and_goes_on_later(place, monkeypatch, capsys):
     ran = process(monkeypatch, place, endless=("teacher-seed1",))
     times = iter([0.0, *range(10), *[10.0**6] * 99])

@@ -148,14 +148,21 @@ class Experiment:
         path = cli.ROOT / f"{self.folder}.json"
         return read_json(path, "", RECORD, f"remove it and {self.folder}") if path.exists() else {}
 
+    def is_of_this_data(self, config: dict) -> bool:
+        """Whether a run read the dataset as it is now; yes where the dataset is not here."""
+        path = cli.ROOT / "datasets" / self.dataset / "dataset.json"
+        now = read_json(path, "").get("fingerprint") if path.exists() else None
+        return now is None or config.get("dataset_fingerprint", now) == now
+
     def state(self) -> str:
-        """finished, recorded, failed, interrupted, changed (made with other flags or another recipe), or to run."""
-        kept, of = self.kept(), self.fingerprint()
+        """finished, recorded, failed, interrupted, changed (other flags, recipe or data), or to run."""
+        kept, of, config = self.kept(), self.fingerprint(), cli.ROOT / self.folder / "config.json"
         if kept.get("fingerprint", of) != of:
             return "changed"
-        if kept.get("outcome") == "finished" and (cli.ROOT / self.folder / "config.json").exists():
-            return "finished"
-        if self.record_file.exists() and read_json(self.record_file, "").get("fingerprint") == of:
+        if kept.get("outcome") == "finished" and config.exists():
+            return "finished" if self.is_of_this_data(read_json(config, "")) else "changed"
+        found = read_json(self.record_file, "") if self.record_file.exists() else {}
+        if found.get("fingerprint") == of and self.is_of_this_data(found.get("config", {})):
             return "recorded"
         return {"failed": "failed", "started": "interrupted"}.get(kept.get("outcome"), "to run")
 
@@ -182,11 +189,11 @@ def with_parents(wanted: list[Experiment]) -> Iterator[Experiment]:
 
 
 def check_unchanged(experiments: list[Experiment]) -> None:
-    """UserError where a folder holds a run of other flags or another recipe, before anything is run."""
+    """UserError where a folder holds a run of other flags, another recipe or other data, before anything is run."""
     for experiment in experiments:
         if experiment.state() == "changed":
             here = f"{experiment.folder} and {experiment.folder.name}.json"
-            raise UserError(f"{here} are of other flags or another recipe; to run it again, move them away")
+            raise UserError(f"{here} are of other flags, another recipe or other data; to run it again, move them away")
 
 
 def execute(experiment: Experiment, depth: Callable[[], int], seconds_left: float) -> str:

@@ -39,7 +39,7 @@ from readers import read_interactions, read_lists, read_pairs, read_prepared, re
 from sources import open_bytes
 from times import RANK
 
-from utils.checked import attributes_fingerprint, fingerprint_of
+from utils.checked import attributes_fingerprint, fingerprint_of, ids_fingerprint
 from utils.errors import Parser, UserError, cut_short, told_in_one_line
 from utils.files import atomic_folder, check_replaceable, is_plain_name, locked, sha256
 
@@ -147,6 +147,7 @@ def describe(args: argparse.Namespace, found: Interactions, arrays: dict, item_i
         "titles_before_filtering": sum(name in titles for name in found.item_ids),
         "bad_lines": found.bad_lines,
         "fingerprint": fingerprint_of(arrays["items"], offsets, len(item_ids)),
+        "ids_fingerprint": ids_fingerprint(item_ids),
     }
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import make_sequences
 from test_process import process
 
+from utils.catalogue import Catalogue
 from utils.checked import fingerprint_of
 from utils.data import (
     Sequences,
@@ -112,6 +113,20 @@ def test_bad_train_targets(sequences, bad):
 
 
 # --- dataset folders ---
+
+
+def test_items_in_another_order_are_refused_and_other_titles_are_not(tmp_path):
+    (tmp_path / "a.txt").write_text("1 30 20 10 40\n2 10 20 30\n")
+    assert not process("sequences", "--input", tmp_path / "a.txt", "--name", "d", "--output", tmp_path).returncode
+    path, data = tmp_path / "d" / "items.tsv", Sequences.load(tmp_path / "d")
+    header, *rows = path.read_text(encoding="utf-8").splitlines()
+    assert Catalogue.of(data).ids == [row.split("\t")[0] for row in rows]
+    path.write_text("".join(f"{row}a title\n" for row in (header, *rows)), encoding="utf-8")
+    assert Catalogue.of(data).titles == ["a title"] * 4
+    for changed in (rows[::-1], [*rows[:-1], "50\t"]):
+        path.write_text("".join(f"{row}\n" for row in (header, *changed)), encoding="utf-8")
+        with pytest.raises(UserError, match=r"items\.tsv has other ids, or the same in another order"):
+            Catalogue.of(data)
 
 
 def test_interactions_become_sequences_in_time_order(tmp_path):

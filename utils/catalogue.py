@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.checked import COUNT, DAMAGE, TEXT, check, read_text, unreadable
+from utils.checked import COUNT, DAMAGE, TEXT, check, ids_fingerprint, read_json, read_text, unreadable
 from utils.data import Sequences, TrainingPart
 from utils.errors import UserError
 from utils.files import atomic_file
@@ -30,18 +30,19 @@ class Catalogue:
         """Of a dataset folder; numbers stand for ids where the data have no folder."""
         ids, titles = [str(item) for item in range(1, data.num_items + 1)], [""] * data.num_items
         if data.folder:
-            path = data.folder / "items.tsv"
+            path, remake = data.folder / "items.tsv", "make it anew with datasets/process.py"
             try:
-                rows = read_text(path, advice="make it anew with datasets/process.py").split("\n")[1:-1]
+                rows = read_text(path, advice=remake).split("\n")[1:-1]
                 ids, titles = map(list, zip(*(row.split("\t", 1) for row in rows), strict=True))
             except FileNotFoundError:
-                raise UserError(f"{path} is missing; make it anew with datasets/process.py") from None
+                raise UserError(f"{path} is missing; {remake}") from None
             except ValueError as error:
-                raise UserError(f"{path} is damaged ({error}); make it anew with datasets/process.py") from error
+                raise UserError(f"{path} is damaged ({error}); {remake}") from error
             if len(ids) != data.num_items:
-                raise UserError(
-                    f"{path} has {len(ids)} items, not {data.num_items}; make it anew with datasets/process.py"
-                )
+                raise UserError(f"{path} has {len(ids)} items, not {data.num_items}; {remake}")
+            made = read_json(data.folder / "dataset.json", "").get("ids_fingerprint")  # early versions have none
+            if made not in (ids_fingerprint(ids), None):
+                raise UserError(f"{path} has other ids, or the same in another order, than when it was made; {remake}")
         return cls(ids, titles, data.training_part().counts())
 
     @classmethod

@@ -48,8 +48,9 @@ def maybe(rule: Rule) -> Rule:
 
 # dataset.json
 INFO: Rule = {"name": TEXT, "fingerprint": TEXT, "order": TEXT, "density": NUMBER} | {
-    **dict.fromkeys(("users", "items"), SIZE),
-    **{"interactions": COUNT, "timestamp_ties": maybe(NUMBER), "attributes": SIZE, "attributes_fingerprint": TEXT},
+    **dict.fromkeys(("users", "items", "attributes"), SIZE),
+    **dict.fromkeys(("attributes_fingerprint", "ids_fingerprint"), TEXT),
+    **{"interactions": COUNT, "timestamp_ties": maybe(NUMBER)},
     "timestamp_decimals": maybe(("a whole number from 0 to 20", lambda value: COUNT[1](value) and value <= 20)),
 }
 
@@ -198,6 +199,11 @@ def fingerprint_of(items: np.ndarray, offsets: np.ndarray, num_items: int) -> st
 def attributes_fingerprint(pairs: np.ndarray) -> str:
     """SHA-256 of the attributes of a dataset's items, as datasets/process.py records it."""
     return hashlib.sha256(np.ascontiguousarray(pairs)).hexdigest()
+
+
+def ids_fingerprint(ids: list[str]) -> str:
+    """SHA-256 of the original ids of a dataset's items in their order, as datasets/process.py records it."""
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 def load_tensors(path: Path, advice: str = AGAIN) -> dict[str, "torch.Tensor"]:

@@ -166,7 +166,9 @@ def fuse_runs(run: str, fuse: str, dataset: str | None, batch_size: int, output_
         raise UserError(f"--fuse {fuse} is the run of --run; give another one")
     if configs[0]["dataset_fingerprint"] != configs[1]["dataset_fingerprint"]:
         of = [config["dataset"] for config in configs]
-        raise UserError(f"--fuse {fuse} was trained on {of[1]}, --run {run} on {of[0]}: give two runs of one dataset")
+        raise UserError(
+            f"--fuse {fuse} was trained on {of[1]}, --run {run} on {of[0]}: give two runs of one version of one dataset"
+        )
     data = Sequences.load(assets.dataset_folder(dataset or configs[0]["dataset"]))
     check_same_dataset(data, configs[0], folders[0])
     target = Path(output_dir or folders[0].parent / f"{folders[0].name}-with-{folders[1].name}")

@@ -420,9 +420,18 @@ def test_a_model_brings_its_own_flags_help_and_recipe(tmp_path, monkeypatch, cap
         resolve(train, "sr", [*argv, "other", "--width", "0"], models=TWO)
     with pytest.raises(UserError, match="--model third: expected one of sasrec, other"):
         resolve(train, "sr", [*argv, "third"], models=TWO)
-    cli.run(train, "sr", ["--model", "other", "--help"], models=TWO)
-    out = capsys.readouterr().out
-    assert "--width=WIDTH" in out and "an own flag" in out and "--num_heads" not in out
+    for words in (["--model", "other", "--help"], ["--model=other", "--help"]):
+        cli.run(train, "sr", words, models=TWO)
+        out = capsys.readouterr().out
+        assert "--width=WIDTH" in out and "an own flag" in out and "--num_heads" not in out
+
+
+def test_help_as_a_value_is_a_value(capsys):
+    CALLED.clear()
+    cli.run(main, "sr", ["--output_dir", "help"])
+    assert CALLED[0]["output_dir"] == "help"
+    cli.run(main, "sr", ["help"])
+    assert len(CALLED) == 1 and "--learning_rate" in capsys.readouterr().out
 
 
 def test_a_recipe_may_name_the_model(tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def run(
     argv = sys.argv[1:] if argv is None else argv
     resumes = "resume" in flags_of(main)
     with told_in_one_line(script, f"start it again{' with --resume auto to go on' if resumes else ''}"):
-        if {"--help", "-h", "help"} & set(argv):
+        if {"--help", "-h"} & set(argv) or argv == ["help"]:
             with cut_short():
                 print(help_text(main, section, script, argv, models))
             return
@@ -128,7 +128,8 @@ def collect(argv: list[str]) -> dict[str, str]:
 
 def help_text(main: Callable, section: str | None, script: str, argv: list[str], models: Models) -> str:
     """fire's help of the flags, with the meaning of each."""
-    model = next((argv[at + 1] for at, word in enumerate(argv[:-1]) if word == "--model"), None)
+    words = " ".join(argv).replace("--model=", "--model ").split()
+    model = next((words[at + 1] for at, word in enumerate(words[:-1]) if word == "--model"), None)
     flags = flags_of(main, models, model if model in (models or {}) else None)
     lines = [inspect.getdoc(sys.modules[main.__module__]) or ""]
     takes = inspect.signature(main).parameters

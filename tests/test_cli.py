@@ -128,12 +128,6 @@ def test_help_shows_every_flag_with_type_default_and_meaning(name, capsys):
             assert str(known.default) in part
 
 
-@pytest.mark.parametrize("second", ["--learning_rate 2", "--learning_rate=2", "--learning-rate 2", "-learning_rate 2"])
-def test_a_flag_that_is_given_twice_is_refused(second, capsys):
-    line = one_line(capsys, ["--learning_rate", "1", "--lora_r", "8", *second.split()])
-    assert "--learning_rate is given twice" in line
-
-
 def test_what_a_recipe_or_another_flag_switches_off_is_refused():
     def teacher(*argv):
         return resolve(finetune.main, "teacher", list(argv), models=MODELS)

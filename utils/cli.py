@@ -115,9 +115,6 @@ def collect(argv: list[str]) -> dict[str, str]:
             argv = [*argv[: at - 1], f"{argv[at - 1]}=-", *argv[at + 1 :]]
     if {"-", "--"} & set(argv):
         raise UserError("stray '-' on the command line; see --help")
-    names = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in argv if re.match("--?[A-Za-z]", word)]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--{twice[0]} is given twice; give it once")
     # a flag without a value is given fire's own True, before fire takes --nonsense for a negated --nsense
     bare = [word.startswith("--") and "=" not in word for word in argv]
     ends = [at + 1 == len(argv) or argv[at + 1].startswith("--") for at in range(len(argv))]

@@ -252,6 +252,19 @@ def test_each_target_has_the_history_before_it():
     assert found == wanted and (batch["targets"][:, :-1] == 0).all() and len(batch["histories"]) == len(one)
 
 
+def test_the_newest_state_needs_one_query_of_the_last_block():
+    """The same vectors and gradients as where the last block computes every position."""
+    model, found = small("lightsans", noise=0.3, num_layers=2), []
+    for newest in (True, False):
+        model.blocks[-1].newest = newest
+        model.zero_grad()
+        vectors = model.user_vectors(HISTORIES)
+        (vectors**3).sum().backward()
+        found.append([vectors.detach(), *(weight.grad for weight in model.parameters())])
+    for one, every in zip(*found, strict=True):
+        torch.testing.assert_close(one, every, rtol=1e-4, atol=1e-5)
+
+
 # --- DuoRec ---
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models.interface import flag
@@ -22,10 +23,11 @@ from utils.data import Examples, TrainingPart
 
 
 class LightBlock(Block):
-    """A block whose attention has low rank."""
+    """A block whose attention has low rank. newest: its output is that of the last position alone, (B, 1, d)."""
 
-    def __init__(self, dim: int, heads: int, dropout: float, interests: int):
+    def __init__(self, dim: int, heads: int, dropout: float, interests: int, newest: bool = False):
         super().__init__(dim, heads, dropout, norm_first=False, inner_dropout=False)
+        self.newest = newest
         self.theta = nn.Parameter(torch.randn(2, interests, dim))  # of keys and of values
         self.position_norm, self.position = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim)
         start_as_bert(self.position)
@@ -38,8 +40,10 @@ class LightBlock(Block):
         share = torch.einsum("sbtd,skd->sbkt", flat, self.theta.to(q.dtype))
         share = share.masked_fill(padding[:, None], lowest).softmax(3)  # (2, B, k, T)
         k, v = (share @ flat).view(2, B, -1, H, h).transpose(2, 3)  # each (B, heads, k, d_h)
-        found = super().attend((q, k, v), None)
         pq, pk = self.position(self.position_norm(positions)).view(T, 2, H, h).permute(1, 2, 0, 3)  # (heads, T, d_h)
+        if self.newest:
+            q, pq = q[:, :, -1:], pq[:, -1:]
+        found = super().attend((q, k, v), None)
         places = (pq @ pk.mT / h**0.5).masked_fill(padding[:, None, None], lowest).softmax(3)  # (B, heads, T, T)
         return found + places @ kv[1]
 
@@ -56,7 +60,8 @@ class LightSANs(SASRec):
     def __init__(self, config: Config, data: TrainingPart) -> None:
         super().__init__(config, data)
         light = (config.item_dim, config.num_heads, config.dropout, config.num_interests)
-        self.blocks = nn.ModuleList(LightBlock(*light) for _ in range(config.num_layers))
+        last = config.num_layers - 1
+        self.blocks = nn.ModuleList(LightBlock(*light, newest=n == last) for n in range(config.num_layers))
 
     def batch(self, examples: Examples, index: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """One history (N, T) for each of the N targets, which stand in the last column."""
@@ -70,8 +75,8 @@ class LightSANs(SASRec):
         return {"users": batch["users"][row], "histories": histories, "targets": targets}
 
     def states(self, histories: torch.Tensor) -> torch.Tensor:
-        """(B, T, d), of which the last position alone is a user vector."""
+        """(B, T, d), 0 but for the last position: that one alone is a user vector."""
         x, positions = self.enter(self.scale * self.embed(histories)), self.positions(self.ages(histories))
         for block in self.blocks:
             x = block(x, histories == 0, positions)
-        return self.leave(x)
+        return F.pad(self.leave(x), (0, 0, histories.shape[1] - 1, 0))

@@ -41,13 +41,14 @@ class Block(nn.Module):
     def attention(self, x: torch.Tensor, *seen: torch.Tensor) -> torch.Tensor:
         B, T, d = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, d / heads)
-        return self.out(self.attend(qkv, *seen).transpose(1, 2).reshape(B, T, d))
+        return self.out(self.attend(qkv, *seen).transpose(1, 2).reshape(B, -1, d))
 
     def forward(self, x: torch.Tensor, *seen: torch.Tensor) -> torch.Tensor:
         if self.norm_first:
             x = x + self.dropout(self.attention(self.norm1(x), *seen))
             return x + self.dropout(self.feed(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attention(x, *seen)))
+        found = self.attention(x, *seen)
+        x = self.norm1(x[:, -found.shape[1] :] + self.dropout(found))
         return self.norm2(x + self.dropout(self.feed(x)))
 
 

@@ -207,10 +207,9 @@ def check_student_layers(num_layers: int, layer_selection: str, taught: dict) ->
 
 def untrained(config: dict, base: Base, source: Path, taught: dict) -> SLMRec:
     """The untrained student in its loss; with --mode online beside an untrained teacher, built as `taught` records."""
-    terms = {"num_blocks": config["num_blocks"], "norm_form": config["norm_form"]}
-    terms |= {"block_reduction": config["block_reduction"], "lambda_cos": config["lambda_cos"]}
-    terms |= {"lambda_norm": config["lambda_norm"], "lambda_ms": config["lambda_ms"], "lambda_kl": config["lambda_kl"]}
-    terms |= {"temperature": config["temperature"] or 1.0, "kl_items": config["kl_items"]}
+    names = ("num_blocks", "norm_form", "block_reduction", "lambda_cos", "lambda_norm", "lambda_ms", "lambda_kl")
+    terms = {name: config[name] for name in names}
+    terms |= {"temperature": config["temperature"], "kl_items": config["kl_items"]}
     if config["mode"] == "offline":
         return SLMRec(start_of_student(config, base, source), **terms)
     table = read_heads(source, taught.get("item_dim"))["item_table"]

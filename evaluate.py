@@ -29,22 +29,8 @@ from utils.catalogue import CATALOGUE_FILE
 from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
 from utils.files import atomic_folder, write_json
-from utils.metrics import (
-    RANKS_FILE,
-    SelectBy,
-    evaluate,
-    metrics_by_kind,
-    rank_each,
-    save_ranks,
-)
-from utils.report import (
-    closing_table,
-    environment,
-    markdown_table,
-    metric_row,
-    peak_memory,
-    protocol,
-)
+from utils.metrics import RANKS_FILE, SelectBy, evaluate, metrics_by_kind, rank_each, save_ranks
+from utils.report import closing_table, environment, markdown_table, metric_row, peak_memory, protocol
 from utils.run_files import config_to_replace, finished_run
 
 WEIGHTS = [k / 10 for k in range(11)]  # of the second run

@@ -1,7 +1,7 @@
 """Step 2: take the item table out of a trained traditional recommender, or make one from titles or a file.
 
 python extract_emb.py                                 from outputs/ml-100k/sasrec
-python extract_emb.py --sr_dir outputs/my-data/sasrec --output_dir outputs/my-data/item_embeddings-sasrec
+python extract_emb.py --dataset my-data               from outputs/my-data/sasrec
 python extract_emb.py --text titles                   -> outputs/ml-100k/item_embeddings-titles
 python extract_emb.py --import_table mine.npy         -> outputs/ml-100k/item_embeddings-mine
 """

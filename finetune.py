@@ -123,10 +123,8 @@ def with_logits(teacher: LLMRec, config: dict, examples: Examples, run: Run) -> 
     """The teacher as it is trained: with the logit term of a student, where that is asked for."""
     if not config["lambda_kl"]:
         return teacher
-    no_states = {"num_blocks": 1, "norm_form": "l2", "block_reduction": "sum"}
-    weights = {"lambda_cos": 0.0, "lambda_norm": 0.0, "lambda_ms": 0.0, "lambda_kl": config["lambda_kl"]}
     how = {"temperature": config["temperature"], "kl_items": config["kl_items"]}
-    model = SLMRec(teacher, **no_states, **weights, **how)
+    model = SLMRec(teacher, lambda_kl=config["lambda_kl"], **how)
     give_logits(model, config, examples, run)
     return model
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TextIO
 
@@ -91,14 +91,10 @@ class Trained:
         allowed[[number for number in numbers or [] if number]] = True
         if not allowed.any():
             raise UserError("none of the candidates is an item of the dataset")
-        answers, batch = [], []
+        rest = iter(histories)
+        batches = iter(lambda: list(islice(rest, batch_size)), [])
         with torch.inference_mode(), self.autocast(), self.model.for_inference():
-            for history in histories:
-                batch.append(history)
-                if len(batch) == batch_size:
-                    answers += self._batch(batch, k, exclude_seen, allowed)
-                    batch = []
-            return answers + (self._batch(batch, k, exclude_seen, allowed) if batch else [])
+            return [answer for batch in batches for answer in self._batch(batch, k, exclude_seen, allowed)]
 
     def _batch(self, histories: list[list[str]], k: int, exclude_seen: bool, allowed: np.ndarray) -> list[Answer]:
         known = [[number for item in history if (number := self.catalogue.number(item))] for history in histories]

@@ -25,14 +25,7 @@ import distill
 import finetune
 import train_sr_trad
 from benchmarks.command import check_dataset, command_line, count, run_main
-from benchmarks.llm_step import (
-    MAX_ITEMS,
-    ours_loss,
-    released_loss,
-    released_ranks,
-    seconds,
-    training_step,
-)
+from benchmarks.llm_step import MAX_ITEMS, ours_loss, released_loss, released_ranks, seconds, training_step
 from models.interface import Recommender
 from models.llm.decoder import base_config
 from models.llm.storage import build_llm_rec, count_parameters, load_base

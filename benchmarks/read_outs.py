@@ -16,15 +16,7 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.command import command_line, count, run_main
-from benchmarks.llm_step import (
-    MAX_ITEMS,
-    Workload,
-    alternate,
-    make_model,
-    ours_loss,
-    released_loss,
-    training_step,
-)
+from benchmarks.llm_step import MAX_ITEMS, Workload, alternate, make_model, ours_loss, released_loss, training_step
 from utils.candidates import draw_negatives
 from utils.data import shuffled_batches, training_examples
 from utils.files import write_json

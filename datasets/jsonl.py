@@ -117,8 +117,6 @@ def as_id(value: object, name: str, line: bytes) -> str:
 
 
 def as_rating(value: object, name: str) -> float:
-    if type(value) is float and -(2**63) < value < 2**63:
-        return value
     if type(value) is str and times.NUMBER.fullmatch(value.strip()):
         value = float(value)
     if type(value) not in (int, float) or not abs(value) < 2**63:

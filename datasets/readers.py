@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -111,10 +112,6 @@ def read_pairs(args: argparse.Namespace) -> Interactions:
     return from_columns(user, item, titles=read_titles(args))
 
 
-def joined(lists: Sequence[list[str]]) -> list[str]:
-    return [text for part in lists for text in part]
-
-
 def from_sequences(rows: Sequence[Row], where: Callable[[int], str], whole: bool, **rest) -> Interactions:
     """One row per user; `whole` asks for items that are whole numbers, `where` names the place of a row."""
     seen: dict[str, int] = {}
@@ -138,8 +135,8 @@ def from_sequences(rows: Sequence[Row], where: Callable[[int], str], whole: bool
     time = None
     if moments[0] is not None:
         owner = np.repeat(np.arange(len(rows)), counts)
-        time = times.column(pd.Series(joined(moments)), lambda at: where(owner[at]))
-    return from_columns(np.repeat(np.array(users, object), counts), joined(items), time=time, **rest)
+        time = times.column(pd.Series(list(chain.from_iterable(moments))), lambda at: where(owner[at]))
+    return from_columns(np.repeat(np.array(users, object), counts), list(chain.from_iterable(items)), time=time, **rest)
 
 
 def read_sequences(args: argparse.Namespace) -> Interactions:

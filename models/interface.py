@@ -22,7 +22,7 @@ from utils.errors import UserError
 def flag(default: Any, meaning: str, limits: str = "") -> Any:
     """A field of a Config: a command-line flag with its default, what it means, and the range of a number.
 
-    limits: "> 0", ">= 1", "0..1" (1 excluded) or "-1 or >= 1".
+    limits: "> 0", ">= 0", ">= 1", "0..1" (1 excluded) or "-1 or >= 1".
     """
     return field(default=default, metadata={"meaning": meaning, "limits": limits})
 

@@ -10,13 +10,7 @@ from models.interface import Recommender
 from models.llm.decoder import block_boundaries
 from models.llm.recommender import LLMRec
 from models.llm.teacher_states import Answers
-from models.losses import (
-    catalogue_cross_entropy,
-    cosine_similarity,
-    distillation_kl,
-    norm_distance,
-    reduce_blocks,
-)
+from models.losses import catalogue_cross_entropy, cosine_similarity, distillation_kl, norm_distance, reduce_blocks
 from utils.data import Examples
 
 
@@ -49,12 +43,12 @@ class SLMRec(Recommender):
         self,
         student: LLMRec,
         *,
-        num_blocks: int,
-        lambda_cos: float,
-        lambda_norm: float,
-        lambda_ms: float,
-        norm_form: str,
-        block_reduction: str,
+        num_blocks: int = 1,
+        lambda_cos: float = 0.0,
+        lambda_norm: float = 0.0,
+        lambda_ms: float = 0.0,
+        norm_form: str = "l2",
+        block_reduction: str = "sum",
         lambda_kl: float = 0.0,
         temperature: float = 1.0,
         kl_items: int | None = None,
@@ -123,12 +117,10 @@ class SLMRec(Recommender):
         return teacher.states(histories, target_mask, boundaries)
 
     def batch(self, examples: Examples, index: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        batch = super().batch(examples, index, rng)
-        if self.teacher_states is not None:
-            batch["teacher_states"] = torch.from_numpy(self.teacher_states[examples.target_rows(index)])
-        if self.teacher_vectors is not None:
-            batch["teacher_vectors"] = torch.from_numpy(self.teacher_vectors[examples.target_rows(index)])
-        return batch
+        taught = {"teacher_states": self.teacher_states, "teacher_vectors": self.teacher_vectors}
+        rows = examples.target_rows(index)
+        found = {name: torch.from_numpy(of[rows]) for name, of in taught.items() if of is not None}
+        return super().batch(examples, index, rng) | found
 
     def user_vectors(self, histories: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
         return self.student.user_vectors(histories, users)

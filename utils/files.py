@@ -177,7 +177,7 @@ def not_written(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} cannot be written: {error}; free space or choose another --output_dir")
 
 
-def save_tensors(tensors: dict[str, "torch.Tensor"], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(tensors: dict[str, "torch.Tensor"], path: Path) -> None:
     """Write as safetensors; non-contiguous tensors are made contiguous."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -187,7 +187,7 @@ def save_tensors(tensors: dict[str, "torch.Tensor"], path: Path, metadata: dict[
         part.touch()
         mode = part.stat().st_mode
         try:
-            save_file(plain, part, metadata)
+            save_file(plain, part)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise not_written(path, error) from error
         part.chmod(mode)  # safetensors lets nobody but the owner read

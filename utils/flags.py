@@ -61,10 +61,7 @@ FLAGS: dict[str, tuple[str, str]] = {
         "most), or their numbers, as in 0,1,2,5",
         "",
     ),
-    "train_strategy": (
-        "train LoRA adapters, all decoder layers, or neither (the maps around it always train)",
-        "",
-    ),
+    "train_strategy": ("train LoRA adapters, all decoder layers, or neither (the maps around it always train)", ""),
     "lora_r": ("rank of the adapters, and of item_output residual", ">= 1"),
     "lora_alpha": ("scale of the adapters", "> 0"),
     "lora_dropout": ("dropout before the adapters", "0..1"),
@@ -97,10 +94,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     ),
     "optimizer": ("adamw; or adam, whose weight decay is a part of the gradient", ""),
     "learning_rate": ("peak learning rate", "> 0"),
-    "head_learning_rate": (
-        "the same for what is around the decoder (default: learning_rate)",
-        "> 0",
-    ),
+    "head_learning_rate": ("the same for what is around the decoder (default: learning_rate)", "> 0"),
     "weight_decay": ("weight decay; norms and biases have none", ">= 0"),
     "warmup_steps": ("steps of linear warm-up", ">= 0"),
     "lr_scheduler": ("what follows the warm-up", ""),

@@ -5,7 +5,6 @@ import io
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -136,12 +135,7 @@ def is_header(cells: list[str], catalogue: Catalogue) -> bool:
     return ID_NAME.fullmatch(cells[0]) is not None or not all(numbers)
 
 
-READERS: dict[str, Callable] = {
-    ".npy": read_npy,
-    ".safetensors": read_safetensors,
-    ".csv": read_text,
-    ".tsv": read_text,
-}
+READERS = {".npy": read_npy, ".safetensors": read_safetensors, ".csv": read_text, ".tsv": read_text}
 
 
 # --- which row is whose ---

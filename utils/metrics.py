@@ -23,6 +23,7 @@ METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 SelectBy = Literal[*(f"{kind}/{name}" for kind in ("sampled", "full") for name in METRICS)]
 DEFAULT_SELECTION = "sampled/NDCG@10"
 RANKS_FILE = "ranks.safetensors"  # of every test user, so that two runs can be compared user by user
+DRAWS = 2000  # of a bootstrap
 SCORES_AT_ONCE = 2**20  # entries of a block of scores: users x items never stands in memory
 
 
@@ -58,26 +59,24 @@ def save_ranks(ranks: dict[str, np.ndarray], folder: Path) -> None:
     save_tensors(of_users, folder / RANKS_FILE)
 
 
-def paired_bootstrap(
-    ranks: np.ndarray, others: np.ndarray, clusters: int = 1, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
+def paired_bootstrap(ranks: np.ndarray, others: np.ndarray, clusters: int = 1) -> tuple[float, float, float]:
     """Mean difference of NDCG@10 between two models, and the limits of its 95 % interval over users.
 
     ranks, others (users * clusters,): of the same users, seed after seed where there are several. Users are drawn with
     replacement, each with all its seeds.
     """
     gains = [metrics_of_users(r)["NDCG@10"].reshape(clusters, -1).mean(0) for r in (ranks, others)]
-    [found] = bootstrap((gains[0] - gains[1])[None], draws, seed)
+    [found] = bootstrap((gains[0] - gains[1])[None])
     return found
 
 
-def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> list[tuple[float, float, float]]:
+def bootstrap(values: np.ndarray) -> list[tuple[float, float, float]]:
     """Mean of each row of `values` (rows, users), and the limits of its 95 % interval over users.
 
     Users are drawn with replacement, the same ones for all rows.
     """
-    rng, users = np.random.default_rng(seed), values.shape[1]
-    means = [values.take(rng.integers(0, users, users), axis=1).mean(1) for _ in range(draws)]  # (rows,) each
+    rng, users = np.random.default_rng(0), values.shape[1]
+    means = [values.take(rng.integers(0, users, users), axis=1).mean(1) for _ in range(DRAWS)]  # (rows,) each
     limits = np.quantile(means, [0.025, 0.975], axis=0)  # (2, rows)
     return list(map(tuple, np.vstack([values.mean(1), limits]).T.tolist()))
 

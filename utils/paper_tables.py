@@ -27,19 +27,11 @@ JUDGED = {"better": 2, "as_good": 2, "share": 3, "timed": 3}  # how a claim may 
 
 
 @dataclass(frozen=True)
-class Published:
-    """What others report of a model: NDCG@10 of the full ranking, the loss it was trained with, and where it stands."""
-
-    ndcg: float
-    loss: str
-    source: str
-
-
-@dataclass(frozen=True)
 class Row:
     """A row of a table: our run (or a model without training in its record), and the paper's; None shows a dash.
 
-    datasets: where it is run, None for all of the table's. published: what others report, on those datasets.
+    datasets: where it is run, None for all of the table's. published: what others report there: `ndcg`, its NDCG@10 of
+    the full ranking, the `loss` it was trained with, and the `source`.
     """
 
     run: str | None = None
@@ -47,11 +39,7 @@ class Row:
     model: str = "Popularity"  # which one that is
     paper: str | None = None
     datasets: list[str] | None = None
-    published: Published | dict | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.published, dict):
-            object.__setattr__(self, "published", Published(**self.published))
+    published: dict | None = None
 
     def on(self, dataset: str) -> bool:
         return self.datasets is None or dataset in self.datasets
@@ -219,15 +207,16 @@ def published_table(table: Table, dataset: str, protocol: str, found: dict) -> s
     for name, row in table.rows.items():
         theirs, of = row.published, measured(found, protocol, row)
         values = [run["test"]["full"]["NDCG@10"] for run in of]
-        line = [name, *((f"{theirs.ndcg:.4f}", theirs.loss) if theirs else "--"), str(len(of) or "-"), mean(values)]
-        ratio = statistics.mean(values) / theirs.ndcg if theirs and values else None
+        line = [name, f"{theirs['ndcg']:.4f}", theirs["loss"]] if theirs else [name, "-", "-"]
+        line += [str(len(of) or "-"), mean(values)]
+        ratio = statistics.mean(values) / theirs["ndcg"] if theirs and values else None
         line += ["-", "-"] if ratio is None else [f"{100 * (ratio - 1):+.1f} %", "yes" if ratio >= 0.95 else "no"]
         trained = [run for run in of if "parameters" in run]  # what learns nothing has none
         line += [f"{trained[0]['parameters']['total'] / 1e6:.2f}" if trained else "-"]
         threads = sorted({str(run["environment"]["threads"]) for run in trained})
         seconds = [run["seconds"]["train_epoch"] for run in trained]
         line += [mean(seconds, digits=1) if len(threads) == 1 else "-", ", ".join(threads) or "-"]
-        cells.append([*line, theirs.source if theirs else "-"])
+        cells.append([*line, theirs["source"] if theirs else "-"])
     header = [f"{dataset}, full NDCG@10", "published", "its loss", "seeds", "ours", "difference", "at least 95 %"]
     return markdown_table([*header, "params, M", "s/epoch", "threads", "source"], cells)
 

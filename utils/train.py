@@ -1,8 +1,9 @@
 """The training loop of every step.
 
 A model that trains here is a `Recommender` (models/interface.py): the sum of the loss terms of `forward` is minimised.
-Everything random in step k depends on the seed and k alone: batches on (seed, epoch), dropout noise and what the model
-draws for a batch on (seed, step). So a run continues exactly from weights, optimiser state and a step number.
+Everything random in step k depends on the seed and k alone (and on which of several processes draws): batches on (seed,
+epoch), dropout noise and what the model draws for a batch on (seed, step). So a run continues exactly from weights,
+optimiser state and a step number.
 """
 
 import math

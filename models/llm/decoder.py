@@ -309,9 +309,4 @@ def check_length(config: AutoConfig, max_length: int, prompt: int, tokens_per_it
 
 def base_shape(config: AutoConfig) -> dict:
     """What an adapter must find again in its base."""
-    return {
-        "model_type": config.model_type,
-        "num_hidden_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "vocab_size": config.vocab_size,
-    }
+    return {name: getattr(config, name) for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")}

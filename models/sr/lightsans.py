@@ -44,7 +44,7 @@ class LightBlock(Block):
         if self.newest:
             q, pq = q[:, :, -1:], pq[:, -1:]
         found = super().attend((q, k, v), None)
-        places = (pq @ pk.mT / h**0.5).masked_fill(padding[:, None, None], lowest).softmax(3)  # (B, heads, T, T)
+        places = (pq @ pk.mT / h**0.5).masked_fill(padding[:, None, None], lowest).softmax(3)  # (B, heads, T or 1, T)
         return found + places @ kv[1]
 
 

@@ -93,11 +93,7 @@ class S3Rec(MaskedSASRec):
         elsewhere = torch.from_numpy(self.known.take(other[:, None] + offset, mode="clip").astype(np.int64))
         blank = torch.where(present, self.mask_id, 0)  # (B, T)
         parts = {"context": torch.where(inside, blank, items), "segment": torch.where(inside, items, blank)}
-        return {
-            "items": items,
-            "hidden": hidden,
-            "elsewhere": torch.where(inside, elsewhere, blank),
-        } | parts
+        return parts | {"items": items, "hidden": hidden, "elsewhere": torch.where(inside, elsewhere, blank)}
 
     def states(self, histories: torch.Tensor) -> torch.Tensor:
         return super().states(histories, causal=self.stage != "pretrain")

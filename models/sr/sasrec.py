@@ -47,7 +47,7 @@ class Block(nn.Module):
         if self.norm_first:
             x = x + self.dropout(self.attention(self.norm1(x), *seen))
             return x + self.dropout(self.feed(self.norm2(x)))
-        found = self.attention(x, *seen)
+        found = self.attention(x, *seen)  # (B, T, d), in LightSANs' last block (B, 1, d)
         x = self.norm1(x[:, -found.shape[1] :] + self.dropout(found))
         return self.norm2(x + self.dropout(self.feed(x)))
 

@@ -165,8 +165,14 @@ def tell_what_is_idle(config: dict) -> None:
     if config["norm_form"] != "l2" and not config["lambda_norm"]:
         print(f"--norm_form {config['norm_form']} has no effect: --lambda_norm is 0")
     of_blocks = ("lambda_cos", "lambda_norm", "lambda_ms", "lambda_ms_teacher", "kl_blocks")
-    if config["block_reduction"] != "sum" and not any(config[name] for name in of_blocks):
-        print(f"--block_reduction {config['block_reduction']} has no effect: no term of several blocks is on")
+    if any(config[name] for name in of_blocks):
+        return
+    for name, value, usual in (
+        ("block_reduction", config["block_reduction"], "sum"),
+        ("num_blocks", config["num_blocks"], 4),
+    ):
+        if value != usual:
+            print(f"--{name} {value} has no effect: no term of several blocks is on")
 
 
 def check_mode(config: dict) -> None:

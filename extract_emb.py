@@ -38,15 +38,16 @@ def check_trained(table: torch.Tensor, drawn: torch.Tensor) -> None:
         raise UserError("the item table is untrained: it is still as it was drawn; raise --learning_rate, train longer")
 
 
-def from_recommender(data: Sequences, dataset: str, model: str, sr_dir: str | None) -> tuple[torch.Tensor, dict]:
+def from_recommender(data: Sequences, dataset: str, model: str | None, sr_dir: str | None) -> tuple[torch.Tensor, dict]:
     """The table of a trained recommender, and what its configuration holds of it."""
-    source = Path(sr_dir or cli.ROOT / "outputs" / data.name / model)
-    train = f"{source} holds no finished run; make it: python train_sr_trad.py --dataset {dataset} --model {model}"
+    source = Path(sr_dir or cli.ROOT / "outputs" / data.name / (model or "sasrec"))
+    train = f"{source} holds no finished run; make it: python train_sr_trad.py --dataset {dataset}"
+    train += f" --model {model}" if model else ""
     trained, metrics = finished_run(source, train)
     if trained.get("kind") != "sr":
         raise UserError(f"--sr_dir {source} is no run of train_sr_trad.py")
     check_same_dataset(data, trained, source)
-    if sr_dir and model not in ("sasrec", trained.get("model")):
+    if sr_dir and model not in (None, trained.get("model")):
         raise UserError(f"--model {model}: {source} is a run of {trained.get('model')}; leave --model out")
     known = data.training_part()
     table = load_recommender(source, trained, known).item_table()
@@ -77,9 +78,9 @@ def from_titles(data: Sequences, text_model: str, pca_dim: int) -> tuple[torch.T
     return table, found | {"text_model": model.name, "text_model_fingerprint": model.fingerprint}
 
 
-def check_flags(model: str, sr_dir: str | None, text: str | None, import_table: str | None, only: dict) -> None:
+def check_flags(model: str | None, sr_dir: str | None, text: str | None, import_table: str | None, only: dict) -> None:
     """UserError for flags that do not go together. only: other flags, and the sources that they belong to."""
-    given = {"sr_dir": sr_dir or (model if model != "sasrec" else None), "text": text, "import_table": import_table}
+    given = {"sr_dir": sr_dir or model, "text": text, "import_table": import_table}
     chosen = [name for name, value in given.items() if value]
     if len(chosen) > 1:
         named = ["model" if name == "sr_dir" and not sr_dir else name for name in chosen]
@@ -93,7 +94,7 @@ def check_flags(model: str, sr_dir: str | None, text: str | None, import_table: 
 def main(
     *,
     dataset: str = "ml-100k",
-    model: str = "sasrec",
+    model: str | None = None,
     sr_dir: str | None = None,
     text: Literal["titles"] | None = None,
     text_model: str | None = None,
@@ -119,6 +120,8 @@ def main(
     elif import_table:
         path = Path(import_table)
         folder, table = target("import_table", path.stem), read_import(path, row_order, Catalogue.of(data))
+        if path.resolve().parent == folder.resolve():
+            raise UserError(f"--import_table {path} lies in {folder}, which is to be replaced; choose another place")
         found = {"import_table": cli.portable_path(path), "import_sha256": sha256(path), "row_order": row_order}
     else:
         table, found = from_recommender(data, dataset, model, sr_dir)

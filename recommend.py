@@ -16,6 +16,7 @@ import utils.threads  # noqa: F401  before torch is imported
 import csv
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -37,7 +38,7 @@ from utils import cli
 from utils.catalogue import Catalogue
 from utils.checked import HALF, check_file
 from utils.errors import RunError, UserError
-from utils.files import atomic_file
+from utils.files import atomic_file, check_writable
 from utils.report import check_parts
 from utils.run_files import finished_run
 
@@ -191,7 +192,7 @@ def read_histories(path: str) -> Iterator[list[str]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=no_name_twice)
             history = value["history"] if isinstance(value, dict) else value
             if not isinstance(history, list):
                 raise ValueError("no list of items")
@@ -204,6 +205,13 @@ def read_histories(path: str) -> Iterator[list[str]]:
         yield [str(item) for item in history]
 
 
+def no_name_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object, of which the usual reader would keep the last of equal names; ValueError where there are such."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
 def check_output(output: str, read: list[str]) -> None:
     """Refuse a place for the answers that has another kind of file, is read itself, or is a file of a run."""
     path = Path(output)
@@ -213,6 +221,7 @@ def check_output(output: str, read: list[str]) -> None:
         raise UserError(f"--output {output} is read by this command; choose another name")
     if path.is_dir():
         raise UserError(f"--output {output} is a folder; choose another name")
+    check_writable(Path(os.path.realpath(path)).parent, "--output")
     if path.exists() and not holds_answers(path):
         raise UserError(f"--output {output} holds something else than answers; choose another place, or remove it")
 

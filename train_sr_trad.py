@@ -16,6 +16,7 @@ from typing import Literal
 from models.interface import Recommender
 from models.sr import MODELS
 from models.sr.popularity import Popularity
+from models.sr.storage import check_sizes
 from models.sr.transitions import Transitions
 from utils import assets, cli
 from utils.checked import attributes_fingerprint
@@ -57,7 +58,8 @@ def main(
     report_to: Literal["none", "tensorboard", "wandb"] = "none",
 ) -> None:
     config = dict(locals()) | {"kind": "sr", "title": MODELS[model].__name__}
-    config |= asdict(config.pop("model_config"))
+    check_sizes(own := asdict(config.pop("model_config")))
+    config |= own
     data = Sequences.load(assets.dataset_folder(dataset))
     known = data.training_part()
     examples = training_examples(data, train_targets, model_config.max_seq_length)

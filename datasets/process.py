@@ -57,10 +57,6 @@ def check_target(target: Path, inputs: list[Path]) -> None:
     strange = next((name for name in FILES if (target / name).is_dir()), None)
     if strange:
         raise UserError(f"{target} holds something else (a folder {strange}); choose another --name, or move it away")
-    folders = [folder for folder in (target, *target.parents) if folder.exists()][: 1 + target.exists()]
-    for folder in folders:  # what is replaced, and where it stands
-        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            raise UserError(f"nothing can be written to {folder}; choose another --output")
 
 
 def make_dataset(args: argparse.Namespace) -> None:

@@ -26,7 +26,8 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 UNITS = {"number": "as in the source", "date": "seconds since 1970-01-01 UTC"}
 TIME_NAME = re.compile(r"(time|date|(^|_)ts)s?$|timestamp", re.IGNORECASE)
-RANK = "rank: the values have more digits than 64 bits hold"
+RANK = "rank: the values have more digits, or decimals, than can be stored"
+MOST_DECIMALS = 20  # that dataset.json may say
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def scaled(values: Sequence[Decimal]) -> tuple[np.ndarray, int | None]:
     shortest = [value.normalize(EXACT) for value in values]
     decimals = max((-value.as_tuple().exponent for value in shortest if value), default=0)
     decimals = max(0, decimals)
-    if decimals < 64:
+    if decimals <= MOST_DECIMALS:
         whole = [int(value.scaleb(decimals, EXACT)) for value in shortest]
         if all(-(2**63) <= value < 2**63 for value in whole):
             return np.array(whole, np.int64), decimals

@@ -108,7 +108,7 @@ def test_every_flag_can_be_given(name):
     function = importlib.import_module(name).main
     samples = {int: 3, float: 0.25, str: "text"}
     for flag_name, known in flags.flags_of(function, MODELS).items():
-        value = known.default
+        value = "sasrec" if flag_name == "model" else known.default
         if value is None:
             value = (flags.choices(known.annotation) or [samples[flags.alternatives(known.annotation)[0]]])[-1]
         argv = [f"--{flag_name}", str(value)]
@@ -214,6 +214,11 @@ def main(*, base_model="x", mode="y", model="z", seed=1, warmup_steps=2, lora_r=
     assert unread_flags(source) == {"mode", "model", "lora_r", "rank", "new"}
 
 
+def test_a_path_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no text in UTF-8"):
+        cli.portable_path(tmp_path / os.fsdecode(b"caf\xe9"))
+
+
 def recipe_file(tmp_path, monkeypatch, text: str) -> None:
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "mine.yaml").write_text(text)
@@ -249,6 +254,14 @@ def test_distill_inherits_what_the_teacher_was_trained_with(tmp_path, monkeypatc
 
 
 TRAINING = {name: section for name, section in SCRIPTS.items() if name != "extract_emb"}
+
+
+def test_a_dataset_that_is_the_working_folder_has_the_recipe_of_its_name(tmp_path, monkeypatch):
+    recipe_file(tmp_path, monkeypatch, "data: {max_seq_length: 10}\n")
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    for name in (".", "../mine", str(tmp_path / "mine")):
+        assert cli.resolve(finetune.main, "teacher", ["--dataset", name])["max_seq_length"] == 10
 
 
 @pytest.mark.parametrize("script", TRAINING)
@@ -307,7 +320,7 @@ def failing(error: Exception):
         (
             MemoryError(),
             1,
-            "out of memory; a smaller --micro_batch_size or --eval_batch_size needs less, and may change",
+            "; a smaller --micro_batch_size, --eval_batch_size, or model needs less; these sizes may change with --res",
         ),
         (torch.OutOfMemoryError("CUDA out of memory."), 1, "out of memory; a smaller --micro_batch_size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; a smaller --micro_batch_size"),
@@ -331,8 +344,8 @@ def test_advice_names_flags_that_the_script_has_alone(error, told, capsys):
     def batches(*, dataset: str = "none-such", batch_size: int = 1, eval_batch_size: int = 1) -> None:
         raise error
 
-    needs = "; a smaller --eval_batch_size or --batch_size needs less" if "memory" in told else ""
-    for main, advice in ((neither, ""), (batches, needs)):
+    for main, sizes in ((neither, ""), (batches, "--eval_batch_size, --batch_size, or ")):
+        advice = f"; a smaller {sizes}model needs less" if "memory" in told else ""
         with pytest.raises(SystemExit):
             cli.run(main, "sr", [])
         assert capsys.readouterr().err == f"test_cli.py: {told}{advice}\n"

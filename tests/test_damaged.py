@@ -399,7 +399,15 @@ def test_a_checkpoint_of_another_run_or_beyond_the_end_is_refused(tmp_path, monk
     (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     text, state = (saved / "state.json").read_text(), json.loads((saved / "state.json").read_text())
     weights = (saved / "model.safetensors").read_bytes()
-    beyond = ({"step": 10**6}, {"step": "6"}, {"step": -1}, {"best_step": 7}, {"evaluations": [3]}, {"starts": {}})
+    beyond = (
+        {"step": 10**6},
+        {"step": "6"},
+        {"step": -1},
+        {"best_step": 7},
+        {"best_step": 0},
+        {"evaluations": [3]},
+        {"starts": {}},
+    )
     beyond += ({"evaluated": 10**6}, {"step": 4}, {"starts": [{"step": 0, "micro_batch_size": -2}]})
     for change in (*beyond, {"evaluations": []}, {"train_seconds": None}):
         (saved / "state.json").write_text(json.dumps(state | change))

@@ -149,8 +149,19 @@ def test_only_a_folder_that_is_ours_may_be_replaced(held, words, tmp_path):
     with pytest.raises(UserError, match="is a file"):
         (tmp_path / "file").write_text("")
         files.check_replaceable(tmp_path / "file", ["mark"], "--here")
+    with pytest.raises(UserError, match="file is a file"):
+        files.check_replaceable(tmp_path / "file" / "new" / "folder", ["mark"], "--here")
     (tmp_path / "file").unlink()
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("closed", ["folder", "folder/held"])
+def test_a_folder_that_is_closed_is_told_before_it_is_needed(closed, tmp_path, monkeypatch):
+    (tmp_path / "folder" / "held").mkdir(parents=True)
+    monkeypatch.setattr(files.os, "access", lambda path, mode: Path(path) != tmp_path / closed)
+    with pytest.raises(UserError, match=r"--here .*: nothing may be written to"):
+        files.check_replaceable(tmp_path / "folder" / "held", ["mark"], "--here")
+    files.check_writable(tmp_path / "other" / "folder", "--here")
 
 
 ONE_AT_A_TIME = """

@@ -213,6 +213,7 @@ TITLES = {
     ),
     "a run and titles": (["--text", "titles", "--sr_dir", "a"], None, "--sr_dir and --text: a table is made from one"),
     "a model's name and titles": (["--text", "titles", "--model", "gru"], None, "--model and --text"),
+    "the usual model and titles": (["--text", "titles", "--model", "sasrec"], None, "--model and --text"),
     "a model without text": (["--text_model", "causal"], None, "--text_model causal is of --text alone"),
     "components of a trained table": (["--pca_dim", 4], None, "--pca_dim 4 is of --text and --import_table alone"),
     "order of titles": (["--text", "titles", "--row_order", "id"], None, "--row_order id is of --import_table alone"),
@@ -387,6 +388,9 @@ def test_an_imported_table_stands_in_a_folder_of_its_name(place, capsys):
     shutil.copy("mine.npy", "titles.npy")
     start(extract_emb, "--text", "titles", "--pca_dim", 2)
     refused(capsys, "holds a table from --text", extract_emb, "--import_table", "titles.npy")
+    mine = "outputs/kill/item_embeddings-mine"
+    again = ["--import_table", f"{mine}/item_embeddings.safetensors", "--row_order", "dataset", "--output_dir", mine]
+    refused(capsys, "which is to be replaced; choose another place", extract_emb, *again)
 
 
 # --- several tables ---

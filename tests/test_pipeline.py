@@ -478,6 +478,12 @@ BAD = {
     "longer than the teacher": ("distill", ["--max_seq_length", 31], NONE, "the teacher reads 30 items"),
     "a teacher for a recommender": ("extract_emb", ["--sr_dir", "teacher"], NONE, "no run of train_sr_trad.py"),
     "no item table there": ("finetune", ["--item_embeddings", "sasrec"], NONE, "not written by extract_emb.py"),
+    "a size that nothing could read again": (
+        "train_sr_trad",
+        ["--max_seq_length", 2**21],
+        NONE,
+        "--max_seq_length 2097152: at most 1,048,576",
+    ),
     "output is a file": ("train_sr_trad", ["--output_dir", "small.tsv"], NONE, "is a file"),
     "output holds other things": ("train_sr_trad", ["--output_dir", "small"], NONE, "no run"),
     "table over a thesis": (

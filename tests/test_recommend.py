@@ -123,6 +123,7 @@ def test_histories_come_from_files_and_standard_input(name, text, piped, runs, t
         (["--history", "id4", "--k", 0], ">= 1"),
         (["--input", "none.jsonl"], "No such file"),
         (["--input", "bad.jsonl"], "line 2"),
+        (["--input", "twice.jsonl"], "line 1: a name stands twice"),
         (["--input", "latin.csv"], "UTF-8"),
         (["--input", "open.csv"], "open.csv, line 2: "),
         (["--input", "empty.csv"], "holds no history"),
@@ -136,11 +137,13 @@ def test_histories_come_from_files_and_standard_input(name, text, piped, runs, t
         (["--history", "id4", "--output", "run/items.jsonl"], "holds something else than answers"),
         (["--history", "id4", "--output", "h.csv"], "holds something else than answers"),
         (["--history", "id4", "--output", "folder.csv"], "is a folder"),
+        (["--history", "id4", "--output", "h.csv/new/top.csv"], "h.csv is a file"),
     ],
 )
 def test_what_is_refused(flags, words, runs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('["id4"]\n{"items": []}\n')
+    (tmp_path / "twice.jsonl").write_text('{"history": ["id4"], "history": ["id6"]}\n')
     (tmp_path / "latin.csv").write_bytes(b"caf\xe9\n")
     (tmp_path / "h.csv").write_text("id4\n")
     (tmp_path / "open.csv").write_text('id4,"Film 5\nid6,id7\n')  # its quote has no end

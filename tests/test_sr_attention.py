@@ -373,6 +373,8 @@ def test_a_dataset_without_attributes_goes_without_their_tasks():
     data = make_sequences()
     model, _, (batch,) = drawn("s3rec", stage="pretrain", data=replace(data, attributes=no_attributes()))
     assert model(batch).keys() == {"item", "segment"}
+    with pytest.raises(UserError, match="needs two items"):
+        small("s3rec", replace(data, num_items=1, attributes=no_attributes()))
     with_some = small("s3rec", data, noise=0.3)
     model.resize(with_some.state_dict())  # as `recommend.py` does, which has no dataset
     model.load_state_dict(with_some.state_dict())

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -259,6 +260,14 @@ def test_the_weights_that_did_best_on_validation_are_left_in_the_model(tmp_path,
 FICKLE = {"learning_rate": 0.1, "num_epochs": 8.0, "eval_steps": 3}
 
 
+@pytest.mark.parametrize(("patience", "idle"), [(4, False), (5, True)])
+def test_patience_without_effect_is_told(patience, idle, tmp_path, capsys):
+    """Evaluations after steps 3, 6, 9, 12, 15 and 16: what comes with the last one stops nothing."""
+    train(tmp_path / "a", patience=patience, eval_steps=3, num_epochs=3.2, max_steps=16)
+    told = f"--patience {patience} has no effect: 6 evaluations are planned" in capsys.readouterr().out
+    assert told == idle
+
+
 def step_of_stop(evaluations: list[dict], patience: int) -> int:
     best, since = -1.0, 0
     for evaluation in evaluations:
@@ -459,6 +468,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(at, saved, tmp_p
     if at > 4:
         saved_weights = load_tensors(tmp_path / "a" / "checkpoints" / saved / "model.safetensors")
         assert all(torch.isfinite(value).all() for value in saved_weights.values())
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-8]), Path.unlink])
+def test_damaged_weights_of_the_best_step_are_told_before_more_is_trained(damage, tmp_path):
+    with pytest.raises(Interrupted):
+        train(tmp_path / "a", {"raise_at": 7})
+    damage(tmp_path / "a" / "checkpoints" / "best" / "model.safetensors")
+    with pytest.raises((UserError, OSError), match="best"):
+        train(tmp_path / "a", {"raise_at": 1}, resume="auto")
 
 
 def test_every_term_is_logged_by_name_with_its_share_of_the_gradient(tmp_path):
@@ -674,8 +692,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="no run of this step"):
         train(tmp_path / "model")
-    with pytest.raises(UserError, match="is a file"):
-        train(tmp_path / "thesis.tex")
+    for place in ("thesis.tex", "thesis.tex/run"):
+        with pytest.raises(UserError, match=r"thesis\.tex is a file"):
+            train(tmp_path / place)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 

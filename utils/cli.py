@@ -16,6 +16,7 @@ import fire
 from fire import decorators, helptext
 from fire import trace as fire_trace
 
+from utils.checked import HALF
 from utils.errors import RunError, UserError, cut_short, is_out_of_memory, told_in_one_line
 from utils.flags import Models, choices, coerce, flags_of, suggest, without_choices
 from utils.recipes import RECIPE_SECTIONS, check_recipe, per_model, read_recipe, recipe_values
@@ -53,8 +54,9 @@ def run(
                 raise
             sizes = ("micro_batch_size", "eval_batch_size", *(() if resumes else ("batch_size",)))
             flags = [f"--{name}" for name in sizes if name in flags_of(main)]
-            advice = f"; a smaller {' or '.join(flags)} needs less" if flags else ""
-            raise RunError(f"out of memory{advice}{', and may change with --resume auto' if resumes else ''}") from None
+            smaller = ", ".join([*flags, "or model"]) if flags else "model"
+            changes = "; these sizes may change with --resume auto" if resumes else ""
+            raise RunError(f"out of memory; a smaller {smaller} needs less{changes}") from None
 
 
 def resolve(
@@ -63,15 +65,15 @@ def resolve(
     """Every flag's value; raises UserError on anything that is not exactly right."""
     given = collect(argv)
     parameters = inspect.signature(main).parameters
-    name = Path(given.get("dataset", parameters["dataset"].default)).name if section else ""
+    name = Path(given.get("dataset", parameters["dataset"].default)).absolute().name if section else ""
     path = ROOT / "recipes" / f"{name}.yaml"
     sections = read_recipe(path)
     check_recipe(path, sections, models)
     model = None
     if models and "model" in parameters:
         chosen = {"model": parameters["model"].default} | sections["data"] | sections.get(section, {}) | given
-        model = str(chosen["model"])
-        if model not in models:
+        model = chosen["model"]
+        if model is not None and model not in models:
             raise UserError(f"--model {model}: expected one of {', '.join(models)}")
     flags = flags_of(main, models, model)
     for name in given:
@@ -155,6 +157,8 @@ def help_text(main: Callable, section: str | None, script: str, argv: list[str],
 def portable_path(path: Path) -> str:
     """A path as configurations hold it: relative to the checkout where it lies inside, so that records are portable."""
     path = path.absolute()
+    if HALF.search(str(path)):  # as Python reads bytes that are no UTF-8
+        raise UserError(f"{str(path)!r} is no text in UTF-8; rename the folder, or choose another")
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 

@@ -121,16 +121,24 @@ def remove(paths: Iterable[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path, flag: str) -> None:
+    """UserError unless files may be made in `folder`, or in the folder in which it is to be made."""
+    folder = Path(os.path.realpath(folder))
+    nearest = next(part for part in (folder, *folder.parents) if part.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{flag} {nearest} is a file; choose another place")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {folder}: nothing may be written to {nearest}; choose another place")
+
+
 def check_replaceable(folder: Path, names: list[str], flag: str) -> None:
     """UserError unless `folder` is absent, empty, or holds names[0] and nothing but the files `names`."""
     folder = Path(os.path.realpath(folder))
     if folder.is_symlink():
         raise UserError(f"{flag} {folder} is a link to itself; remove it, or choose another place")
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder} is a file; choose another place")
-    held = {path.name for path in folder.iterdir()}
+    check_writable(folder.parent, flag)
+    check_writable(folder, flag)
+    held = {path.name for path in folder.iterdir()} if folder.exists() else set()
     strange = sorted(held.difference(names)) or (held and names[0] not in held and sorted(held))
     if strange:
         raise UserError(f"{flag} {folder} holds something else ({strange[0]}); choose another place, or move it away")

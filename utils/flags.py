@@ -18,7 +18,7 @@ Models = Mapping[str, type] | None  # a registry: the classes by the names that 
 # Every flag in the signature of a script: its meaning and, for numbers, the range of values that make sense.
 FLAGS: dict[str, tuple[str, str]] = {
     "dataset": ("a processed dataset: a name under datasets/, or the path of its folder", ""),
-    "model": ("traditional recommender", ""),
+    "model": ("traditional recommender; of extract_emb.py: which one's run is read (default: sasrec)", ""),
     "base_model": (
         "language model: smollm2-135m (fetched once), a local folder, or a hub id (id@revision for one of its commits)",
         "",

@@ -26,7 +26,7 @@ from utils.checked import REPLACED, FromFile, load_tensors, read_json
 from utils.cli import ROOT, portable_path, print_config
 from utils.data import Sequences
 from utils.errors import UserError
-from utils.files import atomic_file, atomic_folder, remove, remove_left_over, save_tensors, write_json
+from utils.files import atomic_file, atomic_folder, check_writable, remove, remove_left_over, save_tensors, write_json
 from utils.flags import BEFORE
 from utils.memory import check_sharded
 from utils.metrics import RANKS_FILE, metrics_by_kind, rank_users, save_ranks
@@ -52,7 +52,7 @@ class Run:
     """
 
     def __init__(self, config: dict, data: Sequences, default_dir: str) -> None:
-        self.folder = Path(config["output_dir"] or ROOT / "outputs" / data.name / default_dir)
+        self.folder = Path(config["output_dir"] or ROOT / "outputs" / data.name / default_dir).absolute()
         self.config = config | {"output_dir": portable_path(self.folder), "dataset_fingerprint": data.fingerprint}
         self.config["num_users"] = len(data.offsets) - 1
         self.data = data
@@ -77,6 +77,8 @@ class Run:
         if self.sharded:
             check_sharded(config, self.accelerator.num_processes)
         self.finished = self._open_folder()
+        if not self.finished:
+            check_writable(self.folder, "--output_dir")
         if self.accelerator.is_main_process:
             if (self.folder / LOCK).exists():  # tell a folder in use before long work; `start` keeps the lock
                 self._take_lock()
@@ -90,8 +92,6 @@ class Run:
 
     def _open_folder(self) -> bool:
         """Check what stands in the folder; True if it is this very run, finished."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--output_dir {self.folder} is a file; choose a folder")
         earlier = self.folder / "config.json"
         strange = UserError(f"--output_dir {self.folder} holds something that is no run of this step: choose another")
         if not earlier.exists():
@@ -243,6 +243,8 @@ class Run:
         state = read_state(saved)
         if saved.name != f"step-{state['step']:08d}":
             raise UserError(f"{saved} holds the state of step {state['step']}; remove it and start again")
+        if state["evaluations"]:
+            self.load_best(trained)  # what is damaged is told now, not at the end
         weights, moments = (load_tensors(saved / f"{n}.safetensors", without(saved)) for n in ("model", "optimizer"))
         check_shapes(saved, weights, trained)
         for name, parameter in trained.items():
@@ -276,12 +278,11 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         path = self.folder / "log.jsonl"
-        kept = []
-        for row in log_rows(path) if path.exists() and step else []:
-            if row["step"] < step or (row["step"] == step and "valid" not in row):  # that evaluation is made again
-                kept.append(f"{json.dumps(row)}\n")
+        rows = log_rows(path) if path.exists() and step else []
+        # the evaluation of `step` is made again
+        kept = [row for row in rows if row["step"] < step or (row["step"] == step and "valid" not in row)]
         with atomic_file(path) as part:
-            part.write_text("".join(kept), encoding="utf-8")
+            part.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
 
     def log(self, values: dict) -> None:
         if not self.accelerator.is_main_process:

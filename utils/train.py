@@ -68,7 +68,7 @@ class Loop:
         run = self.run
         self.state = state = run.load_checkpoint(self.trained, self.optimizer)
         started = state["step"]
-        measured = [0, *(evaluation["step"] for evaluation in state["evaluations"])]
+        measured = [evaluation["step"] for evaluation in state["evaluations"]] or [0]
         evaluated = state["best_step"] in measured and state["evaluated"] in measured
         if started > self.total or not evaluated or max(measured) > started:
             saved = run.newest_checkpoint()
@@ -80,12 +80,7 @@ class Loop:
             state["starts"][-1]["micro_batch_size"] = self.micro_batch
         self.wrapped = self.model if run.sharded else self.accelerator.prepare_model(self.model)
         run.open_log(started)
-        for name, count in self.stages:
-            if (warmup := self.config["warmup_steps"]) >= count:
-                of_stage = f"--warmup_steps {warmup} of the {count} steps of {name}"
-                run.print(
-                    f"{of_stage}: the learning rate stays below --learning_rate, and --lr_scheduler has no effect"
-                )
+        self.tell_what_is_idle()
         options = {"total": self.total, "initial": started, "unit": "step", "mininterval": 1}
         with tqdm(**options, disable=not self.accelerator.is_main_process) as bar:
             while True:
@@ -105,6 +100,19 @@ class Loop:
                 run.log(row)
         run.load_best(self.trained)
         return state | {"steps_per_epoch": self.per_epoch, "planned_steps": self.total}
+
+    def tell_what_is_idle(self) -> None:
+        """Print which flags have no effect: a default or a recipe may have set them for other runs."""
+        every, patience, tell = self.config["eval_steps"], self.config["patience"], self.run.print
+        for name, count in self.stages:
+            if (warmup := self.config["warmup_steps"]) >= count:
+                of_stage = f"--warmup_steps {warmup} of the {count} steps of {name}"
+                tell(f"{of_stage}: the learning rate stays below --learning_rate, and --lr_scheduler has no effect")
+        planned = math.ceil(self.total / every) - self.pre_training // every
+        if patience is not None and planned <= patience + 1:
+            tell(f"--patience {patience} has no effect: {planned} evaluations are planned")
+        if all(group["rate"] == "head_lr" for group in self.optimizer.param_groups):
+            tell("--learning_rate has no effect: all that trains has --head_learning_rate")
 
     def find_micro_batch(self) -> int:
         """How many examples fit on a device at once, the same number on all, or that of an earlier start of the run.

@@ -27,6 +27,7 @@ from models.losses import bpr, item_logits, uniform_negatives
 from models.sr.bert4rec import MaskedSASRec
 from models.sr.sasrec import SASRec, start_as_bert
 from utils.data import Examples, TrainingPart, consecutive
+from utils.errors import UserError
 
 
 def rows_of_attributes(data: TrainingPart) -> torch.Tensor:
@@ -54,6 +55,8 @@ class S3Rec(MaskedSASRec):
 
     def __init__(self, config: Config, data: TrainingPart) -> None:
         super().__init__(config, data)
+        if config.pretrain_epochs and data.num_items < 2:
+            raise UserError("s3rec's pre-training needs two items, and the dataset has one; add --pretrain_epochs 0")
         self.pretrain_epochs, self.mask_prob = config.pretrain_epochs, config.mask_prob
         self.weights = {"item": config.item_weight, "segment": config.segment_weight}
         self.weights["masked_attribute"] = config.masked_attribute_weight

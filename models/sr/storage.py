@@ -31,6 +31,13 @@ def new_recommender(config: dict, known: TrainingPart) -> Recommender:
     return kind(kind.Config(**{name: config[name] for name in names}), known)
 
 
+def check_sizes(flags: dict) -> None:
+    """UserError, before anything is trained, where `check_flags` would refuse a run with these flags of its model."""
+    for name, value in flags.items():
+        if type(value) is int and value > LARGEST:
+            raise UserError(f"--{name} {value}: at most {LARGEST:,}")
+
+
 def check_flags(folder: Path, config: dict, weights: dict[str, torch.Tensor]) -> None:
     """UserError where the model's own flags in config.json are none that the command line, or memory, would take."""
     kind = getattr(MODELS.get(config.get("model")), "Config", Recommender.Config)

@@ -7,7 +7,7 @@ the items (decoupled position encoding). An interest gathers all positions, also
 after the newest item: each target is asked after a history of its own that ends before it. The encoder is BERT's
 otherwise. Deviations: P is normalised first, as in RecBole; padding is masked, which it is not there, and both
 softmaxes are over what is attended to, as printed; logits of positions are divided by sqrt(d_h) as printed, by more in
-the release.
+the release. Positions count back from the newest item, and the Theta of each block is drawn for itself.
 """
 
 from dataclasses import dataclass

@@ -9,11 +9,13 @@ L_recon = -log(exp s / (exp s + sum over drawn pairs of exp s)), of drawn masked
 items, and L = L_rec + lambda L_recon + L_mask / 10, L_rec of a causal transformer that reads the table of what is left
 of the graph.
 Deviations: the encoder is BERT's, whose last states are user vectors (the release adds up all layers', and its
-feed-forward has no residual); the loss is that of --loss; L_recon is a mean over edges (in the release a sum, of weight
-1 and without the logarithm); gamma looks one hop far; the reward of L_mask is always 1, as one that depends on earlier
-steps' losses would be lost when a run is continued; masks are drawn, and L_mask counts a tenth, at each step, where the
-release does both in each tenth step; a loop of A + I is masked where all edges of its item are; the MLP has one hidden
-layer; and a drawn pair changes v alone, and may be an edge.
+feed-forward has no residual), and weights start as BERT's (Xavier there); the loss is that of --loss; L_recon is a mean
+over edges (in the release a sum, of weight 1 and without the logarithm, so that it weighs far more); gamma looks one
+hop far; the reward of L_mask is always 1, as one that depends on earlier steps' losses would be lost when a run is
+continued; masks are drawn, and L_mask counts a tenth, at each step, where the release does both in each tenth step; a
+loop of A + I is masked where all edges of its item are; the MLP has one hidden layer; a drawn pair changes v alone, and
+may be an edge; and a path goes on from both ends of its edges (the release adds the numbers of their two items, which
+leads to other items, and masks less).
 """
 
 from collections.abc import Iterator

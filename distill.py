@@ -167,12 +167,11 @@ def tell_what_is_idle(config: dict) -> None:
     of_blocks = ("lambda_cos", "lambda_norm", "lambda_ms", "lambda_ms_teacher", "kl_blocks")
     if any(config[name] for name in of_blocks):
         return
-    for name, value, usual in (
-        ("block_reduction", config["block_reduction"], "sum"),
-        ("num_blocks", config["num_blocks"], 4),
-    ):
-        if value != usual:
-            print(f"--{name} {value} has no effect: no term of several blocks is on")
+    if config["block_reduction"] != "sum":
+        print(f"--block_reduction {config['block_reduction']} has no effect: no term of several blocks is on")
+    usual_fits = math.gcd(config["num_layers"], config["teacher_layers"]) % 4 == 0
+    if config["num_blocks"] != 4 and usual_fits:
+        print(f"--num_blocks {config['num_blocks']} has no effect: no term of several blocks is on")
 
 
 def check_mode(config: dict) -> None:

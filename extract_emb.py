@@ -40,9 +40,9 @@ def check_trained(table: torch.Tensor, drawn: torch.Tensor) -> None:
 
 def from_recommender(data: Sequences, dataset: str, model: str | None, sr_dir: str | None) -> tuple[torch.Tensor, dict]:
     """The table of a trained recommender, and what its configuration holds of it."""
-    source = Path(sr_dir or cli.ROOT / "outputs" / data.name / (model or "sasrec"))
-    train = f"{source} holds no finished run; make it: python train_sr_trad.py --dataset {dataset}"
-    train += f" --model {model}" if model else ""
+    name = model or "sasrec"
+    source = Path(sr_dir or cli.ROOT / "outputs" / data.name / name)
+    train = f"{source} holds no finished run; make it: python train_sr_trad.py --dataset {dataset} --model {name}"
     trained, metrics = finished_run(source, train)
     if trained.get("kind") != "sr":
         raise UserError(f"--sr_dir {source} is no run of train_sr_trad.py")

@@ -457,6 +457,7 @@ def test_a_recipe_may_name_the_model(tmp_path, monkeypatch):
         ("sr: {third: {width: 3}}", r"unknown key sr\.third"),
         ("data: {other: {width: 3}}", r"unknown key data\.other"),
         ("teacher: {other: {width: 3}}", r"unknown key teacher\.other"),
+        ("sr: {model: [other]}", r"--model \['other'\]: expected one of"),
         ("data: {negatives: 99}", r"unknown key data\.negatives"),
     ],
 )

@@ -72,7 +72,7 @@ def resolve(
     model = None
     if models and "model" in parameters:
         chosen = {"model": parameters["model"].default} | sections["data"] | sections.get(section, {}) | given
-        model = chosen["model"]
+        model = None if chosen["model"] is None else str(chosen["model"])
         if model is not None and model not in models:
             raise UserError(f"--model {model}: expected one of {', '.join(models)}")
     flags = flags_of(main, models, model)
@@ -157,9 +157,10 @@ def help_text(main: Callable, section: str | None, script: str, argv: list[str],
 def portable_path(path: Path) -> str:
     """A path as configurations hold it: relative to the checkout where it lies inside, so that records are portable."""
     path = path.absolute()
-    if HALF.search(str(path)):  # as Python reads bytes that are no UTF-8
-        raise UserError(f"{str(path)!r} is no text in UTF-8; rename the folder, or choose another")
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    text = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    if HALF.search(text):  # as Python reads bytes that are no UTF-8
+        raise UserError(f"{text!r} is no text in UTF-8; rename the folder, or choose another")
+    return text
 
 
 def inherit(config: dict, source: dict, names: list[str], where: str) -> None:

@@ -126,9 +126,9 @@ def check_writable(folder: Path, flag: str) -> None:
     folder = Path(os.path.realpath(folder))
     nearest = next(part for part in (folder, *folder.parents) if part.exists())
     if not nearest.is_dir():
-        raise UserError(f"{flag} {nearest} is a file; choose another place")
+        raise UserError(f"{flag}: {nearest} is a file; choose another place")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {folder}: nothing may be written to {nearest}; choose another place")
+        raise UserError(f"{flag}: nothing may be written to {nearest}; choose another place")
 
 
 def check_replaceable(folder: Path, names: list[str], flag: str) -> None:

@@ -77,10 +77,12 @@ class Run:
         if self.sharded:
             check_sharded(config, self.accelerator.num_processes)
         self.finished = self._open_folder()
-        if not self.finished:
-            check_writable(self.folder, "--output_dir")
         if self.accelerator.is_main_process:
-            if (self.folder / LOCK).exists():  # tell a folder in use before long work; `start` keeps the lock
+            if not self.finished:
+                check_writable(self.folder, "--output_dir")
+            if (
+                not self.finished and (self.folder / LOCK).exists()
+            ):  # tell a folder in use before long work; `start` keeps the lock
                 self._take_lock()
                 self.lock.release()
             print_config(self.config)
@@ -322,10 +324,8 @@ class Run:
             metrics = {
                 "valid": chosen["metrics"],
                 "test": metrics_by_kind(ranks),
-                "best_step": state["best_step"],
                 "steps": state["step"],
-                "planned_steps": state["planned_steps"],
-                "steps_per_epoch": state["steps_per_epoch"],
+                **{name: state[name] for name in ("best_step", "planned_steps", "steps_per_epoch", "starts")},
                 "stopped_early": state["step"] < state["planned_steps"],
                 "selected_by": "valid " + self.config["select_by"].replace("/", " "),
                 "seconds": {
@@ -338,7 +338,6 @@ class Run:
                 "protocol": protocol(self.data, self.config["max_seq_length"]),
                 "baselines": below,
                 "environment": {name: value for name, value in state["starts"][-1].items() if name != "step"},
-                "starts": state["starts"],
                 "run_id": self.config["run_id"],
             }
             plot_curve(self.folder, self.config["select_by"])

@@ -29,6 +29,7 @@ from utils.experiments import (
     execute,
     expected_seconds,
     finished_experiments,
+    read_record,
     record,
     records,
     with_parents,
@@ -81,6 +82,8 @@ def main() -> None:
         places = (f"recipes/{dataset}.yaml", f"outputs/{dataset}", f"results/runs/{dataset}")
         if not any((cli.ROOT / place).exists() for place in places):
             assets.dataset_folder(dataset)
+    if (base := getattr(args, "base_model", None)) and Path(base).is_dir():  # the scripts run in the checkout
+        args.base_model = cli.portable_path(Path(base))
     verb = {"list": show_list, "plan": show_plan, "run": run, "show": show, "record": write_records, "compare": compare}
     verb[args.verb](args)
 
@@ -281,6 +284,9 @@ def write_records(args: argparse.Namespace) -> None:
     for folder in folders:
         for experiment in finished_experiments(folder.parent.name):
             if found := record(experiment):
+                path = experiment.record_file
+                if path.exists() and read_record(path)["experiment"] != found["experiment"]:
+                    raise UserError(f"{path} is of another run, whose base model has the same name; move it away")
                 write_json(found, experiment.record_file)
                 print(experiment.record_file.relative_to(cli.ROOT))
     with atomic_file(TABLES) as part:

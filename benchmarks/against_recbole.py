@@ -17,6 +17,7 @@ steps.
 import argparse
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -79,8 +80,8 @@ def theirs(args: argparse.Namespace, name: str, data: Sequences, folder: Path) -
         "steps": STEPS,
     }
     mode = {"quality": "train", "speed": "time"}[args.part]
-    python = Path(args.python).absolute()  # RecBole writes logs into the directory where it runs
-    subprocess.run([python, THEIRS, mode, folder, model, json.dumps(settings)], check=True, cwd=folder)
+    # RecBole writes logs into the directory where it runs
+    subprocess.run([args.python, THEIRS, mode, folder, model, json.dumps(settings)], check=True, cwd=folder)
     KNOWN[model] = read_json(folder / "result.json", "RecBole wrote no result")
     return KNOWN[model]
 
@@ -181,6 +182,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--repeats", type=count, default=3, help="for speed")
     args = parser.parse_args()
+    if (python := shutil.which(args.python)) is None:
+        parser.error(f"--python {args.python}: no program of that name")
+    args.python = Path(python).absolute()
     check_dataset(args, lambda record: record["datasets"].get(args.part, args.dataset))
     data, measure = Sequences.load(dataset_folder(args.dataset)), {"quality": quality, "speed": speed}[args.part]
     subprocess.run([args.python, "-c", "import recbole"], check=True, capture_output=True, encoding="utf-8")

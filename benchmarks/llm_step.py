@@ -42,6 +42,7 @@ from utils.candidates import draw_negatives
 from utils.checked import read_json
 from utils.cli import ROOT
 from utils.data import Examples, Sequences, shuffled_batches, split_examples, training_examples
+from utils.errors import UserError
 from utils.files import write_json
 from utils.memory import peak_extra_bytes
 from utils.metrics import rank_users
@@ -95,6 +96,10 @@ def released_ranks(model: LLMRec, data: Sequences, examples: Examples, index: np
     for user in data.users[index]:
         seen = set(data.items[data.offsets[user] : data.offsets[user + 1]].tolist())
         unseen = list(set(range(1, data.num_items + 1)) - seen)
+        if len(unseen) < 999:
+            raise UserError(
+                f"{data.name}: a user has {len(unseen)} other items, and 999 are drawn; choose a larger one"
+            )
         candidates.append([int(data.items[data.offsets[user + 1] - 1]), *random.sample(unseen, 999)])
     scores = released_vectors(model, histories) @ model.table.T
     found = scores.gather(1, torch.tensor(candidates, device=device))
@@ -418,6 +423,19 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def check_depths(args: argparse.Namespace) -> None:
+    """UserError for what would end the benchmark after its long part."""
+    if args.dataset:
+        dataset_folder(args.dataset)
+    for depth in (args.num_layers, *args.student_layers):
+        if depth % 4:
+            raise UserError(f"{depth} layers do not make 4 blocks, as --num_layers and --student_layers are cut into")
+    known = 32 if args.base_model == LLAMA else base_config(base_model_path(args.base_model)).num_hidden_layers
+    args.full_layers = args.full_layers or known
+    if max(args.full_layers, args.num_layers, *args.student_layers) > known:
+        raise UserError(f"--base_model {args.base_model} has {known} layers; ask for no more")
+
+
 def main() -> None:
     parser = command_line(__doc__, "llm_step")
     parser.add_argument("--base_model", default="smollm2-135m", help="as finetune.py takes it, or llama-7b-shape")
@@ -431,11 +449,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
-    if args.dataset:
-        dataset_folder(args.dataset)  # what is not there is told before the base model is made
-    if args.full_layers is None:
-        known = 32 if args.base_model == LLAMA else None
-        args.full_layers = known or base_config(base_model_path(args.base_model)).num_hidden_layers
+    check_depths(args)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     random.seed(0)
     benchmark = Benchmark(args, accelerator.device, getattr(torch, args.dtype))

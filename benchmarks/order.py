@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.command import command_line, count, run_main
 from utils.checked import check_file
 from utils.cli import ROOT
+from utils.errors import UserError
 from utils.files import write_json
 from utils.report import environment, markdown_table
 
@@ -50,9 +51,12 @@ def call(script: str, *arguments: object) -> None:
 
 def by_item(source: Path, target: Path) -> Path:
     """The same TSV with its lines sorted by item, as raw files are."""
-    with gzip.open(source, "rt", encoding="utf-8") as file:
-        header, *rows = csv.reader(file, delimiter="\t")
-    rows.sort(key=lambda row: row[header.index("asin")])
+    try:
+        with gzip.open(source, "rt", encoding="utf-8") as file:
+            header, *rows = csv.reader(file, delimiter="\t")
+        rows.sort(key=lambda row: row[header.index("asin")])
+    except (EOFError, OSError, ValueError, IndexError) as error:
+        raise UserError(f"{source} is no whole gzip file of tab-separated rows with an asin each ({error})") from error
     with open(target, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter="\t").writerows([header, *rows])
     return target

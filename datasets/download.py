@@ -50,13 +50,21 @@ def fetch(url: str, target: Path, timeout: float) -> None:
     if total and part.stat().st_size < total:
         raise OSError(f"it broke off after {part.stat().st_size:,} of {total:,} bytes")
     try:
-        with igzip.open(part, "rb") as file:
+        check_whole(part)
+    except OSError:
+        part.unlink()
+        raise
+    os.replace(part, target)
+
+
+def check_whole(path: Path) -> None:
+    """OSError where a file is no gzip file, or is cut off."""
+    try:
+        with igzip.open(path, "rb") as file:
             while file.read(BLOCK):
                 pass
     except (EOFError, BadGzipFile, isal_zlib.error) as error:
-        part.unlink()
-        raise OSError(f"what came is no whole gzip file ({error})") from error
-    os.replace(part, target)
+        raise OSError(f"{path} is no whole gzip file ({error})") from error
 
 
 def download(args: argparse.Namespace) -> None:
@@ -71,6 +79,11 @@ def download(args: argparse.Namespace) -> None:
     for name, path in wanted.items():
         target = args.output / name
         failures = []
+        if target.exists():
+            try:
+                check_whole(target)
+            except OSError as error:
+                raise UserError(f"{error}; remove it, it is fetched again") from error
         for mirror in [] if target.exists() else (args.mirror or MIRRORS):
             for _ in range(args.tries):
                 try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from interactions import is_header
 from sources import is_parquet, text_of
 from times import is_value
 
@@ -141,7 +142,7 @@ def read_text(path: Path, layout: Layout) -> tuple[list[str], pd.DataFrame, Call
         raise UserError(f"{path} is empty; it needs {'' if layout.columns else 'a header line and '}one row per line")
     separator = layout.separator or next((one for one in ("\t", "::", ",", ";", "|") if one in first), ",")
     given = separator
-    if len(separator) > 1:  # the parser knows separators of one character
+    if len(separator.encode()) > 1:  # the parser knows separators of one byte
         spare = next((one for one in "\x1f\x1e\x1d\x1c" if one not in text), None)
         if spare is None:
             raise UserError(f"{path} holds control characters beside the separator {separator!r}; convert it first")
@@ -155,9 +156,17 @@ def read_text(path: Path, layout: Layout) -> tuple[list[str], pd.DataFrame, Call
     if not layout.columns:
         names = [RECBOLE.sub("", name.strip()) for name in names]
         value = next((name for name in names if is_value(name)), None)
-        if value is not None:
+        if value is not None and not (len(names) > 1 and is_header(*names[:2])):
             raise UserError(f"{path}, line {blank + 1} holds values ({value}), no names of columns; {layout.no_header}")
     skip = blank + (layout.columns is None)
+
+    def wrong_length(wrong: Callable[[int], bool]) -> str | None:
+        """Of the first row with a wrong number of values."""
+        for start, _, fields in records(text, separator, quoted):
+            if wrong(len(fields)):
+                return f"line {start} has {len(fields)} values, there are {len(names)} columns"
+        return None
+
     options = {"sep": separator, "quoting": quoting, "lineterminator": "\n", "skiprows": skip, "index_col": False}
     try:
         with warnings.catch_warnings():
@@ -166,12 +175,11 @@ def read_text(path: Path, layout: Layout) -> tuple[list[str], pd.DataFrame, Call
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{path} holds no row below its header") from error
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        reason = f"{error}"
-        for start, _, fields in records(text, separator, quoted):
-            if len(fields) > len(names):
-                reason = f"line {start} has {len(fields)} values, there are {len(names)} columns"
-                break
+        reason = wrong_length(lambda count: count > len(names)) or error
         raise UserError(f"{path} cannot be parsed: {reason}") from error
+    last = table.iloc[:, -1]
+    if (last.isna() | (last == "")).any() and (reason := wrong_length(lambda count: count < len(names))):
+        raise UserError(f"{path}, {reason}; mend it, or fetch it again if it was cut off")
 
     def where(row: int) -> str:
         """Read again: a file that is right need not keep its text."""

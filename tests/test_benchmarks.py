@@ -51,7 +51,24 @@ def test_bad_input_ends_with_one_line(name, tmp_path, capsys, monkeypatch):
     assert stop.value.code == 2 and f"{out} holds what was measured on a" in line and out.read_text() == held
 
 
-@pytest.mark.parametrize("place", [".", "nowhere/out.json", "file/out.json"])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num_layers", "6"], "6 layers do not make 4 blocks"),
+        (["--student_layers", "4", "3"], "3 layers do not make 4 blocks"),
+        (["--base_model", "llama-7b-shape", "--full_layers", "33"], "llama-7b-shape has 32 layers"),
+    ],
+)
+def test_depths_that_a_benchmark_cannot_measure_are_told_first(flags, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["llm_step.py", *flags, "--out", str(tmp_path / "out.json")])
+    monkeypatch.setattr(llm_step, "Benchmark", lambda *_: 1 / 0)  # what measures
+    with pytest.raises(SystemExit) as stop:
+        llm_step.run_main(llm_step.main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and words in line
+
+
+@pytest.mark.parametrize("place", [".", "nowhere/out.json", "file/out.json", "out.png"])
 def test_a_place_that_takes_no_record_is_told_first(place, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["cost.py", "--out", str(tmp_path / place)])

@@ -514,6 +514,9 @@ def test_download_ends_whole_and_goes_on_where_it_broke_off(mirror, tmp_path):
     assert any(ranged for _, ranged in handler.seen) == (handler.behaviour != "good")
     asked = len(handler.seen)
     assert fetch(tmp_path, url).returncode == 0 and len(handler.seen) == asked  # what is there is not fetched again
+    (tmp_path / min(names)).write_bytes(BODY[:-9])
+    done = fetch(tmp_path, url)
+    assert done.returncode == 2 and "is no whole gzip file" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,19 @@ def rows(*times: object, header: str = "user_id,item_id,timestamp") -> str:
     return header + "\n" + "".join(f"u,{'abcdefghij'[n]},{time}\n" for n, time in enumerate(times))
 
 
+@pytest.mark.parametrize(
+    ("data", "flags"),
+    [
+        ("user_id,item_id,0\nu,a,7\nu,b,8\nu,c,9\n", []),  # a column without a name, as pandas writes it
+        ("user_id¦item_id\nu¦a\nu¦b\nu¦c\n", ["--separator", "¦"]),
+        ("user_id,item_id,title\nu,a,\nu,b,\nu,c,\n", []),
+    ],
+)
+def test_less_usual_tables_are_read(data, flags, run):
+    code, made, err = run("interactions", data, *flags)
+    assert code == 0 and order(made) == "abc", err
+
+
 # --- times ---
 
 NUMBERS = [
@@ -266,6 +279,8 @@ def test_layouts(data, flags, run):
         ("userId,movieId,rating,timestamp\n1,2,3,4\n", PLAIN, "line 1: this is a header line"),
         ("1,2\n", ["--header", "none"], "--columns"),
         ("1,2\n", ["--columns", "user,item"], "--header none"),
+        ("user_id,item_id,rating\n1,10,5\n1,11,4\n2,1", [], "line 4 has 2 values, there are 3 columns"),
+        ("user_id,item_id,title\n1,10,a\n1,11\n2,1,b\n", [], "line 3 has 2 values, there are 3 columns"),
         ("1,2,3\n", ["--header", "none", "--columns", "user,item"], "line 1 has 3 values, --columns names 2"),
         ("1,2\n1,2,3\n", ["--header", "none", "--columns", "user,item"], "line 2 has 3 values"),
         ("1,2\n", ["--header", "none", "--columns", "who,what"], "no column 'user_id'"),

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import reproduce
 from benchmarks import tables
-from utils.experiments import records
+from utils.experiments import from_entry, read_record, records
 
 pytestmark = pytest.mark.records
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in tables.FILES}
@@ -41,6 +41,14 @@ def measured_parts(found: object) -> Iterator[dict]:
     elif isinstance(found, dict | list):
         for part in found.values() if isinstance(found, dict) else found:
             yield from measured_parts(part)
+
+
+def test_every_record_is_of_today_s_flags_and_recipes():
+    paths = list((ROOT / "results" / "runs").glob("*/*.json"))
+    assert len(paths) > 100
+    for path in paths:
+        run = read_record(path)
+        assert run["fingerprint"] == from_entry(run["experiment"]).fingerprint(), path
 
 
 def test_every_record_was_measured_on_a_clean_committed_tree():

@@ -256,6 +256,52 @@ def test_other_data_under_the_same_name_are_another_run(place, monkeypatch):
     assert states == {"a": ["finished", "recorded"], "b": ["changed", "to run"]}
 
 
+def test_attributes_and_titles_are_data_too(place, monkeypatch):
+    """A run that read others has changed, and so has what reads that run."""
+    process(monkeypatch, place)
+    folder, runs = place / "datasets" / "small", ("sasrec", "item-table", "teacher")
+    call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1")
+    folder.mkdir(parents=True)
+    (folder / "items.tsv").write_text("item\ttitle\n")
+    (folder / "dataset.json").write_text(json.dumps({"fingerprint": "a", "attributes_fingerprint": "b"}))
+    held = {}
+    for run in runs:
+        config = place / "outputs" / "small" / "paper" / f"{run}-seed1" / "config.json"
+        held[config] = json.loads(config.read_text()) | {"dataset_fingerprint": "a"}
+        config.write_text(json.dumps(held[config]))
+    names = ("SASRec", "item table", "teacher")
+    states = lambda: [Experiment("small", "strong", name, 1).state() for name in names]  # noqa: E731
+    assert states() == ["finished"] * 3
+    of_sasrec, of_table, _ = held
+    of_sasrec.write_text(json.dumps(held[of_sasrec] | {"attributes_fingerprint": None}))
+    assert states() == ["changed"] * 3
+    of_sasrec.write_text(json.dumps(held[of_sasrec] | {"attributes_fingerprint": "b"}))
+    of_table.write_text(json.dumps(held[of_table] | {"titles_sha256": "0"}))
+    assert states() == ["finished", "changed", "changed"]
+
+
+def test_records_of_two_versions_of_a_dataset_are_told(place, monkeypatch):
+    process(monkeypatch, place)
+    call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1")
+    call(monkeypatch, "record")
+    path = place / "results" / "runs" / "small" / "teacher-seed1.json"
+    run = json.loads(path.read_text())
+    path.write_text(json.dumps(run | {"config": run["config"] | {"dataset_fingerprint": "other"}}))
+    with pytest.raises(reproduce.UserError, match=r"teacher-seed1\.json are of two versions of small; remove"):
+        call(monkeypatch, "show", "table2")
+
+
+def test_records_of_base_models_of_the_same_name_do_not_replace_each_other(place, monkeypatch):
+    process(monkeypatch, place)
+    for base in ("one/base", "other/base"):
+        call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1", "--base_model", base)
+        if base == "one/base":
+            call(monkeypatch, "record")
+            shutil.rmtree(place / "outputs")
+    with pytest.raises(reproduce.UserError, match="is of another run, whose base model has the same name"):
+        call(monkeypatch, "record")
+
+
 def test_a_run_stops_when_the_budget_is_used_up_and_goes_on_later(place, monkeypatch, capsys):
     ran = process(monkeypatch, place, endless=("teacher-seed1",))
     times = iter([0.0, *range(10), *[10.0**6] * 99])
@@ -556,6 +602,9 @@ def test_a_damaged_file_of_a_run_is_told(place, monkeypatch, entry):
         ),
         ("claims", CLAIMS.replace(", paper: 1", ""), "expected a claim, what the paper says"),
         ("claims", CLAIMS.replace("better:", "beter:"), "expected a claim"),
+        ("claims", CLAIMS.replace("better: [", "share: [total, "), "expected a claim"),
+        ("table2", TABLE.replace("{run: student,", "{run: student, datasets: small,"), "expected a list of names"),
+        ("table2", TABLE.replace("released: [1]", "released: []"), "expected a list of seeds"),
         ("claims", CLAIMS.replace("better: [student, SASRec]", "better: 3"), "expected a claim"),
         ("claims", CLAIMS.replace("better: [student, SASRec]", "better: [student]"), "expected a claim"),
         ("table2", "just text", "expected name: value lines"),

@@ -151,7 +151,7 @@ def test_a_claim_holds_by_the_interval_over_users(monkeypatch):
     assert [cell[2:] for cell in cells if cell[0] == "everywhere"][1] == ["elsewhere", "-", "not measured yet"]
     assert cells[-1][2:] == ["-", "-", "not tested here"] and len(cells) == len(judged) + 4
     gain = 1 - 1 / np.log2(3)
-    assert cells[0][3] == f"1.0000 beside {1 - gain:.4f}: {gain:+.4f} ({gain:+.4f} .. {gain:+.4f}), 1 seeds"
+    assert cells[0][3] == f"1.0000 beside {1 - gain:.4f}: {gain:+.4f} ({gain:+.4f} .. {gain:+.4f}), 1 seed"
 
 
 def test_times_are_compared_where_hardware_and_threads_are_the_same():

@@ -26,7 +26,7 @@ from utils import cli
 from utils.checked import COUNT, DAMAGE, NUMBER, TEXT, Rule, load_tensors, maybe, read_json, unreadable
 from utils.data import planned_steps
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import sha256, write_json
 from utils.metrics import RANKS_FILE
 from utils.paper_runs import READS, SECTIONS, Spec, protocols, recipe, specs
 from utils.run_files import METRICS, finished_run, read_config, read_metrics
@@ -94,9 +94,8 @@ class Experiment:
     @cache  # noqa: B019  as many as there are runs
     def fingerprint(self) -> str:
         """Of all that decides what the run computes: equal where flags, recipe, seed and what it reads are equal."""
-        values = [recipe(self.dataset)["data"], self.of_recipe()]
         read = [parent.fingerprint() for parent in self.named_parents()]
-        what = [self.spec.script, self.flags(), values, self.seed, read]
+        what = [self.spec.script, self.flags(), [recipe(self.dataset)["data"], self.of_recipe()], self.seed, read]
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
     def of_recipe(self) -> dict[str, object]:
@@ -149,10 +148,14 @@ class Experiment:
         return read_json(path, "", RECORD, f"remove it and {self.folder}") if path.exists() else {}
 
     def is_of_this_data(self, config: dict) -> bool:
-        """Whether a run read the dataset as it is now; yes where the dataset is not here."""
-        path = cli.ROOT / "datasets" / self.dataset / "dataset.json"
-        now = read_json(path, "").get("fingerprint") if path.exists() else None
-        return now is None or config.get("dataset_fingerprint", now) == now
+        """Whether a run read the dataset, its attributes and titles as they are now; yes where it is not here."""
+        folder = cli.ROOT / "datasets" / self.dataset
+        if not (folder / "dataset.json").exists():
+            return True
+        info = read_json(folder / "dataset.json", "")
+        now = {"dataset_fingerprint": info["fingerprint"], "attributes_fingerprint": info.get("attributes_fingerprint")}
+        now |= {"titles_sha256": sha256(folder / "items.tsv")} if "titles_sha256" in config else {}
+        return all(config.get(name, value) == value for name, value in now.items())
 
     def state(self) -> str:
         """finished, recorded, failed, interrupted, changed (other flags, recipe or data), or to run."""
@@ -160,7 +163,8 @@ class Experiment:
         if kept.get("fingerprint", of) != of:
             return "changed"
         if kept.get("outcome") == "finished" and config.exists():
-            return "finished" if self.is_of_this_data(read_json(config, "")) else "changed"
+            changed = any(parent.state() == "changed" for parent in self.parents())
+            return "finished" if not changed and self.is_of_this_data(read_json(config, "")) else "changed"
         found = read_json(self.record_file, "") if self.record_file.exists() else {}
         if found.get("fingerprint") == of and self.is_of_this_data(found.get("config", {})):
             return "recorded"
@@ -332,9 +336,13 @@ def read_record(path: Path) -> dict:
 
 def records(dataset: str, base_model: str | None = None) -> dict[tuple[str, str, int], dict]:
     """The committed records of a dataset by protocol, run and seed; also by the names of runs that compute the same."""
-    found = [read_record(path) for path in sorted((cli.ROOT / "results" / "runs" / dataset).glob("*.json"))]
-    of = [from_entry(run["experiment"]) for run in found]
-    pairs = [(e, run) for e, run in zip(of, found, strict=True) if e == replace(e, base_model=base_model)]
+    read = {path: read_record(path) for path in sorted((cli.ROOT / "results" / "runs" / dataset).glob("*.json"))}
+    versions = {run.get("config", {}).get("dataset_fingerprint"): path for path, run in read.items()}
+    if len(versions) > 1:
+        one, other, *_ = versions.values()
+        raise UserError(f"{one} and {other} are of two versions of {dataset}; remove the records of one of them")
+    pairs = [(from_entry(run["experiment"]), run) for run in read.values()]
+    pairs = [(e, run) for e, run in pairs if e == replace(e, base_model=base_model)]
     found = {(e.protocol, e.name, e.seed): run for e, run in pairs}
     for experiment, run in pairs:
         for other in experiment.equals() if run.get("fingerprint") == experiment.fingerprint() else []:

@@ -43,7 +43,8 @@ def judged(kind: str, pair: list[str], found: dict) -> tuple[str, str]:
         for name in pair
     ]
     gain, low, high = values
-    ours = f"{means[0]:.4f} beside {means[1]:.4f}: {gain:+.4f} ({low:+.4f} .. {high:+.4f}), {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    ours = f"{means[0]:.4f} beside {means[1]:.4f}: {gain:+.4f} ({low:+.4f} .. {high:+.4f}), {len(seeds)} seed"
+    ours += "s" if len(seeds) > 1 else ""
     if kind == "as_good":
         return ours, f"{'holds' if means[0] >= ENOUGH * means[1] else 'does not hold'} ({means[0] / means[1]:.1%})"
     return ours, "holds" if low > 0 else "does not hold" if high < 0 else "within noise"

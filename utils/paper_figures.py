@@ -51,7 +51,7 @@ def depth_figure(table: Table, dataset: str, protocol: str, found: dict, path: P
     trained, direct = depth_points(table, protocol, found)
     if len(trained) < 2:
         return
-    base = measured(found, protocol, table.rows["SASRec"])
+    base = measured(found, protocol, table.rows["SASRec"]) if "SASRec" in table.rows else []
     printed = read_json(PAPER, "")[table.paper[0]]["trained_at_depth"]
     from matplotlib.figure import Figure  # takes a second to import, which most verbs do not need
 

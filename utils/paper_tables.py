@@ -78,7 +78,8 @@ def is_claim(value: object) -> bool:
     if not all(isinstance(of, list) and all(map(TEXT[1], of)) for of in lists.values()):
         return False
     judged = [name for name in lists if name != "datasets"]
-    return len(judged) <= 1 and all(len(lists[name]) == JUDGED[name] for name in judged)
+    parts = lists["share"][0].count("/") == 1 if "share" in judged and lists["share"] else True
+    return len(judged) <= 1 and parts and all(len(lists[name]) == JUDGED[name] for name in judged)
 
 
 def is_published(value: object) -> bool:
@@ -86,12 +87,14 @@ def is_published(value: object) -> bool:
     return value is None or (whole and NUMBER[1](value["ndcg"]) and value["ndcg"] > 0)
 
 
+SEEDS: Rule = ("a list of seeds", lambda value: isinstance(value, list) and value and all(map(COUNT[1], value)))
+NAMES: Rule = ("a list of names", lambda value: isinstance(value, list) and all(map(TEXT[1], value)))
 RULE: Rule = {
-    **{"title": TEXT, "shape": TEXT, "paper": [TEXT], "seeds": {"*": {"*": [COUNT]}}},
+    **{"title": TEXT, "shape": TEXT, "paper": [TEXT], "seeds": {"*": {"*": SEEDS}}},
     "claims": [("a claim, what the paper says, and at most one of " + ", ".join(JUDGED), is_claim)],
     "pairs": [("two runs", lambda pair: isinstance(pair, list) and len(pair) == 2 and all(map(TEXT[1], pair)))],
 }
-ROWS: Rule = {"*": dict.fromkeys(("run", "baseline", "paper"), maybe(TEXT)) | {"model": TEXT}}
+ROWS: Rule = {"*": dict.fromkeys(("run", "baseline", "paper"), maybe(TEXT)) | {"model": TEXT, "datasets": maybe(NAMES)}}
 ROWS["*"]["published"] = ("ndcg, loss and source", is_published)
 
 

@@ -82,8 +82,9 @@ def main() -> None:
         places = (f"recipes/{dataset}.yaml", f"outputs/{dataset}", f"results/runs/{dataset}")
         if not any((cli.ROOT / place).exists() for place in places):
             assets.dataset_folder(dataset)
-    if (base := getattr(args, "base_model", None)) and Path(base).is_dir():  # the scripts run in the checkout
-        args.base_model = cli.portable_path(Path(base))
+    base = getattr(args, "base_model", None)
+    if base and base != assets.EMBEDDED_MODEL and Path(base).is_dir():  # the scripts run in the checkout
+        args.base_model = cli.portable_path(Path(base).resolve())
     verb = {"list": show_list, "plan": show_plan, "run": run, "show": show, "record": write_records, "compare": compare}
     verb[args.verb](args)
 
@@ -180,7 +181,7 @@ def base_layers(experiment: Experiment) -> int:
     sections = recipe(experiment.dataset)
     values = sections["data"] | sections["open_p5" if experiment.spec.script == "train_open_p5" else "teacher"]
     base = experiment.base_model or values.get("base_model") or assets.EMBEDDED_MODEL
-    return base_config(assets.base_model_path(str(base))).num_hidden_layers
+    return base_config(assets.base_model_path(str(base), cli.ROOT)).num_hidden_layers
 
 
 # --- verbs ---

@@ -27,7 +27,7 @@ def file_to_write(text: str) -> Path:
     """A file is written beside its place and moved there: what cannot be is told before anything is measured."""
     path, folder = Path(text), Path(os.path.realpath(text)).parent
     if path.suffix != ".json":
-        raise argparse.ArgumentTypeError(f"{text}: a name that ends in .json")
+        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .json")
     if (path.is_file() or not path.exists()) and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
         return path
     raise argparse.ArgumentTypeError(f"{text} is no file in a folder that may be written to")

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def by_item(source: Path, target: Path) -> Path:
         with gzip.open(source, "rt", encoding="utf-8") as file:
             header, *rows = csv.reader(file, delimiter="\t")
         rows.sort(key=lambda row: row[header.index("asin")])
-    except (EOFError, OSError, ValueError, IndexError) as error:
+    except (EOFError, OSError, ValueError, IndexError, csv.Error, zlib.error) as error:
         raise UserError(f"{source} is no whole gzip file of tab-separated rows with an asin each ({error})") from error
     with open(target, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter="\t").writerows([header, *rows])

@@ -159,14 +159,6 @@ def read_text(path: Path, layout: Layout) -> tuple[list[str], pd.DataFrame, Call
         if value is not None and not (len(names) > 1 and is_header(*names[:2])):
             raise UserError(f"{path}, line {blank + 1} holds values ({value}), no names of columns; {layout.no_header}")
     skip = blank + (layout.columns is None)
-
-    def wrong_length(wrong: Callable[[int], bool]) -> str | None:
-        """Of the first row with a wrong number of values."""
-        for start, _, fields in records(text, separator, quoted):
-            if wrong(len(fields)):
-                return f"line {start} has {len(fields)} values, there are {len(names)} columns"
-        return None
-
     options = {"sep": separator, "quoting": quoting, "lineterminator": "\n", "skiprows": skip, "index_col": False}
     try:
         with warnings.catch_warnings():
@@ -175,11 +167,17 @@ def read_text(path: Path, layout: Layout) -> tuple[list[str], pd.DataFrame, Call
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{path} holds no row below its header") from error
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        reason = wrong_length(lambda count: count > len(names)) or error
+        reason = f"{error}"
+        for start, _, fields in records(text, separator, quoted):
+            if len(fields) > len(names):
+                reason = f"line {start} has {len(fields)} values, there are {len(names)} columns"
+                break
         raise UserError(f"{path} cannot be parsed: {reason}") from error
-    last = table.iloc[:, -1]
-    if (last.isna() | (last == "")).any() and (reason := wrong_length(lambda count: count < len(names))):
-        raise UserError(f"{path}, {reason}; mend it, or fetch it again if it was cut off")
+    if not text.endswith("\n") and len(table) and table.iloc[-1, -1] in ("", None, np.nan):
+        *_, (start, _, fields) = records(text, separator, quoted)
+        if len(fields) < len(names):  # elsewhere empty values at the end of a line may be left out
+            wrong = f"line {start}, the last, has {len(fields)} values and no end, there are {len(names)} columns"
+            raise UserError(f"{path}, {wrong}: it was cut off; fetch it again, or end the line")
 
     def where(row: int) -> str:
         """Read again: a file that is right need not keep its text."""

@@ -35,7 +35,7 @@ def test_help_is_printed(name, capsys, monkeypatch):
 def test_bad_input_ends_with_one_line(name, tmp_path, capsys, monkeypatch):
     """A dataset that is not there, and a record of another dataset. Nothing is written."""
     module, out = importlib.import_module(f"benchmarks.{name}"), tmp_path / "out.json"
-    first = ["quality", "--python", "python"] if name == "against_recbole" else []
+    first = ["quality", "--python", sys.executable] if name == "against_recbole" else []
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *first, "--dataset", "nowhere", "--out", str(out)])
     with pytest.raises(SystemExit) as stop:
         module.run_main(module.main)

@@ -256,28 +256,27 @@ def test_other_data_under_the_same_name_are_another_run(place, monkeypatch):
     assert states == {"a": ["finished", "recorded"], "b": ["changed", "to run"]}
 
 
-def test_attributes_and_titles_are_data_too(place, monkeypatch):
-    """A run that read others has changed, and so has what reads that run."""
+def test_a_base_model_in_the_working_folder_is_found_from_the_checkout(place, tmp_path_factory, monkeypatch):
+    work, ran = tmp_path_factory.mktemp("work"), process(monkeypatch, place)
+    (work / "mine").mkdir()
+    monkeypatch.chdir(work)
+    call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1", "--base_model", "./mine")
+    (teacher,) = (words for words in ran.commands if words[0] == "finetune.py")
+    assert teacher[teacher.index("--base_model") + 1] == str(work / "mine")
+
+
+def test_attributes_are_data_too(place, monkeypatch):
     process(monkeypatch, place)
-    folder, runs = place / "datasets" / "small", ("sasrec", "item-table", "teacher")
-    call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1")
+    folder, sasrec = place / "datasets" / "small", Experiment("small", "strong", "SASRec", 1)
+    call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1", "--rows", "SASRec")
     folder.mkdir(parents=True)
-    (folder / "items.tsv").write_text("item\ttitle\n")
     (folder / "dataset.json").write_text(json.dumps({"fingerprint": "a", "attributes_fingerprint": "b"}))
-    held = {}
-    for run in runs:
-        config = place / "outputs" / "small" / "paper" / f"{run}-seed1" / "config.json"
-        held[config] = json.loads(config.read_text()) | {"dataset_fingerprint": "a"}
-        config.write_text(json.dumps(held[config]))
-    names = ("SASRec", "item table", "teacher")
-    states = lambda: [Experiment("small", "strong", name, 1).state() for name in names]  # noqa: E731
-    assert states() == ["finished"] * 3
-    of_sasrec, of_table, _ = held
-    of_sasrec.write_text(json.dumps(held[of_sasrec] | {"attributes_fingerprint": None}))
-    assert states() == ["changed"] * 3
-    of_sasrec.write_text(json.dumps(held[of_sasrec] | {"attributes_fingerprint": "b"}))
-    of_table.write_text(json.dumps(held[of_table] | {"titles_sha256": "0"}))
-    assert states() == ["finished", "changed", "changed"]
+    config, states = place / sasrec.folder / "config.json", []
+    held = json.loads(config.read_text()) | {"dataset_fingerprint": "a"}
+    for changes in ({}, {"attributes_fingerprint": "b"}, {"attributes_fingerprint": None}):
+        config.write_text(json.dumps(held | changes))
+        states.append(sasrec.state())
+    assert states == ["finished", "finished", "changed"]
 
 
 def test_records_of_two_versions_of_a_dataset_are_told(place, monkeypatch):
@@ -287,7 +286,7 @@ def test_records_of_two_versions_of_a_dataset_are_told(place, monkeypatch):
     path = place / "results" / "runs" / "small" / "teacher-seed1.json"
     run = json.loads(path.read_text())
     path.write_text(json.dumps(run | {"config": run["config"] | {"dataset_fingerprint": "other"}}))
-    with pytest.raises(reproduce.UserError, match=r"teacher-seed1\.json are of two versions of small; remove"):
+    with pytest.raises(reproduce.UserError, match=r"1 of \d records of small, as .*teacher-seed1\.json, are of"):
         call(monkeypatch, "show", "table2")
 
 

@@ -26,7 +26,7 @@ from utils import cli
 from utils.checked import COUNT, DAMAGE, NUMBER, TEXT, Rule, load_tensors, maybe, read_json, unreadable
 from utils.data import planned_steps
 from utils.errors import UserError
-from utils.files import sha256, write_json
+from utils.files import write_json
 from utils.metrics import RANKS_FILE
 from utils.paper_runs import READS, SECTIONS, Spec, protocols, recipe, specs
 from utils.run_files import METRICS, finished_run, read_config, read_metrics
@@ -148,13 +148,12 @@ class Experiment:
         return read_json(path, "", RECORD, f"remove it and {self.folder}") if path.exists() else {}
 
     def is_of_this_data(self, config: dict) -> bool:
-        """Whether a run read the dataset, its attributes and titles as they are now; yes where it is not here."""
-        folder = cli.ROOT / "datasets" / self.dataset
-        if not (folder / "dataset.json").exists():
+        """Whether a run read the dataset, and its attributes if any, as they are now; yes where it is not here."""
+        path = cli.ROOT / "datasets" / self.dataset / "dataset.json"
+        if not path.exists():
             return True
-        info = read_json(folder / "dataset.json", "")
+        info = read_json(path, "")
         now = {"dataset_fingerprint": info["fingerprint"], "attributes_fingerprint": info.get("attributes_fingerprint")}
-        now |= {"titles_sha256": sha256(folder / "items.tsv")} if "titles_sha256" in config else {}
         return all(config.get(name, value) == value for name, value in now.items())
 
     def state(self) -> str:
@@ -163,8 +162,7 @@ class Experiment:
         if kept.get("fingerprint", of) != of:
             return "changed"
         if kept.get("outcome") == "finished" and config.exists():
-            changed = any(parent.state() == "changed" for parent in self.parents())
-            return "finished" if not changed and self.is_of_this_data(read_json(config, "")) else "changed"
+            return "finished" if self.is_of_this_data(read_json(config, "")) else "changed"
         found = read_json(self.record_file, "") if self.record_file.exists() else {}
         if found.get("fingerprint") == of and self.is_of_this_data(found.get("config", {})):
             return "recorded"
@@ -337,10 +335,11 @@ def read_record(path: Path) -> dict:
 def records(dataset: str, base_model: str | None = None) -> dict[tuple[str, str, int], dict]:
     """The committed records of a dataset by protocol, run and seed; also by the names of runs that compute the same."""
     read = {path: read_record(path) for path in sorted((cli.ROOT / "results" / "runs" / dataset).glob("*.json"))}
-    versions = {run.get("config", {}).get("dataset_fingerprint"): path for path, run in read.items()}
-    if len(versions) > 1:
-        one, other, *_ = versions.values()
-        raise UserError(f"{one} and {other} are of two versions of {dataset}; remove the records of one of them")
+    versions = {path: run.get("config", {}).get("dataset_fingerprint") for path, run in read.items()}
+    if len(set(versions.values())) > 1:
+        rare = min(versions, key=lambda path: list(versions.values()).count(versions[path]))
+        few = list(versions.values()).count(versions[rare])
+        raise UserError(f"{few} of {len(versions)} records of {dataset}, as {rare}, are of other data; remove these")
     pairs = [(from_entry(run["experiment"]), run) for run in read.values()]
     pairs = [(e, run) for e, run in pairs if e == replace(e, base_model=base_model)]
     found = {(e.protocol, e.name, e.seed): run for e, run in pairs}

@@ -78,13 +78,11 @@ class Run:
             check_sharded(config, self.accelerator.num_processes)
         self.finished = self._open_folder()
         if self.accelerator.is_main_process:
-            if not self.finished:
+            if not self.finished:  # what is closed, or in use, is told before long work; `start` keeps the lock
                 check_writable(self.folder, "--output_dir")
-            if (
-                not self.finished and (self.folder / LOCK).exists()
-            ):  # tell a folder in use before long work; `start` keeps the lock
-                self._take_lock()
-                self.lock.release()
+                if (self.folder / LOCK).exists():
+                    self._take_lock()
+                    self.lock.release()
             print_config(self.config)
             print(data.describe(), flush=True)
             if self.finished:

@@ -1,10 +1,12 @@
 """Step 4: distil the teacher into a student with fewer layers (SLMRec).
 
 python distill.py                                     4 layers from the 8 of outputs/ml-100k/teacher-8
-python distill.py --lambda_cos 1 --lambda_norm 0.1 --lambda_ms 1 --lambda_kl 0      the paper's terms, not its logits
+python distill.py --lambda_cos 1 --lambda_norm 0.1 --lambda_ms 1 --lambda_kl 0      the paper's terms, no logits
 python distill.py --kl_teacher outputs/ml-100k/sasrec                logits of SASRec in place of the teacher's
-python distill.py --mode online                       a teacher built as that one is trained beside the student
+python distill.py --mode online                       a new teacher, built like that one, is trained beside the student
 python distill.py --teacher outputs/ml-100k/student-4from8 --num_layers 2 --num_blocks 2      a student of a student
+
+A run replaces the one in its folder, outputs/<dataset>/student-4from8 here; --output_dir names another.
 """
 
 import utils.threads  # noqa: F401  before torch is imported

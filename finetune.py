@@ -2,10 +2,12 @@
 
 python finetune.py                                    8 layers of SmolLM2-135M on MovieLens-100K
 python finetune.py --base_model Qwen/Qwen3-0.6B --num_layers 8 --dtype bfloat16
-python finetune.py --num_layers 4 --output_dir outputs/ml-100k/teacher-4
+python finetune.py --num_layers 4                     in outputs/ml-100k/teacher-4
 python finetune.py --num_layers 4 --layer_selection influence    the layers that change hidden states most
 python finetune.py --item_embeddings item_embeddings-sasrec,item_embeddings-titles
 python finetune.py --lambda_kl 1                      learns the logits of the SASRec whose table it reads too
+
+A run replaces the one in its folder, outputs/<dataset>/teacher-<layers>; --output_dir names another.
 """
 
 import utils.threads  # noqa: F401  before torch is imported

@@ -3,7 +3,7 @@
 It stands beside the four steps, and reads no item table.
 
 python train_open_p5.py                               8 layers of SmolLM2-135M on MovieLens-100K
-python train_open_p5.py --num_layers 30 --output_dir outputs/ml-100k/open-p5-30
+python train_open_p5.py --num_layers 30               all layers, in outputs/ml-100k/open-p5-30
 python train_open_p5.py --beam_width 20               a narrower beam: faster on many items, and no longer exact
 """
 

@@ -1,4 +1,4 @@
-"""What each measure of the computation contributes, and how the cost grows, at four sizes each.
+"""What each optimisation of the computation contributes, and how the cost grows, at four sizes each.
 
     python benchmarks/cost.py
 
@@ -61,7 +61,7 @@ def full_width(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.T
     return [batch | {k: F.pad(batch[k], (MAX_ITEMS - batch[k].shape[1], 0)) for k in padded} for batch in batches]
 
 
-OFF = {  # the measures of `Fast` that are switched off, and what that is called
+OFF = {  # the optimisations of `Fast` that are switched off, and what that is called
     "everything": ((), "everything on"),
     "prefix_per_sample": (("prefix_once",), "without: prefix once for all samples (nor shared rows)"),
     "padding_too": (("packing",), "without: packing (nor shared rows)"),
@@ -86,7 +86,7 @@ INFERENCE = (*INFERENCE, "all_positions")
 
 
 def one_off(work: Workload, repeats: int) -> list[dict]:
-    """Samples per second with everything on, and with one measure off: SmolLM2-135M, 8 layers."""
+    """Samples per second with everything on, and with one optimisation off: SmolLM2-135M, 8 layers."""
     model = make_model("smollm2-135m", 8, work.data.num_items, work.device, torch.float32)
     batches, users = work.batches(work.index()), len(work.tests)
     samples = work.batch_size * len(batches)
@@ -113,7 +113,7 @@ def one_off(work: Workload, repeats: int) -> list[dict]:
 
 
 def measures_table(record: dict) -> str:
-    header = ["one measure off", "samples/s", "of everything on"]
+    header = ["one optimisation off", "samples/s", "of everything on"]
     rows = [
         [f"{r['kind']}, {OFF[r['off']][1]}", f"{r['per_s']:.1f}", f"{r['of_everything']:.2f}"]
         for r in record["one_off"]

@@ -3,7 +3,7 @@
     python datasets/process.py download --category Gift_Cards
     python datasets/process.py amazon2018 --input Gift_Cards_5.json.gz --meta meta_Gift_Cards.json.gz --name gift
     python datasets/process.py jsonl --preset amazon2023 --input Gift_Cards.jsonl.gz --name gift2023
-    python datasets/process.py interactions --input ratings.csv --name mine --user userId --item movieId
+    python datasets/process.py interactions --input ratings.csv --name mine --user uid --item iid --timestamp time
     python datasets/process.py interactions --input u.data --name ml --header none --columns user,item,rating,timestamp
     python datasets/process.py pairs --input Video.txt --name video
     python datasets/process.py sequences --input Beauty.txt.gz --attributes item2attributes.json.gz --name beauty

@@ -1,6 +1,7 @@
 """What a recommender is: the page that the author of a new model reads.
 
-A traditional model is one file in `models/sr/` with one class, named in `models/sr/__init__.py`; nothing else changes.
+A traditional model is one file in `models/sr/` with one class, named in `models/sr/__init__.py` and in the
+README's list of files.
 Teacher and student (`models/llm/`, `models/slmrec.py`) answer the same interface, so that training, evaluation, step 2
 and `recommend.py` are written once. Item ids are 1..V, 0 is padding; histories (B, T) are left-padded, the newest item
 last; d is the width of the item table.

@@ -708,7 +708,9 @@ def test_the_commands_for_the_papers_own_cells(tmp_path):
         for user in range(60)
         for day, item in enumerate(rng.permutation(20)[:10])
     ]
-    with gzip.open(checkout / "Clothing_Shoes_and_Jewelry_5.json.gz", "wt", encoding="utf-8") as file:
+    raw = checkout / "datasets" / "raw" / "Clothing_Shoes_and_Jewelry_5.json.gz"
+    raw.parent.mkdir()
+    with gzip.open(raw, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8").split("## The paper's own cells")[1]
     commands = [

@@ -12,7 +12,7 @@ from benchmarks import llm_step, tables
 from utils import cli, paper_claims, paper_tables
 from utils.errors import UserError
 from utils.experiments import pack
-from utils.paper_tables import Row, Table, efficiency_table
+from utils.paper_tables import Row, Table, efficiency_table, metric_table
 
 RECORDS = ROOT / "results"
 
@@ -111,7 +111,10 @@ def test_the_papers_hours_stand_beside_what_a_gpu_measured():
 
 
 def test_a_claim_holds_by_the_interval_over_users(monkeypatch):
-    """Ranks of 200 users: "first" is always first, "second" always second, "shuffled" is "mixed" in another order."""
+    """Ranks of 200 users: "first" is always first, "second" always second, "shuffled" is "mixed" in another order.
+
+    In the sampled ranking all are as "mixed", so that nothing is ahead of anything.
+    """
     mixed = np.arange(200) % 10
     ranks = {
         "first": mixed * 0,
@@ -123,8 +126,9 @@ def test_a_claim_holds_by_the_interval_over_users(monkeypatch):
 
     def run(of: np.ndarray) -> dict:
         figure = float((1 / np.log2(of + 2)).mean())
-        test = {"full": {"NDCG@10": figure}}
-        return {"metrics": {"test": test, "seconds": {"train_epoch": figure}}, "ranks": {"test_full": pack(of)}}
+        test = {"full": {"NDCG@10": figure}, "sampled": {"NDCG@10": 0.5}}
+        ranks = {"test_full": pack(of), "test_sampled": pack(mixed)}
+        return {"metrics": {"test": test, "seconds": {"train_epoch": figure}}, "ranks": ranks}
 
     found = {("strong", name, 42): run(of) for name, of in ranks.items()}
     released = {("released", "first", 42): run(mixed)}
@@ -145,13 +149,38 @@ def test_a_claim_holds_by_the_interval_over_users(monkeypatch):
     claims += [{"claim": "everywhere", "paper": "p", "better": ["first", "second"]}, {"claim": "none", "paper": "p"}]
     table = Table("t", "t", {}, {"here": {"strong": [42]}, "elsewhere": {"strong": [42]}}, claims=claims)
     _, _, *cells = rows(paper_claims.claim_table(table))
-    verdicts = [cell[-1].split(" (")[0] for cell in cells]
-    assert verdicts[: len(judged)] == list(judged.values())
-    assert [cell[3] for cell in cells if cell[-1] == "a figure of this base model"] == [f"{1 / np.log2(3):.2f}"]
-    assert [cell[2:] for cell in cells if cell[0] == "everywhere"][1] == ["elsewhere", "-", "not measured yet"]
-    assert cells[-1][2:] == ["-", "-", "not tested here"] and len(cells) == len(judged) + 4
+    verdicts = {kind: [cell[-1].split(" (")[0] for cell in cells if cell[3] == kind] for kind in ("sampled", "full")}
+    assert verdicts["full"][: len(judged)] == list(judged.values())
+    of_kind = {"better": "within noise", "as_good": "holds"}
+    assert verdicts["sampled"][: len(judged) - 1] == [of_kind[kind] for kind, *_ in list(judged)[:-1]]
+    assert [cell[4] for cell in cells if cell[-1] == "a figure of this base model"] == [f"{1 / np.log2(3):.2f}"]
+    assert [cell[2:] for cell in cells if cell[0] == "everywhere"][3] == ["elsewhere", "full", "-", "not measured yet"]
+    assert cells[-1][2:] == ["-", "-", "-", "not tested here"] and len(cells) == 2 * len(judged) + 6
     gain = 1 - 1 / np.log2(3)
-    assert cells[0][3] == f"1.0000 beside {1 - gain:.4f}: {gain:+.4f} ({gain:+.4f} .. {gain:+.4f}), 1 seed"
+    assert cells[0][4] == "0.5000 beside 0.5000: +0.0000 (+0.0000 .. +0.0000), 1 seed"
+    assert cells[1][4] == f"1.0000 beside {1 - gain:.4f}: {gain:+.4f} ({gain:+.4f} .. {gain:+.4f}), 1 seed"
+
+
+def test_rows_are_ranked_by_the_seeds_that_all_of_them_have():
+    def run(value: float) -> dict:
+        test = {
+            kind: dict.fromkeys(("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR"), value)
+            for kind in ("sampled", "full")
+        }
+        return {"metrics": {"test": test, "baselines": {"Popularity": {"test": test}}}}
+
+    found = {"steady": {1: 0.5, 2: 0.9}, "ahead": {1: 0.6}}
+    found = {("strong", name, seed): run(value) for name, of in found.items() for seed, value in of.items()}
+    found["released", "steady", 1] = found["strong", "steady", 3] = run(0.9)
+    names = {"steady": Row(run="steady"), "ahead": Row(run="ahead"), "to come": Row(run="to come")}
+    table = Table("t", "t", names | {"popular": Row(baseline="ahead")}, {"here": {"strong": [1, 2]}}, paper=["table_2"])
+    _, _, *cells = rows(metric_table(table, "here", "strong", found))
+    assert [[*cell[:2], cell[8]] for cell in cells] == [
+        ["steady", "3", "3.0"],  # by the .5 of seed 1, not by the mean of three
+        ["ahead", "1", "1.5"],
+        ["to come", "-", "-"],
+        ["popular", "1", "1.5"],
+    ]
 
 
 def test_times_are_compared_where_hardware_and_threads_are_the_same():

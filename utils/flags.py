@@ -76,7 +76,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "item_dropout": ("dropout of the item vectors that the decoder reads", "0..1"),
     "state_dropout": ("dropout of the states that become user vectors", "0..1"),
     "teacher_states": (
-        "its hidden states: stored once, in bfloat16 for half the disk, or computed per batch, which is slower",
+        "the teacher's hidden states: stored once, in bfloat16 for half the disk, or computed per batch, slower",
         "",
     ),
     "max_seq_length": ("newest items of a history that are read", ">= 1"),
@@ -94,7 +94,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     ),
     "optimizer": ("adamw; or adam, whose weight decay is a part of the gradient", ""),
     "learning_rate": ("peak learning rate", "> 0"),
-    "head_learning_rate": ("the same for what is around the decoder (default: learning_rate)", "> 0"),
+    "head_learning_rate": ("peak learning rate of what is around the decoder (default: learning_rate)", "> 0"),
     "weight_decay": ("weight decay; norms and biases have none", ">= 0"),
     "warmup_steps": ("steps of linear warm-up", ">= 0"),
     "lr_scheduler": ("what follows the warm-up", ""),
@@ -107,13 +107,13 @@ FLAGS: dict[str, tuple[str, str]] = {
     "patience": ("stop after so many evaluations in a row without a better one (default: never)", ">= 1"),
     "seed": ("seed of initialisation, dropout and batches (candidates have their own)", ">= 0"),
     "dtype": ("precision of the forward pass and of a frozen base", ""),
-    "resume": ("auto: continue the interrupted run in output_dir, if any; never: start anew", ""),
+    "resume": ("auto: continue the run in output_dir, if any, or leave it where it is finished; never: replace it", ""),
     "report_to": ("also log to this tracker", ""),
     "num_blocks": ("blocks into which both stacks are cut", ">= 1"),
-    "lambda_cos": ("weight of 1 - D_cos (lambda_1)", ">= 0"),
-    "lambda_norm": ("weight of D_norm (lambda_2)", ">= 0"),
+    "lambda_cos": ("weight of 1 - cosine of the hidden states of teacher and student at block ends (lambda_1)", ">= 0"),
+    "lambda_norm": ("weight of the distance between these states, D_norm (lambda_2)", ">= 0"),
     "lambda_ms": ("weight of the multi-supervision term L_ms (lambda_3)", ">= 0"),
-    "lambda_ms_teacher": ("the same for heads on an online teacher (0: none)", ">= 0"),
+    "lambda_ms_teacher": ("weight of L_ms for heads on an online teacher (0: none)", ">= 0"),
     "lambda_kl": ("weight of the logit term L_kl (default: 0; the paper has none)", ">= 0"),
     "kl_teacher": (
         "run folder whose logits L_kl learns (default: of a student the teacher, of a teacher the model whose table it "
@@ -141,7 +141,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "exclude_seen": ("leave out the items of the history", ""),
     "candidates": ("file with the only items to rank, one per line (default: all)", ""),
     "output": ("write to this .jsonl or .csv file (default: print)", ""),
-    "mode": ("offline: a frozen teacher; online: one of its kind is trained anew, beside the student", ""),
+    "mode": ("offline: a frozen teacher; online: a new one, built like it, is trained beside the student", ""),
 }
 # of scripts that measure or use what is trained, and read no recipe
 OF_TRAINED = {"run", "fuse", "layers", "split", "negatives", "candidate_seed", "history", "input", "k", "exclude_seen"}

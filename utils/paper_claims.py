@@ -12,7 +12,7 @@ ENOUGH = 0.98  # of NDCG@10, for a model that is to be as good as another
 
 
 def claim_table(table: Table) -> str:
-    """Each claim on each dataset: the paper's figures, ours on test in the full ranking, and the verdict.
+    """Each claim on each dataset: the paper's figures, ours on test in both rankings, and the verdicts.
 
     `datasets`: those of this claim alone. `better: [a, b]`: the interval of a - b over users is above zero.
     `as_good: [a, b]`: the mean of a is at least 98 % of that of b. `share: [measure, a, b]`: a over b of two runs, and
@@ -25,21 +25,23 @@ def claim_table(table: Table) -> str:
         for dataset in (name for name in claim.get("datasets", table.seeds) if kind and name in table.seeds):
             found = {key: run for key, run in records(dataset).items() if key[0] == "strong"}
             if kind == "timed":
-                ours, verdict = timed(dataset, *claim[kind])
+                lines = [("-", *timed(dataset, *claim[kind]))]
+            elif kind == "share":
+                lines = [("-", *share(claim[kind], found))]
             else:
-                ours, verdict = share(claim[kind], found) if kind == "share" else judged(kind, claim[kind], found)
-            cells.append([claim["claim"], str(claim["paper"]), dataset, ours, verdict])
+                lines = [(ranking, *judged(kind, claim[kind], ranking, found)) for ranking in ("sampled", "full")]
+            cells += [[claim["claim"], str(claim["paper"]), dataset, *line] for line in lines]
         if not kind:
-            cells.append([claim["claim"], str(claim["paper"]), "-", "-", "not tested here"])
-    return markdown_table(["claim", "paper", "data", "ours, test, full NDCG@10", "verdict"], cells)
+            cells.append([claim["claim"], str(claim["paper"]), "-", "-", "-", "not tested here"])
+    return markdown_table(["claim", "paper", "data", "ranking", "ours, test NDCG@10", "verdict"], cells)
 
 
-def judged(kind: str, pair: list[str], found: dict) -> tuple[str, str]:
-    seeds, values = difference(pair, "strong", "full", found)
+def judged(kind: str, pair: list[str], ranking: str, found: dict) -> tuple[str, str]:
+    seeds, values = difference(pair, "strong", ranking, found)
     if not seeds:
         return "-", "not measured yet"
     means = [
-        statistics.mean(found["strong", name, seed]["metrics"]["test"]["full"]["NDCG@10"] for seed in seeds)
+        statistics.mean(found["strong", name, seed]["metrics"]["test"][ranking]["NDCG@10"] for seed in seeds)
         for name in pair
     ]
     gain, low, high = values

@@ -1,4 +1,4 @@
-"""The paper's tables, printed beside measured: what recipes/paper/<table>.yaml says, as Markdown from records."""
+"""The paper's tables, its figures beside ours: what recipes/paper/<table>.yaml says, as Markdown from records."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -181,12 +181,19 @@ def average_ranks(figures: dict[str, list[float]]) -> dict[str, str]:
 
 
 def metric_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
-    """Sampled metrics of the paper and the full ranking, in percent, and the paper's own on its domains."""
+    """Sampled metrics of the paper and the full ranking, in percent, and the paper's own on its domains.
+
+    The average rank is over the seeds that all measured rows share.
+    """
     paper, domain = printed(table.paper), DOMAINS.get(dataset)
     runs = {name: measured(found, protocol, row) for name, row in table.rows.items()}
+    seeds = [{s for of, name, s in found if (of, name) == (protocol, row.run)} for row in table.rows.values()]
+    shared = set.intersection(*filter(None, seeds)) if any(seeds) else set()
+    alike = {key: run for key, run in found.items() if key[-1] in shared}
     means = {
         name: [statistics.mean(run["test"]["sampled"][m] for run in of) for m in PRINTED] if of else []
-        for name, of in runs.items()
+        for name, row in table.rows.items()
+        for of in [measured(alike, protocol, row) if row.run else runs[name] if shared else []]
     }
     ranks, cells = average_ranks(means), []
     domains = list(dict.fromkeys(d for method in paper.values() for d in method))
@@ -217,8 +224,9 @@ def published_table(table: Table, dataset: str, protocol: str, found: dict) -> s
         trained = [run for run in of if "parameters" in run]  # what learns nothing has none
         line += [f"{trained[0]['parameters']['total'] / 1e6:.2f}" if trained else "-"]
         threads = sorted({str(run["environment"]["threads"]) for run in trained})
+        alike = len({(run["environment"]["hardware"], run["environment"]["threads"]) for run in trained}) == 1
         seconds = [run["seconds"]["train_epoch"] for run in trained]
-        line += [mean(seconds, digits=1) if len(threads) == 1 else "-", ", ".join(threads) or "-"]
+        line += [mean(seconds, digits=1) if alike else "-", ", ".join(threads) or "-"]
         cells.append([*line, theirs["source"] if theirs else "-"])
     header = [f"{dataset}, full NDCG@10", "published", "its loss", "seeds", "ours", "difference", "at least 95 %"]
     return markdown_table([*header, "params, M", "s/epoch", "threads", "source"], cells)

@@ -37,7 +37,7 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Fast:
-    """Which measures are on. With all off, `states` are `plain_states`; the answers are the same to rounding."""
+    """Which optimisations are on. With all off, `states` are `plain_states`; the answers are the same to rounding."""
 
     prefix_once: bool = True  # the prompt prefix runs once for all samples
     keep_prefix: bool = True  # and at inference once for all batches, in training for all micro-batches of a step

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 
 from models.fusion import Fusion, rank_with_weights
 from models.llm.decoder import layer_numbers
-from recommend import Trained, load, run_folder
+from recommend import Trained, load, run_config, run_folder
 from utils import assets, cli
 from utils.candidates import CANDIDATE_SEED, NUM_NEGATIVES, Negatives, negative_counts
 from utils.catalogue import CATALOGUE_FILE
@@ -64,11 +64,12 @@ def main(
     asked = None if layers is None else asked_layers(run, layers)
     if output_dir is not None:
         config_to_replace(Path(output_dir), "layers", ["config.json", "metrics.json"])
-    trained = load(run)
-    data = Sequences.load(assets.dataset_folder(dataset or trained.config["dataset"]))
-    check_same_dataset(data, trained.config, Path(run))
+    config = run_config(run)  # all is checked by it before the model is loaded
+    data = Sequences.load(assets.dataset_folder(dataset or config["dataset"]))
+    check_same_dataset(data, config, Path(run))
     if negatives > max(data.num_items, NUM_NEGATIVES):
         raise UserError(f"--negatives {negatives}: {data.name} has {data.num_items} items, so no user has as many")
+    trained = load(run)
     drawn = Negatives(data, split, negatives, candidate_seed)
     options = {"max_length": trained.config["max_seq_length"], "batch_size": eval_batch_size, "progress": True}
     options |= {"device": trained.device, "autocast": trained.autocast}

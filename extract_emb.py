@@ -10,6 +10,7 @@ import utils.threads  # noqa: F401  before torch is imported
 
 # isort: split
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ from utils.data import Sequences, check_same_dataset
 from utils.errors import UserError
 from utils.files import is_plain_name, sha256
 from utils.import_table import import_table as read_import
-from utils.item_tables import TABLE_FILE, check_components, check_target, norm_summary, whiten, write_table
+from utils.item_tables import TABLE_FILE, check_components, check_target, norm_summary, origin, whiten, write_table
 from utils.run_files import finished_run
 
 TEXT_DIM = 128
@@ -107,31 +108,33 @@ def main(
     check_flags(model, sr_dir, text, import_table, only | {"pca_dim": (pca_dim, ["text", "import_table"])})
     data = Sequences.load(assets.dataset_folder(dataset))
 
-    def target(made_from: str, name: str) -> Path:
+    def target(made_from: str, name: str) -> tuple[Path, str | None]:
         if not output_dir and not is_plain_name(name):
             raise UserError(f"--{made_from}: {name!r} makes no folder's name; give one with --output_dir")
         folder = Path(output_dir or cli.ROOT / "outputs" / data.name / f"item_embeddings-{name}")
-        check_target(folder, made_from)
-        return folder
+        return folder, check_target(folder, made_from)
 
     if text:
-        folder, pca_dim = target("text", text), pca_dim or TEXT_DIM
+        (folder, held), pca_dim = target("text", text), pca_dim or TEXT_DIM
         table, found = from_titles(data, text_model or assets.EMBEDDED_ENCODER, pca_dim)
     elif import_table:
         path = Path(import_table)
-        folder, table = target("import_table", path.stem), read_import(path, row_order, Catalogue.of(data))
+        folder, held = target("import_table", path.stem)
+        table = read_import(path, row_order, Catalogue.of(data))
         if path.resolve().parent == folder.resolve():
             raise UserError(f"--import_table {path} lies in {folder}, which is to be replaced; choose another place")
         found = {"import_table": cli.portable_path(path), "import_sha256": sha256(path), "row_order": row_order}
     else:
         table, found = from_recommender(data, dataset, model, sr_dir)
-        folder = target("sr_dir", found["model"])
+        folder, held = target("sr_dir", found["model"])
     if pca_dim:
         table, found["pca_variance"] = whiten(table, pca_dim)
     zeros = int((table[1:] == 0).all(dim=1).sum())
     config = {"kind": "item_embeddings", "dataset": dataset, "dataset_fingerprint": data.fingerprint} | found
     config |= {"num_items": data.num_items, "item_dim": table.shape[1], "zero_rows": zeros} | norm_summary(table)
     cli.print_config(config)
+    if held not in (None, found[origin(found)]):
+        print(f"{folder} held a table made from {held}, which is replaced; --output_dir keeps both", file=sys.stderr)
     write_table(folder, table, config)
     of_zeros = f"; {zeros:,} items without {'a title' if text else 'numbers'} have rows of zeros" if zeros else ""
     print(f"{folder / TABLE_FILE}: {data.num_items:,} items, d = {table.shape[1]}{of_zeros}")

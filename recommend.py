@@ -37,7 +37,7 @@ from models.sr.storage import load_recommender
 from utils import cli
 from utils.catalogue import Catalogue
 from utils.checked import HALF, check_file
-from utils.errors import RunError, UserError
+from utils.errors import RunError, UserError, cut_short
 from utils.files import atomic_file, check_writable
 from utils.report import check_parts
 from utils.run_files import finished_run
@@ -66,7 +66,7 @@ class Trained:
     """A trained recommender that speaks of items by their original ids and titles."""
 
     def __init__(self, model: torch.nn.Module, config: dict, catalogue: Catalogue) -> None:
-        self.device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+        self.device = torch.device(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         self.model, self.config, self.catalogue = model.eval().to(self.device), config, catalogue
 
     def autocast(self) -> AbstractContextManager:
@@ -134,12 +134,19 @@ def run_folder(folder: str | Path) -> Path:
     return next((path for path in (Path(folder), cli.ROOT / folder) if path.is_dir()), Path(folder))
 
 
-def load(folder: str | Path) -> Trained:
-    """A trained recommender from its run folder: traditional, a language model, or a fusion of two."""
+def run_config(folder: str | Path) -> dict:
+    """What a finished run was trained with; UserError where there is none."""
     folder = run_folder(folder)
     config, _ = finished_run(folder, f"{folder} holds no finished run: give the folder of one with --run")
     if config.get("kind") == "layers":
         raise UserError(f"{folder} is what evaluate.py --layers measured of {config['run']}: give that with --run")
+    return config
+
+
+def load(folder: str | Path) -> Trained:
+    """A trained recommender from its run folder: traditional, a language model, or a fusion of two."""
+    folder = run_folder(folder)
+    config = run_config(folder)
     catalogue = Catalogue.load(folder)
     if config.get("kind") == "sr":
         model = load_recommender(folder, config, catalogue.training_part(config["num_users"]))
@@ -247,7 +254,7 @@ def write_answers(answers: list[Answer], file: TextIO, form: str) -> None:
         rows.writerows([number, *asdict(item).values(), answer.by_popularity] for item in answer.items)
 
 
-def show(answers: list[Answer], catalogue: Catalogue) -> None:
+def show(answers: list[Answer]) -> None:
     for number, answer in enumerate(answers, 1):
         if len(answers) > 1:
             print(f"history {number}:")
@@ -274,7 +281,7 @@ def main(
         raise UserError("--input and --candidates are both standard input; give one of them a file")
     if output:
         check_output(output, [path for path in (input, candidates) if path])
-    trained = load(run)
+    run_config(run)  # before the histories are read, and the model after them: either may take long
     wanted = None
     if candidates:
         wanted = [line.strip() for line in text_of("--candidates", candidates).split("\n") if line.strip()]
@@ -284,12 +291,13 @@ def main(
         raise UserError(f"--input {input} holds no history; expected one per line")
     if any(HALF.search(item) for items in histories for item in items):
         raise UserError("an item of a history is no text in UTF-8: write it anew")
+    trained = load(run)
+    for line in trained.catalogue.doubts(chain.from_iterable(histories)) + trained.catalogue.doubts(wanted or []):
+        print(line, file=sys.stderr)
     begun = time.perf_counter()
     with tqdm(histories, desc="recommend", unit="history", disable=None if len(histories) > 1 else True) as bar:
         answers = trained.recommend(bar, k, exclude_seen, wanted, batch_size)
     seconds = time.perf_counter() - begun
-    for line in trained.catalogue.doubts(chain.from_iterable(histories)) + trained.catalogue.doubts(wanted or []):
-        print(line, file=sys.stderr)
     if left_without := [number for number, answer in enumerate(answers, 1) if not answer.items]:
         what = "no candidate is left, as the history has them all; add --exclude_seen false"
         print(f"{what} ({len(left_without):,} histories; the first is number {left_without[0]})", file=sys.stderr)
@@ -298,7 +306,8 @@ def main(
             write_answers(answers, file, Path(output).suffix.lstrip("."))
         print(f"{output}: {len(answers):,} histories, {len(answers) / seconds:,.0f} per second")
     else:
-        show(answers, trained.catalogue)
+        with cut_short():
+            show(answers)
 
 
 if __name__ == "__main__":

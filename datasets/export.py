@@ -13,12 +13,13 @@ from times import written
 
 from utils.checked import INFO, read_array, read_json, read_text
 from utils.errors import UserError
+from utils.files import is_plain_name
 
 HERE = Path(__file__).resolve().parent
 
 
 def load_info(name: str) -> tuple[Path, dict]:
-    for folder in (HERE / name, Path(name)):
+    for folder in (HERE / name, Path(name)) if is_plain_name(name) else (Path(name), HERE / name):
         if (folder / "dataset.json").is_file():
             return folder, read_json(folder / "dataset.json", "", INFO)
     raise UserError(f"{name}: no dataset of that name in {HERE}, and no such folder")

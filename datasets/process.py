@@ -87,6 +87,12 @@ def make_dataset(args: argparse.Namespace) -> None:
     user_ids, item_ids = [found.user_ids[code] for code in users], [found.item_ids[code] for code in items]
     texts = {"user_ids.txt": user_ids, "items.tsv": item_lines(item_ids, found.titles or {})}
     info = describe(args, found, arrays, item_ids, order)
+    meta, other = (getattr(args, name, None) for name in ("meta", "titles"))
+    if (meta or (other and found.titles)) and not info["items_with_title"]:
+        raise UserError(
+            f"{meta or other} has a title of no item that is left, such as {item_ids[0]!r:.60}; give the file of these "
+            "items, or name its columns or fields (see --help)"
+        )
     if args.attributes:
         pairs, names = number_attributes(args.attributes, listed, item_ids)
         arrays["attributes"], texts["attribute_ids.txt"] = pairs, names

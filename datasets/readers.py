@@ -27,13 +27,13 @@ def no_times(args: argparse.Namespace) -> None:
         raise UserError("--order time needs times, and none are read (see --timestamp of `interactions`); leave it out")
 
 
-def read_titles(args: argparse.Namespace, titles: dict[str, str] | None = None) -> dict[str, str] | None:
-    """Titles of --titles, for items that have none in `titles`; None where no source has titles."""
-    if args.titles:
-        titles = {} if titles is None else titles
-        layout = Layout.of(args, "titles_")
-        table = read_table(args.titles, {"item": args.titles_item, "title": args.titles_title}, layout)
-        add_titles(titles, zip(table["item"], table["title"], strict=True))
+def read_titles(args: argparse.Namespace) -> dict[str, str] | None:
+    """Titles of --titles, None without it. Readers call it before they read the interactions, which may be many."""
+    if not args.titles:
+        return None
+    titles: dict[str, str] = {}
+    table = read_table(args.titles, {"item": args.titles_item, "title": args.titles_title}, Layout.of(args, "titles_"))
+    add_titles(titles, zip(table["item"], table["title"], strict=True))
     return titles
 
 
@@ -67,19 +67,21 @@ def read_interactions(args: argparse.Namespace) -> Interactions:
     check_roles(names)
     if not names["timestamp"]:
         no_times(args)
+    titles = read_titles(args)
     table = read_table(args.input, names, layout)
     check_ids(table, names, layout)
     time = times.column(table["timestamp"], table.where) if "timestamp" in table else None
-    titles = None
     if "title" in table:
-        titles, full = {}, table.columns[table["title"] != ""].drop_duplicates(["item", "title"])
+        others, titles = titles or {}, {}
+        full = table.columns[table["title"] != ""].drop_duplicates(["item", "title"])
         add_titles(titles, zip(full["item"], full["title"], strict=True))
+        titles = others | titles
     return from_columns(
         table["user"],
         table["item"],
         time=time,
         rating=numbers(table, "rating") if "rating" in table else None,
-        titles=read_titles(args, titles),
+        titles=titles,
         notes=[] if time else times.unread(table.names, args.input),
     )
 
@@ -101,6 +103,7 @@ def lines_of(args: argparse.Namespace) -> tuple[list[list[str]], Callable[[int],
 def read_pairs(args: argparse.Namespace) -> Interactions:
     """One `user item` pair a line, oldest first, as the data of SASRec's own repositories is."""
     no_times(args)
+    titles = read_titles(args)
     lines, where = lines_of(args)
     for row, parts in enumerate(lines):
         if len(parts) != 2:
@@ -109,7 +112,7 @@ def read_pairs(args: argparse.Namespace) -> Interactions:
     if is_header(*lines[0]):
         raise UserError(f"{where(0)}: this is a header line; `interactions` reads files that have one")
     user, item = zip(*lines, strict=True)
-    return from_columns(user, item, titles=read_titles(args))
+    return from_columns(user, item, titles=titles)
 
 
 def from_sequences(rows: Sequence[Row], where: Callable[[int], str], whole: bool, **rest) -> Interactions:
@@ -142,16 +145,18 @@ def from_sequences(rows: Sequence[Row], where: Callable[[int], str], whole: bool
 def read_sequences(args: argparse.Namespace) -> Interactions:
     """One user a line, `user item item ...`, oldest first, items as whole numbers (S3-Rec, E4SRec)."""
     no_times(args)
+    titles = read_titles(args)
     lines, where = lines_of(args)
     if all(len(parts) == 2 for parts in lines):
         raise UserError(f"{args.input} has one `user item` pair a line: read it with `pairs`")
     rows = [(parts[0], parts[1:], None) for parts in lines]
-    return from_sequences(rows, where, True, titles=read_titles(args))
+    return from_sequences(rows, where, True, titles=titles)
 
 
 def read_lists(args: argparse.Namespace) -> Interactions:
     """A TSV with columns user_id, item_ids, timestamps (the latter two space-separated lists); what `export` writes."""
     wanted = {"user": "user_id", "items": "item_ids", "times": "timestamps", "numbers": "item_numbers"}
+    titles = read_titles(args)
     table = read_table(args.input, wanted, Layout.of(args), fixed=("numbers",))
     timed = any(cell.strip() for cell in table["times"])
     if not timed:
@@ -160,7 +165,7 @@ def read_lists(args: argparse.Namespace) -> Interactions:
         (user, words(items), words(moments) if timed else None)
         for user, items, moments in zip(table["user"], table["items"], table["times"], strict=True)
     ]
-    found = from_sequences(rows, table.where, False, titles=read_titles(args))
+    found = from_sequences(rows, table.where, False, titles=titles)
     if "numbers" not in table:
         return found
     back = timed and bool((np.diff(found.time.values)[np.diff(found.user) == 0] < 0).any())

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,13 +90,25 @@ def read_table(
     wanted: new name -> name in the file, or None where the file has no such column.
     fixed: given for a format whose names no flag changes: those of the new names whose column may be absent.
     """
+    find = partial(found_columns, path, wanted=wanted, layout=layout, fixed=fixed)
     if is_parquet(path):
         if (layout.encoding, layout.separator, layout.columns) != ("utf-8", None, None):
             what = f"--{layout.prefix}encoding, --{layout.prefix}separator or --{layout.prefix}columns"
             raise UserError(f"{path} is a Parquet file, on which {what} has no effect: leave it out")
         names, table, where = read_parquet(path, set(wanted.values()))
     else:
-        names, table, where = read_text(path, layout)
+        names, table, where = read_text(path, layout, find)
+    found = find(names)
+    columns = pd.DataFrame({new: table[names.index(name)] for new, name in found.items()}).fillna("")
+    if not len(columns):
+        raise UserError(f"{path} holds no row below its header")
+    return Table(names, columns, where)
+
+
+def found_columns(
+    path: Path, names: list[str], wanted: dict[str, str | None], layout: Layout, fixed: tuple[str, ...] | None
+) -> dict[str, str]:
+    """Those of `wanted` that the file has, UserError where it lacks one or has two of the name: see `read_table`."""
     found = {new: name for new, name in wanted.items() if name and (name in names or new not in (fixed or ()))}
     for new, name in found.items():
         if name not in names:
@@ -104,10 +117,7 @@ def read_table(
             raise UserError(f"{path} has no column {name!r}; it has {', '.join(names)}: {advice}{alone or ''}")
         if names.count(name) > 1:
             raise UserError(f"{path} has two columns of one name: {', '.join(names)}")
-    columns = pd.DataFrame({new: table[names.index(name)] for new, name in found.items()}).fillna("")
-    if not len(columns):
-        raise UserError(f"{path} holds no row below its header")
-    return Table(names, columns, where)
+    return found
 
 
 def read_parquet(path: Path, read: set[str | None]) -> tuple[list[str], pd.DataFrame, Callable[[int], str]]:
@@ -133,7 +143,10 @@ def as_text(value: object) -> str:
     return "" if pd.isna(value) else str(value)
 
 
-def read_text(path: Path, layout: Layout) -> tuple[list[str], pd.DataFrame, Callable[[int], str]]:
+def read_text(
+    path: Path, layout: Layout, check: Callable[[list[str]], object]
+) -> tuple[list[str], pd.DataFrame, Callable[[int], str]]:
+    """Names of the columns, which pass `check` before the rows are parsed, the rows, and where each stands."""
     text = text_of(path, layout.encoding)
     blank = re.match(r"(?:[ \t]*\n)*", text)[0]
     first = re.compile("[^\n]*").match(text, len(blank))[0]
@@ -158,6 +171,7 @@ def read_text(path: Path, layout: Layout) -> tuple[list[str], pd.DataFrame, Call
         value = next((name for name in names if is_value(name)), None)
         if value is not None and not (len(names) > 1 and is_header(*names[:2])):
             raise UserError(f"{path}, line {blank + 1} holds values ({value}), no names of columns; {layout.no_header}")
+    check(list(layout.columns or names))
     skip = blank + (layout.columns is None)
     options = {"sep": separator, "quoting": quoting, "lineterminator": "\n", "skiprows": skip, "index_col": False}
     try:

@@ -79,7 +79,7 @@ class TextModel:
         # and says nothing of a text
         self.with_special = text_model == assets.EMBEDDED_ENCODER
         self.folder, self.model = load_encoder() if self.with_special else load_language_model(text_model)
-        self.model.to(torch.accelerator.current_accelerator() or "cpu").eval()
+        self.model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
         self.name = assets.record_base_model(text_model, self.folder)
         self.width, self.fingerprint = self.model.config.hidden_size, fingerprint(self.model, {})
 

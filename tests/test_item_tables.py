@@ -382,6 +382,11 @@ def test_an_imported_table_stands_in_a_folder_of_its_name(place, capsys):
     start(extract_emb, "--import_table", "mine.npy", "--pca_dim", 3)
     table, _ = table_of("item_embeddings-mine")
     assert torch.equal(table, whiten(torch.from_numpy(np.pad(rows, ((1, 0), (0, 0)))), 3)[0])
+    assert "is replaced" not in capsys.readouterr().err
+    Path("other").mkdir()
+    shutil.copy("mine.npy", "other/mine.npy")
+    start(extract_emb, "--import_table", "other/mine.npy")
+    assert "held a table made from mine.npy, which is replaced; --output_dir keeps both" in capsys.readouterr().err
     shutil.copy("mine.npy", "my table.npy")
     refused(capsys, "give one with --output_dir", extract_emb, "--import_table", "my table.npy")
     start(extract_emb, "--import_table", "my table.npy", "--output_dir", "outputs/kill/item_embeddings-spaces")

@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,6 +22,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 from test_process import load_process, read
+
+from utils import assets
 
 PLAIN = ["--header", "none", "--columns", "user,item,rating,timestamp"]
 TIMED = ["--timestamp", "timestamp"]
@@ -264,6 +267,52 @@ def test_layouts(data, flags, run):
     code, made, err = run("interactions", data, *map(str.strip, flags))
     assert code == 0, err
     assert made["users"] == {"196": [("242", 881250949)], "186": [("302", 881250950)]}
+
+
+def test_a_column_that_is_missing_is_told_before_the_rows_are_parsed(module, run, monkeypatch, tmp_path):
+    (tmp_path / "titles.csv").write_text("item_id,name\n1,Tea\n")
+    good = "user_id,item_id\n1,1\n"
+    for data, flags, words in (
+        ("userId,movieId\n1,2\n", [], "no column 'user_id'"),
+        (good, ["--timestamp", "time"], "no column 'time'"),
+        (good, ["--titles", tmp_path / "titles.csv"], "no column 'title'"),
+        (good, ["--titles", tmp_path / "titles.csv", "--titles_header", "none"], "--titles_columns"),
+    ):
+        with monkeypatch.context() as context:
+            context.setattr(pd, "read_csv", lambda *args, **options: pytest.fail("parsed"))
+            code, _, err = run("interactions", data, *flags)
+        assert code == 2 and len(err) == 1 and words in err[0], err
+
+
+def test_titles_of_other_items_are_refused(run, tmp_path):
+    titles = tmp_path / "titles.csv"
+    titles.write_text("item_id,title\n1.0,Tea\n")
+    data = "user_id,item_id\n7,1\n7,2\n7,3\n"
+    code, _, err = run("interactions", data, "--titles", titles)
+    assert code == 2 and len(err) == 1 and "has a title of no item that is left, such as '1'" in err[0]
+    titles.write_text("item_id,title\n1,\n")
+    assert run("interactions", data, "--titles", titles)[0] == 0  # they are there, and empty
+    meta = tmp_path / "meta.jsonl"
+    meta.write_text('{"id": "1", "name": "Tea"}\n')
+    lines = '{"user_id": "7", "item_id": "1"}\n{"user_id": "7", "item_id": "2"}\n{"user_id": "7", "item_id": "3"}\n'
+    code, _, err = run("jsonl", lines, "--meta", meta)
+    assert code == 2 and len(err) == 1 and "title" in err[0]
+    code, made, err = run("jsonl", lines, "--meta", meta, "--meta_item", "id", "--meta_title", "name")
+    assert code == 0 and made["info"]["items_with_title"] == 1
+
+
+def test_what_is_written_as_a_path_is_one(module, run, monkeypatch, tmp_path, capsys):
+    assert run("interactions", "user_id,item_id\n1,1\n1,2\n1,3\n", name="here")[0] == 0
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    shutil.copytree(tmp_path / "here", "here")
+    Path("here/user_ids.txt").write_text("mine\n")
+    monkeypatch.setattr(sys.modules["export"], "HERE", tmp_path)
+    monkeypatch.setattr(assets, "DATASETS", tmp_path)
+    for name, user in (("here", "1"), ("./here", "mine")):
+        module.main(["export", name])
+        assert capsys.readouterr().out.splitlines()[1].startswith(f"{user}\t")
+        assert (assets.find_dataset(name) / "user_ids.txt").read_text() == f"{user}\n"
 
 
 @pytest.mark.parametrize(

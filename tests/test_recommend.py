@@ -15,6 +15,7 @@ import evaluate
 import finetune
 import recommend
 import train_sr_trad
+from models.text import TextModel
 from utils import cli
 from utils.catalogue import Catalogue
 from utils.data import Sequences
@@ -163,6 +164,37 @@ def test_what_is_refused(flags, words, runs, tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and words in lines[0], lines
     assert contents(tmp_path) == before
+
+
+def test_what_is_wrong_is_told_before_the_model_is_loaded(runs, tmp_path, capsys, monkeypatch):
+    for module in (recommend, evaluate):
+        monkeypatch.setattr(module, "load", lambda run: pytest.fail("loaded"))
+    for script, flags, words in (
+        (recommend, ["--input", tmp_path / "none.jsonl"], "No such file"),
+        (recommend, ["--history", "id4", "--candidates", tmp_path / "none.txt"], "No such file"),
+        (evaluate, ["--dataset", "nowhere"], "--dataset nowhere"),
+        (evaluate, ["--negatives", 1000000], "so no user has as many"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.run(script.main, None, ["--run", str(runs / "teacher"), *map(str, flags)])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_unknown_items_are_told_before_all_histories_are_ranked(runs, capsys, monkeypatch):
+    def told(*args: object) -> list:
+        assert "'Nothing' is not in the dataset" in capsys.readouterr().err
+        return []
+
+    monkeypatch.setattr(recommend.Trained, "recommend", told)
+    cli.run(recommend.main, None, ["--run", str(runs / "sasrec"), "--history", "id4; Nothing"])
+
+
+def test_a_build_for_gpus_works_where_there_is_none(runs, sources, monkeypatch):  # noqa: F811
+    """Such a build of PyTorch names the device that it was made for, unless it is asked for one that is there."""
+    built = lambda check_available=False: None if check_available else torch.device("cuda")  # noqa: E731
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built)
+    assert recommend.load(runs / "sasrec").device.type == "cpu"
+    assert TextModel(str(sources / "base")).model.device.type == "cpu"
 
 
 @pytest.mark.parametrize("name", ["o.csv", "o.jsonl"])

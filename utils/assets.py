@@ -20,7 +20,7 @@ import torch
 
 from utils.cli import ROOT, portable_path
 from utils.errors import UserError
-from utils.files import atomic_folder, locked, sha256
+from utils.files import atomic_folder, is_plain_name, locked, sha256
 
 DATASETS = ROOT / "datasets"
 
@@ -95,8 +95,10 @@ def extract(archive: Archive, folder: Path) -> list[Path]:
 
 
 def find_dataset(dataset: str) -> Path | None:
-    """The folder of a dataset name or path, if it is there."""
-    return next((f for f in (DATASETS / dataset, Path(dataset)) if (f / "dataset.json").is_file()), None)
+    """The folder of a dataset name or path, if it is there; what is written as a path is tried as one first."""
+    places = [DATASETS / dataset, Path(dataset)]
+    places = places if is_plain_name(dataset) else reversed(places)
+    return next((folder for folder in places if (folder / "dataset.json").is_file()), None)
 
 
 def dataset_folder(dataset: str) -> Path:

@@ -20,11 +20,15 @@ def origin(config: dict) -> str | None:
     return next((name for name in ORIGINS if config.get(name)), None)
 
 
-def check_target(folder: Path, made_from: str) -> None:
-    """UserError unless a table made from one of ORIGINS may replace `folder`: it is free, or holds another such."""
+def check_target(folder: Path, made_from: str) -> str | None:
+    """What the table that `folder` holds was made from, None where it holds none.
+
+    UserError unless a table made from one of ORIGINS may replace it: it is free, or holds another such.
+    """
     held = config_to_replace(folder, "item_embeddings", ["config.json", TABLE_FILE])
     if held and origin(held) not in (made_from, None):
         raise UserError(f"--output_dir {folder} holds a table from --{origin(held)}; choose another place")
+    return held.get(made_from) if held else None
 
 
 def write_table(folder: Path, table: torch.Tensor, config: dict) -> None:

@@ -14,6 +14,7 @@ import utils.threads  # noqa: F401  before torch is imported
 # isort: split
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -212,13 +213,13 @@ def check_student_layers(num_layers: int, layer_selection: str, taught: dict) ->
     select_layers(num_layers, taught["base_shape"]["num_hidden_layers"], layer_selection)
 
 
-def untrained(config: dict, base: Base, source: Path, taught: dict) -> SLMRec:
+def untrained(config: dict, base: Base, source: Path, taught: dict, say: Callable[[str], None]) -> SLMRec:
     """The untrained student in its loss; with --mode online beside an untrained teacher, built as `taught` records."""
     names = ("num_blocks", "norm_form", "block_reduction", "lambda_cos", "lambda_norm", "lambda_ms", "lambda_kl")
     terms = {name: config[name] for name in names}
     terms |= {"temperature": config["temperature"], "kl_items": config["kl_items"]}
     if config["mode"] == "offline":
-        return SLMRec(start_of_student(config, base, source), **terms)
+        return SLMRec(start_of_student(config, base, source, say), **terms)
     table = read_heads(source, taught.get("item_dim"))["item_table"]
     student = build_llm_rec(config, base, table)
     teacher = build_llm_rec(taught, load_base(taught, recorded_base(taught)), table)
@@ -226,7 +227,7 @@ def untrained(config: dict, base: Base, source: Path, taught: dict) -> SLMRec:
     return OnlineSLMRec(student, teacher, **own, **terms)
 
 
-def start_of_student(config: dict, base: Base, source: Path) -> LLMRec:
+def start_of_student(config: dict, base: Base, source: Path, say: Callable[[str], None] = print) -> LLMRec:
     """The untrained student, with the item tables of the teacher in `source`, for the input and for the output."""
     heads = read_heads(source, config.get("item_dim"))
     student = build_llm_rec(config, base, heads["item_table"])
@@ -234,6 +235,8 @@ def start_of_student(config: dict, base: Base, source: Path) -> LLMRec:
     own = {name: value.shape for name, value in student.state_dict().items() if name.startswith("item_output.")}
     if own == {name: value.shape for name, value in output.items()}:
         student.load_state_dict(output, strict=False)
+    elif output:
+        say("the student starts from the frozen table: what its teacher learned of the output has another form")
     return student
 
 
@@ -246,7 +249,7 @@ def train_student(run: Run, config: dict, source: Path, taught: dict, examples: 
     check_base(taught, fingerprint, base, source)
     kept = load_base(config, base)
     run.record(base_fingerprint=kept.fingerprint)
-    student = untrained(config, kept, source, taught)
+    student = untrained(config, kept, source, taught, run.print)
     with ExitStack() as stack:
         if config["mode"] == "offline" and student.needs_states:
             boundaries = block_boundaries(config["teacher_layers"], config["num_blocks"])

@@ -256,8 +256,12 @@ def test_a_model_that_is_read_at_items_resumes_loads_and_teaches(item_output, wo
     assert got == metrics(tmp_path / "whole")
 
     taught = json.loads((tmp_path / "whole/config.json").read_text())
-    student = distill.start_of_student(taught | {"num_layers": 1}, load_base(taught, tiny_base), tmp_path / "whole")
-    assert torch.equal(student.item_vectors(), model.item_vectors())
+    told = []
+    for other in ({}, {"item_output": "residual" if item_output == "trained" else "trained"}):
+        one = (taught | {"num_layers": 1} | other, load_base(taught, tiny_base), tmp_path / "whole", told.append)
+        student = distill.start_of_student(*one)
+        assert torch.equal(student.item_vectors(), student.table if other else model.item_vectors())
+        assert len(told) == bool(other)
     for kind in ("stored", "bfloat16", "per_batch"):
         student = on_tiny("distill", work, ["--teacher_states", kind], tmp_path / kind)
         student[student.index("--teacher") + 1] = tmp_path / "whole"

@@ -76,9 +76,15 @@ def whiten(table: torch.Tensor, dim: int) -> tuple[torch.Tensor, float]:
 
 
 def normalized(table: torch.Tensor) -> torch.Tensor:
-    """Rows of (V + 1, d) minus their mean, at length 1; rows of 0 (the padding, items without a vector) stay 0."""
+    """Rows of (V + 1, d) minus their mean, at length 1; rows of 0 (the padding, items without a vector) stay 0.
+
+    UserError where all rows are the same, so that nothing is left of them.
+    """
     known = (table != 0).any(1, keepdim=True)
-    return F.normalize(table - (table * known).sum(0) / known.sum(), dim=1) * known
+    rows = F.normalize(table - (table * known).sum(0) / known.sum(), dim=1) * known
+    if not rows.any():
+        raise UserError("--normalize_items leaves nothing of an item table whose rows are all the same; leave it out")
+    return rows
 
 
 def find_table(name: str, data: Sequences) -> Path:

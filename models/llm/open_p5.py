@@ -76,7 +76,7 @@ class OpenP5(Recommender):
         beam_width: int | None = None,
     ) -> None:
         super().__init__(None, None)
-        check_length(decoder.config, max_length, len(prefix_ids), tokens_per_item=2)
+        check_length(decoder.config, max_length, len(prefix_ids) + 1, tokens_per_item=2)  # a first token of the answer
         self.num_firsts = int(item_tokens[:, 0].max()) + 1
         self.beam_width = min(beam_width or self.num_firsts, self.num_firsts)
         self.head = head.requires_grad_(False)

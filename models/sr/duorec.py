@@ -6,7 +6,7 @@ examples far: L_reg = mean over the 2 B views of -log(exp(s(z, z+)) / sum over t
 s(a, b) = a . b / tau, and L = L_rec + lambda L_reg. The encoder is BERT's, causal. Deviations: the loss of the next
 item is at every position that --train_targets asks for, and a view per example, not per prefix. As in the release an
 item that one user alone has met is its own pair, and examples with the same target are negatives of each other. With
---micro_batch_size the negatives are those of a micro-batch.
+--micro_batch_size, or several processes, the negatives are those of a part of the batch.
 """
 
 from dataclasses import dataclass

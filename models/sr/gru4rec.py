@@ -39,5 +39,6 @@ class GRU4Rec(SequentialRecommender):
         T = histories.shape[1]
         padding, at = (histories == 0).sum(1, keepdim=True), torch.arange(T, device=histories.device)
         items_first = histories.gather(1, (at + padding) % T)  # (B, T): left padding goes behind the items
-        states = self.gru(self.dropout(self.items(items_first)))[0]  # (B, T, h)
+        with torch.autocast(histories.device.type, enabled=False):  # cuDNN would take float16, too small for gradients
+            states = self.gru(self.dropout(self.items(items_first)).float())[0]  # (B, T, h)
         return self.out(states.take_along_dim(((at - padding) % T)[..., None], dim=1))  # (B, T, d)

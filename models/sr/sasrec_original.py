@@ -1,4 +1,4 @@
-"""SASRec as its authors' code (kang205/SASRec) computes it: the residuals, what is normalised, and padding attended to.
+"""SASRec as MTandHJ/CE-SCE-LLMRec computes it: with the norms of kang205/SASRec, and padding attended to.
 
 On x (B, T, d), which is 0 at padding, a block is
 
@@ -6,9 +6,10 @@ On x (B, T, d), which is 0 at padding, a block is
 
 so keys and values are not normalised, and the feed-forward's residual starts from the norm. The mask is causal only:
 every history is padded to max_seq_length, and a padded position is a key and a value like any other, with the biases
-of their maps as its vectors. A user with few items thereby listens to them less. Deviations: the first residual starts
-from x, as in MTandHJ/CE-SCE-LLMRec, where it starts from LN(x) in the authors' code; all padding of a history
-is one key whose logit is raised by the logarithm of their number, which is the same sum, but dropout takes it whole.
+of their maps as its vectors. A user with few items thereby listens to them less. Its authors' code masks the padding,
+has no map after the attention, and starts the first residual from LN(x). Deviations from MTandHJ: all padding of a
+history is one key whose logit is raised by the logarithm of their number, which is the same sum, but dropout takes it
+whole; biases of the attention start as those of PyTorch's linear layers.
 """
 
 from dataclasses import dataclass

@@ -55,7 +55,11 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is recommended after a history. unknown: its items that the dataset does not have, which were skipped."""
+    """What is recommended after a history, best first, at most k items.
+
+    unknown: items of the history that the dataset does not have, which were skipped. by_popularity: none of them was
+    known, so that these are the most frequent items.
+    """
 
     items: list[Recommendation]
     unknown: list[str]
@@ -85,6 +89,7 @@ class Trained:
         """The k best items after each history of ids or titles, oldest first; `candidates`: of these alone.
 
         What the dataset does not have is left out: `catalogue.doubts` tells of it, and of titles that items share.
+        UserError where it has none of the candidates, RunError where a score is no number.
         """
         allowed = np.zeros(len(self.catalogue) + 1, bool)
         numbers = None if candidates is None else [self.catalogue.number(item) for item in candidates]
@@ -143,17 +148,23 @@ def run_config(folder: str | Path) -> dict:
     return config
 
 
-def load(folder: str | Path) -> Trained:
-    """A trained recommender from its run folder: traditional, a language model, or a fusion of two."""
+def load(folder: str | Path, base_model: str | Path | None = None) -> Trained:
+    """A trained recommender from its run folder: traditional, a language model, or a fusion of two.
+
+    A relative path starts at the working folder, else at the checkout. base_model: where the base of the language model
+    is now, if it was moved. UserError where the folder holds no finished run, damaged files, or another base's run.
+    """
     folder = run_folder(folder)
     config = run_config(folder)
+    if base_model is not None and not reads_base(config):
+        raise UserError(f"--base_model {base_model}: {folder} is no language model; leave it out")
     catalogue = Catalogue.load(folder)
     if config.get("kind") == "sr":
         model = load_recommender(folder, config, catalogue.training_part(config["num_users"]))
     elif config.get("kind") == "fusion":
-        model = load_fusion(config, len(catalogue))
+        model = load_fusion(config, len(catalogue), base_model)
     else:
-        model = (load_open_p5 if config.get("kind") == "open_p5" else load_llm_rec)(folder)
+        model = (load_open_p5 if config.get("kind") == "open_p5" else load_llm_rec)(folder, base_model)
         known = len(model.item_tokens if isinstance(model, OpenP5) else model.table) - 1
         if known != len(catalogue):
             raise UserError(
@@ -162,10 +173,19 @@ def load(folder: str | Path) -> Trained:
     return Trained(model, config, catalogue)
 
 
-def load_fusion(config: dict, items: int) -> Fusion:
+def reads_base(config: dict) -> bool:
+    """Whether a run, or a part of a fusion, is a language model."""
+    if config.get("kind") == "fusion":
+        check_parts(config)
+        return any(reads_base(run_config(cli.ROOT / config[name])) for name in ("run", "fuse"))
+    return config.get("kind") != "sr"
+
+
+def load_fusion(config: dict, items: int, base_model: str | Path | None) -> Fusion:
     """The two runs that evaluate.py fused, over so many items, with the weight that it chose."""
     check_parts(config)
-    parts = [load(cli.ROOT / config[name]) for name in ("run", "fuse")]  # where `check_parts` has looked
+    folders = [cli.ROOT / config[name] for name in ("run", "fuse")]  # where `check_parts` has looked
+    parts = [load(folder, base_model if reads_base(run_config(folder)) else None) for folder in folders]
     if {len(part.catalogue) for part in parts} != {items}:
         raise UserError(f"{config['run']} and {config['fuse']} do not know the {items} items of the fusion; fuse again")
     lengths = [part.config["max_seq_length"] for part in parts]
@@ -274,6 +294,7 @@ def main(
     candidates: str | None = None,
     output: str | None = None,
     batch_size: int = 64,
+    base_model: str | None = None,
 ) -> None:
     if (history is None) == (input is None):
         raise UserError('give one of --history "item; item" and --input FILE')
@@ -291,7 +312,7 @@ def main(
         raise UserError(f"--input {input} holds no history; expected one per line")
     if any(HALF.search(item) for items in histories for item in items):
         raise UserError("an item of a history is no text in UTF-8: write it anew")
-    trained = load(run)
+    trained = load(run, base_model)
     for line in trained.catalogue.doubts(chain.from_iterable(histories)) + trained.catalogue.doubts(wanted or []):
         print(line, file=sys.stderr)
     begun = time.perf_counter()

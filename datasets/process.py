@@ -87,12 +87,7 @@ def make_dataset(args: argparse.Namespace) -> None:
     user_ids, item_ids = [found.user_ids[code] for code in users], [found.item_ids[code] for code in items]
     texts = {"user_ids.txt": user_ids, "items.tsv": item_lines(item_ids, found.titles or {})}
     info = describe(args, found, arrays, item_ids, order)
-    meta, other = (getattr(args, name, None) for name in ("meta", "titles"))
-    if (meta or (other and found.titles)) and not info["items_with_title"]:
-        raise UserError(
-            f"{meta or other} has a title of no item that is left, such as {item_ids[0]!r:.60}; give the file of these "
-            "items, or name its columns or fields (see --help)"
-        )
+    check_titles(args, found, item_ids)
     if args.attributes:
         pairs, names = number_attributes(args.attributes, listed, item_ids)
         arrays["attributes"], texts["attribute_ids.txt"] = pairs, names
@@ -127,6 +122,16 @@ def by_name(inputs: list[Path]) -> dict[str, Path]:
     """Inputs by name, or by path where two have one name."""
     names = [path.name for path in inputs]
     return {path.name if names.count(path.name) == 1 else str(path): path for path in inputs}
+
+
+def check_titles(args: argparse.Namespace, found: Interactions, item_ids: list[str]) -> None:
+    """UserError where a file of titles has none of these items; one in which all titles are empty may be meant."""
+    meta, other = (getattr(args, name, None) for name in ("meta", "titles"))
+    if (meta or (other and found.titles)) and not any(name in found.titles for name in item_ids):
+        raise UserError(
+            f"{meta or other} has a title of no item that is left, such as {item_ids[0]!r:.60}; give the file of these "
+            "items, or name its columns or fields (see --help)"
+        )
 
 
 def describe(args: argparse.Namespace, found: Interactions, arrays: dict, item_ids: list[str], order: str) -> dict:

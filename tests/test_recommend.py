@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -195,6 +196,19 @@ def test_a_build_for_gpus_works_where_there_is_none(runs, sources, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", built)
     assert recommend.load(runs / "sasrec").device.type == "cpu"
     assert TextModel(str(sources / "base")).model.device.type == "cpu"
+
+
+def test_a_base_that_was_moved_is_named(runs, sources, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(runs / "teacher", tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps(config | {"base_model": str(tmp_path / "gone")}))
+    with pytest.raises(UserError, match=r"no longer there; bring it back .or recommend\.py --base_model"):
+        recommend.load(tmp_path / "run")
+    said = [run(capsys, "--run", runs / "teacher", "--history", "id4").out]
+    said += [run(capsys, "--run", tmp_path / "run", "--history", "id4", "--base_model", sources / "base").out]
+    assert said[0] == said[1] and "1." in said[0]
+    with pytest.raises(UserError, match="sasrec is no language model; leave it out"):
+        recommend.load(runs / "sasrec", sources / "base")
 
 
 @pytest.mark.parametrize("name", ["o.csv", "o.jsonl"])

@@ -182,9 +182,9 @@ def save_open_p5(model: OpenP5, folder: Path) -> None:
     save_adapter(model.decoder, folder)
 
 
-def load_open_p5(folder: Path) -> OpenP5:
-    """A saved run in eval mode, with identical scores; errors are those of `load_llm_rec`."""
-    config, base_model = recorded_run(folder)
+def load_open_p5(folder: Path, base_model: str | Path | None = None) -> OpenP5:
+    """A saved run in eval mode, with identical scores; base_model and errors are those of `load_llm_rec`."""
+    config, base_model = recorded_run(folder, base_model)
     saved = load_tensors(folder / HEADS_FILE)
     tokens, base = saved.pop("item_tokens", torch.zeros(0)), load_base(config, base_model)
     if tokens.ndim != 2 or len(tokens) < 2 or tokens.shape[1] != 2 or tokens.dtype != torch.int64 or tokens.min() < 0:

@@ -41,7 +41,7 @@ from models.sr import MODELS
 from utils import assets, cli
 from utils.data import Examples, Sequences, check_same_dataset, training_examples
 from utils.errors import UserError
-from utils.flags import BEFORE, alternatives
+from utils.flags import FORMER_DEFAULTS, alternatives
 from utils.metrics import DEFAULT_SELECTION, SelectBy
 from utils.report import closing_table
 from utils.run import Run
@@ -127,7 +127,7 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     check_same_dataset(data, taught, source)
     depth, blocks = taught["num_layers"], config["num_blocks"]
     of_lora = [name for name, value in config.items() if name.startswith("lora_") and value is not None]
-    cli.inherit(config, BEFORE | taught, INHERITED, cli.portable_path(source))
+    cli.inherit(config, FORMER_DEFAULTS | taught, INHERITED, cli.portable_path(source))
     needed = [name for name in INHERITED if name in TYPES and type(None) not in alternatives(TYPES[name])]
     if config["train_strategy"] in ("full", "frozen"):
         cli.check_lora(config, of_lora)
@@ -159,11 +159,11 @@ def find_teacher(config: dict, data: Sequences) -> tuple[Path, dict]:
     config |= {"title": title, "teacher_sha256": weights_sha256(source)}
     config["base_model"] = assets.record_base_model(taught["base_model"], base)
     find_kl_teacher(config, source, data)
-    tell_what_is_idle(config)
+    print_flags_without_effect(config)
     return source, taught
 
 
-def tell_what_is_idle(config: dict) -> None:
+def print_flags_without_effect(config: dict) -> None:
     """Print which form of the loss has no effect: a recipe may set it for rows that have other terms."""
     if config["norm_form"] != "l2" and not config["lambda_norm"]:
         print(f"--norm_form {config['norm_form']} has no effect: --lambda_norm is 0")

@@ -36,7 +36,7 @@ from models.llm.storage import load_llm_rec
 from models.sr.storage import load_recommender
 from utils import cli
 from utils.catalogue import Catalogue
-from utils.checked import HALF, check_file
+from utils.checked import LONE_SURROGATE, check_file
 from utils.errors import RunError, UserError, cut_short
 from utils.files import atomic_file, check_writable
 from utils.report import check_parts
@@ -310,7 +310,7 @@ def main(
         histories = [[part.strip() for part in history.split(";") if part.strip()]]
     elif not (histories := list(read_histories(input))):
         raise UserError(f"--input {input} holds no history; expected one per line")
-    if any(HALF.search(item) for items in histories for item in items):
+    if any(LONE_SURROGATE.search(item) for items in histories for item in items):
         raise UserError("an item of a history is no text in UTF-8: write it anew")
     trained = load(run, base_model)
     for line in trained.catalogue.doubts(chain.from_iterable(histories)) + trained.catalogue.doubts(wanted or []):

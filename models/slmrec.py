@@ -82,10 +82,9 @@ class SLMRec(Recommender):
         user_vectors = self.student.head(states[:, -1])  # (N, d)
         terms = {"ce": catalogue_cross_entropy(user_vectors, items, targets)}
         if self.needs_states:
-            taught = (
-                batch["teacher_states"] if self.teacher is None else self.of_teacher(batch["histories"], target_mask)
-            )
-            taught = taught.view(torch.bfloat16) if taught.dtype == torch.int16 else taught
+            stored = self.teacher is None
+            taught = batch["teacher_states"] if stored else self.of_teacher(batch["histories"], target_mask)
+            taught = taught.view(torch.bfloat16) if taught.dtype == torch.int16 else taught  # (N, K, h)
         if self.lambda_cos:
             distance = 1 - cosine_similarity(taught, states)  # (K,)
             terms["cos"] = self.lambda_cos * reduce_blocks(distance, self.block_reduction)
@@ -96,11 +95,12 @@ class SLMRec(Recommender):
         if early:
             terms["ms"] = self.lambda_ms * self.supervision(early, items, targets)
         if self.lambda_kl:
-            table, taught = batch.get("teacher_table", self.teacher_table), batch["teacher_vectors"]
-            taught = taught.unbind(1) if taught.ndim == 3 else [taught]  # (N, d') each
+            table, vectors = batch.get("teacher_table", self.teacher_table), batch["teacher_vectors"]
+            of_teacher = vectors.unbind(1) if vectors.ndim == 3 else [vectors]  # (N, d') each
+            of_student = [*early, user_vectors][-len(of_teacher) :]  # (N, d) each
             divergences = [
-                distillation_kl(vectors, items, teacher_vectors, table, self.temperature, self.kl_items)
-                for vectors, teacher_vectors in zip([*early, user_vectors][-len(taught) :], taught, strict=True)
+                distillation_kl(ours, items, theirs, table, self.temperature, self.kl_items)
+                for ours, theirs in zip(of_student, of_teacher, strict=True)
             ]
             terms["kl"] = self.lambda_kl * reduce_blocks(torch.stack(divergences), self.block_reduction)
         return terms
@@ -117,9 +117,9 @@ class SLMRec(Recommender):
         return teacher.states(histories, target_mask, boundaries)
 
     def batch(self, examples: Examples, index: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        taught = {"teacher_states": self.teacher_states, "teacher_vectors": self.teacher_vectors}
+        answers = {"teacher_states": self.teacher_states, "teacher_vectors": self.teacher_vectors}
         rows = examples.target_rows(index)
-        found = {name: torch.from_numpy(of[rows]) for name, of in taught.items() if of is not None}
+        found = {name: torch.from_numpy(of[rows]) for name, of in answers.items() if of is not None}
         return super().batch(examples, index, rng) | found
 
     def user_vectors(self, histories: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,9 +7,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-from models.llm.decoder import base_config, fingerprint, first_line, load_decoder, quiet_transformers, source
+from models.llm.decoder import base_config, fingerprint, load_decoder, quiet_transformers, source
 from utils import assets
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 MAX_TOKENS = 256  # what all-MiniLM-L6-v2 reads
 BATCH = 64

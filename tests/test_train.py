@@ -24,7 +24,7 @@ from utils.checked import load_tensors
 from utils.data import training_examples
 from utils.errors import RunError, UserError
 from utils.files import check_space, save_tensors
-from utils.flags import BEFORE
+from utils.flags import FORMER_DEFAULTS
 from utils.metrics import SelectBy
 from utils.report import closing_table, comparison, finished_runs, git_commit, protocol
 from utils.run import LOCK, Run
@@ -346,16 +346,16 @@ def test_a_run_that_stops_early_continues_exactly(patient, tmp_path, monkeypatch
         assert state["evaluations"] == expected["evaluations"] and state["best_step"] == expected["best_step"]
 
 
-@pytest.mark.parametrize("name", BEFORE)
+@pytest.mark.parametrize("name", FORMER_DEFAULTS)
 def test_a_run_of_a_version_without_a_flag_goes_on_as_it_did(name, tmp_path):
-    train(tmp_path / "a", max_steps=1, **{name: BEFORE[name]})
+    train(tmp_path / "a", max_steps=1, **{name: FORMER_DEFAULTS[name]})
     path = tmp_path / "a" / "config.json"
     config = json.loads(path.read_text())
-    assert config.pop(name) == BEFORE[name]
+    assert config.pop(name) == FORMER_DEFAULTS[name]
     path.write_text(json.dumps(config))
-    train(tmp_path / "a", max_steps=1, resume="auto", **{name: BEFORE[name]})
+    train(tmp_path / "a", max_steps=1, resume="auto", **{name: FORMER_DEFAULTS[name]})
     path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match=f"{name}={BEFORE[name]}, not another"):
+    with pytest.raises(UserError, match=f"{name}={FORMER_DEFAULTS[name]}, not another"):
         train(tmp_path / "a", max_steps=1, resume="auto", **{name: "another"})
 
 

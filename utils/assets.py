@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from utils.cli import ROOT, portable_path
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import atomic_folder, is_plain_name, locked, sha256
 
 DATASETS = ROOT / "datasets"
@@ -179,9 +179,8 @@ def pinned(base_model: str) -> str:
     try:
         config = Path(hf_hub_download(name, "config.json", revision=revision or None))
     except Exception as error:  # no such id, no network, no access, ...: a class for each
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--base_model {base_model}: no model found there ({reason}); give a folder or hub id"
+            f"--base_model {base_model}: no model found there ({first_line(error)}); give a folder or hub id"
         ) from error
     return f"{name}@{config.parent.name}"  # the file lies in snapshots/<commit>
 

@@ -31,8 +31,8 @@ DAMAGE = (ValueError, TypeError, LookupError, EOFError, SyntaxError, AttributeEr
 
 Rule = tuple[str, Callable[[object], bool]] | dict | list
 # a JSON escape may stand for half a character, which no file can hold
-HALF = re.compile("[\ud800-\udfff]")
-TEXT: Rule = ("text", lambda value: type(value) is str and not HALF.search(value))
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+TEXT: Rule = ("text", lambda value: type(value) is str and not LONE_SURROGATE.search(value))
 FLAG: Rule = ("true or false", lambda value: type(value) is bool)
 COUNT: Rule = ("a whole number of at least 0", lambda value: type(value) is int and 0 <= value < 2**63)
 SIZE: Rule = ("a whole number of at least 1, of 31 bits", lambda value: type(value) is int and 1 <= value < 2**31)

@@ -16,7 +16,7 @@ import fire
 from fire import decorators, helptext
 from fire import trace as fire_trace
 
-from utils.checked import HALF
+from utils.checked import LONE_SURROGATE
 from utils.errors import RunError, UserError, cut_short, is_out_of_memory, told_in_one_line
 from utils.flags import Models, choices, coerce, flags_of, suggest, without_choices
 from utils.recipes import RECIPE_SECTIONS, check_recipe, per_model, read_recipe, recipe_values
@@ -158,7 +158,7 @@ def portable_path(path: Path) -> str:
     """A path as configurations hold it: relative to the checkout where it lies inside, so that records are portable."""
     path = path.absolute()
     text = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-    if HALF.search(text):  # as Python reads bytes that are no UTF-8
+    if LONE_SURROGATE.search(text):  # as Python reads bytes that are no UTF-8
         raise UserError(f"{text!r} is no text in UTF-8; rename the folder, or choose another")
     return text
 

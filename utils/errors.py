@@ -29,6 +29,11 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
+def first_line(error: Exception) -> str:
+    """Of its message, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def describe_error(error: OSError) -> str:
     """The system's own words, the file that they are about, and what helps."""
     file = f": {error.filename}" if error.filename else ""

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from utils.checked import HALF
+from utils.checked import LONE_SURROGATE
 from utils.errors import UserError
 
 Models = Mapping[str, type] | None  # a registry: the classes by the names that --model takes
@@ -147,8 +147,13 @@ FLAGS: dict[str, tuple[str, str]] = {
 OF_TRAINED = {"run", "fuse", "layers", "split", "negatives", "candidate_seed", "history", "input", "k", "exclude_seen"}
 OF_TRAINED |= {"candidates", "output"}
 # what a run did whose version did not have the flag yet
-BEFORE = {"select_by": "sampled/NDCG@10", "read_out": "response", "input_map": "linear", "item_output": "frozen"}
-BEFORE |= {"teacher_states": "stored", "optimizer": "adamw"}
+FORMER_DEFAULTS = {
+    "select_by": "sampled/NDCG@10",
+    "read_out": "response",
+    "input_map": "linear",
+    "item_output": "frozen",
+}
+FORMER_DEFAULTS |= {"teacher_states": "stored", "optimizer": "adamw"}
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ def coerce(source: str, value: object, flag: Flag) -> object:
             raise UserError(f"{source} needs a value")
         if "\0" in str(value):
             raise UserError(f"{source} holds a character that no path or name can")
-        if HALF.search(str(value)):  # as Python reads bytes that are no UTF-8
+        if LONE_SURROGATE.search(str(value)):  # as Python reads bytes that are no UTF-8
             raise UserError(f"{source} is no text in UTF-8")
         return str(value)
     if wanted is bool:

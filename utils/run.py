@@ -27,7 +27,7 @@ from utils.cli import ROOT, portable_path, print_config
 from utils.data import Sequences
 from utils.errors import UserError
 from utils.files import atomic_file, atomic_folder, check_writable, remove, remove_left_over, save_tensors, write_json
-from utils.flags import BEFORE
+from utils.flags import FORMER_DEFAULTS
 from utils.memory import check_sharded
 from utils.metrics import RANKS_FILE, metrics_by_kind, rank_users, save_ranks
 from utils.report import card, flatten, git_commit, log_rows, peak_memory, plot_curve, protocol
@@ -98,7 +98,7 @@ class Run:
             if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / LOCK).exists():
                 raise strange
             return False
-        old = BEFORE | read_json(earlier, "", advice=REPLACED)  # what is to be replaced may hold anything
+        old = FORMER_DEFAULTS | read_json(earlier, "", advice=REPLACED)  # what is to be replaced may hold anything
         if old.get("kind") != self.config["kind"]:
             raise strange
         if self.config["resume"] != "auto":

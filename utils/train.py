@@ -80,7 +80,7 @@ class Loop:
             state["starts"][-1]["micro_batch_size"] = self.micro_batch
         self.wrapped = self.model if run.sharded else self.accelerator.prepare_model(self.model)
         run.open_log(started)
-        self.tell_what_is_idle()
+        self.print_flags_without_effect()
         options = {"total": self.total, "initial": started, "unit": "step", "mininterval": 1}
         with tqdm(**options, disable=not self.accelerator.is_main_process) as bar:
             while True:
@@ -101,7 +101,7 @@ class Loop:
         run.load_best(self.trained)
         return state | {"steps_per_epoch": self.per_epoch, "planned_steps": self.total}
 
-    def tell_what_is_idle(self) -> None:
+    def print_flags_without_effect(self) -> None:
         """Print which flags have no effect: a default or a recipe may have set them for other runs."""
         every, patience, tell = self.config["eval_steps"], self.config["patience"], self.run.print
         for name, count in self.stages:

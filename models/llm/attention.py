@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # of each layer, (B, heads, tokens, head size) each
 PACKED = "slmrec_packed"
@@ -220,7 +220,7 @@ def add_adapters(decoder: nn.Module, lora: dict) -> PeftModel:
     try:
         adapted = get_peft_model(decoder, config)
     except ValueError as error:
-        raise UserError(f"--lora_target_modules: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"--lora_target_modules: {first_line(error)}") from error
     if config.target_parameters:  # PEFT takes these names for the experts, which had them in older checkpoints
         left = sorted(config.target_modules)
         experts = sorted(set(lora["target_modules"]).difference(left))

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils import logging as transformers_logging
 
 from models.llm.attention import has_adapters, renumber, what_lacks
-from utils.errors import UserError, is_out_of_memory
+from utils.errors import UserError, first_line, is_out_of_memory
 
 PREFIX = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -91,10 +91,6 @@ def source(base_model: str | Path) -> dict:
     if not Path(name).is_dir():
         name, _, revision = name.partition("@")
     return {"pretrained_model_name_or_path": name, "revision": revision or "main", "trust_remote_code": False}
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from models.llm.decoder import (
     base_shape,
     check_tokens,
     fingerprint,
-    first_line,
     keep_layers,
     load_decoder,
     prompt_ids,
@@ -26,7 +25,7 @@ from models.llm.recommender import PLAIN, LLMRec
 from utils.assets import base_model_path
 from utils.checked import load_tensors
 from utils.cli import ROOT
-from utils.errors import UserError, is_out_of_memory
+from utils.errors import UserError, first_line, is_out_of_memory
 from utils.files import not_written, save_tensors
 from utils.run_files import read_config
 

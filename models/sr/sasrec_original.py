@@ -26,6 +26,10 @@ from utils.data import TrainingPart
 EPS = 1e-8  # of every norm
 
 
+def feed_forward(dim: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, dim), Dropout(dropout), nn.ReLU(), nn.Linear(dim, dim), Dropout(dropout))
+
+
 class OriginalBlock(nn.Module):
     """The block above."""
 
@@ -34,9 +38,7 @@ class OriginalBlock(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.norm1, self.norm2 = nn.LayerNorm(dim, EPS), nn.LayerNorm(dim, EPS)
         self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.feed = nn.Sequential(
-            nn.Linear(dim, dim), Dropout(dropout), nn.ReLU(), nn.Linear(dim, dim), Dropout(dropout)
-        )
+        self.feed = feed_forward(dim, dropout)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """x (B, T, d), mask (B, 1, T, 1 + T) is added to the logits; its first column is the padding."""

@@ -9,9 +9,8 @@ from torch import nn
 from models.dropout import Dropout
 from models.interface import Recommender, flag
 from models.losses import catalogue_cross_entropy
+from models.sr.sasrec_original import EPS, feed_forward
 from utils.data import TrainingPart
-
-EPS = 1e-8  # of every norm
 
 
 class Block(nn.Module):
@@ -21,9 +20,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, EPS), nn.LayerNorm(dim, EPS)
         self.attention = nn.MultiheadAttention(dim, 1, dropout, batch_first=True)
-        self.feed = nn.Sequential(
-            nn.Linear(dim, dim), Dropout(dropout), nn.ReLU(), nn.Linear(dim, dim), Dropout(dropout)
-        )
+        self.feed = feed_forward(dim, dropout)
 
     def forward(self, x: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
         queries = self.norm1(x)  # (B, T, h)

@@ -85,7 +85,10 @@ class Recommender(nn.Module):
     def score_blocks(
         self, histories: torch.Tensor, users: torch.Tensor, size: int
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """`scores` of `size` users at a time: user vectors are computed for all at once, as they need less memory."""
+        """The users of each block of `size` and their `scores` (size, V + 1), float32: histories (B, T), users (B,).
+
+        User vectors are computed for all B at once, as they need less memory.
+        """
         blocks = [slice(low, low + size) for low in range(0, len(histories), size)]
         if type(self).scores is not Recommender.scores:
             yield from ((block, self.scores(histories[block], users[block]).float()) for block in blocks)

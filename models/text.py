@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-from models.llm.decoder import base_config, fingerprint, load_decoder, quiet_transformers, source
+from models.llm.decoder import base_config, fingerprint, load_decoder, pretrained_arguments, quiet_transformers
 from utils import assets
 from utils.errors import UserError, first_line
 
@@ -20,7 +20,9 @@ def load_encoder() -> tuple[str, nn.Module]:
     folder = str(assets.encoder_path())
     try:
         with quiet_transformers():
-            return folder, AutoModel.from_pretrained(**source(folder), dtype=torch.float32, use_safetensors=True)
+            return folder, AutoModel.from_pretrained(
+                **pretrained_arguments(folder), dtype=torch.float32, use_safetensors=True
+            )
     except Exception as error:  # any library's error
         raise UserError(f"{folder} cannot be read ({first_line(error)}); remove it, it is fetched again") from error
 
@@ -39,7 +41,7 @@ def tokens(name: str, folder: str, model: nn.Module, texts: list[str]) -> list[d
     longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS)
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(**source(folder))
+            tokenizer = AutoTokenizer.from_pretrained(**pretrained_arguments(folder))
             whole = tokenizer(texts).input_ids
             found = tokenizer(texts, truncation=True, max_length=longest, return_special_tokens_mask=True)
     except Exception as error:  # tokenizers raise what they like

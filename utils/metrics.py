@@ -128,9 +128,9 @@ def rank_each(
     users_at_once = max(16, SCORES_AT_ONCE // (data.num_items + 1))
     lengths = np.minimum(examples.lengths, batched_length or max_length)
     rank, processes = share
-    own, some = math.ceil(len(examples) / processes), parts(data, negatives.shape[1], processes)
-    if len(some) >= processes and not together:  # each draws only the candidates of its users
-        some, rank, processes = some[rank::processes], 0, 1
+    own, user_parts = math.ceil(len(examples) / processes), parts(data, negatives.shape[1], processes)
+    if len(user_parts) >= processes and not together:  # each draws only the candidates of its users
+        user_parts, rank, processes = user_parts[rank::processes], 0, 1
 
     def scored(index: np.ndarray) -> Iterator[tuple[slice, Iterable[torch.Tensor]]]:
         batch = {name: values.to(device) for name, values in examples.batch(index).items()}
@@ -138,7 +138,7 @@ def rank_each(
 
     bar = tqdm(total=own, desc=f"rank {split}", unit="user", disable=not progress, leave=False)
     with autocast(), recommender.for_inference(), bar:
-        for part in some:
+        for part in user_parts:
             paused = time.perf_counter()
             drawn = negatives[part]
             begun += time.perf_counter() - paused  # candidates are drawn once for all models: not their time

@@ -85,7 +85,7 @@ def block_boundaries(num_layers: int, num_blocks: int) -> list[int]:
     return [k * num_layers // num_blocks for k in range(1, num_blocks + 1)]
 
 
-def source(base_model: str | Path) -> dict:
+def pretrained_arguments(base_model: str | Path) -> dict:
     """Arguments of transformers' `from_pretrained` for a folder or `id@revision` on the hub. No code of it is run."""
     name, revision = str(base_model), None
     if not Path(name).is_dir():
@@ -110,7 +110,7 @@ def base_config(base_model: str | Path) -> AutoConfig:
     """Configuration of a base's decoder, which may be part of a multimodal model; UserError where there is none."""
     try:
         with quiet_transformers():
-            whole = AutoConfig.from_pretrained(**source(base_model))
+            whole = AutoConfig.from_pretrained(**pretrained_arguments(base_model))
             config = whole.get_text_config(decoder=True)
     except Exception as error:  # a config.json of anything else, or of a library that is not there
         raise UserError(
@@ -154,7 +154,7 @@ def load_decoder(base_model: str | Path, num_layers: int, layer_selection: str, 
     try:
         with quiet_transformers():
             decoder, loading = AutoModel.from_pretrained(
-                **source(base_model),
+                **pretrained_arguments(base_model),
                 config=cut(copy.deepcopy(config), list(range(layers[-1] + 1))),
                 key_mapping={TEXT_WEIGHTS: ""},
                 dtype=dtype,
@@ -229,7 +229,7 @@ def load_head(base_model: str | Path, decoder: nn.Module, prompt: list[int]) -> 
     how = {"config": first, "dtype": embedding.dtype, "use_safetensors": True, "output_loading_info": True}
     try:
         with quiet_transformers():
-            model, loading = AutoModelForCausalLM.from_pretrained(**source(base_model), **how)
+            model, loading = AutoModelForCausalLM.from_pretrained(**pretrained_arguments(base_model), **how)
             head = model.get_output_embeddings().weight
             output = model(torch.tensor([prompt]), output_hidden_states=True)
         states, read = output.hidden_states[-1].float(), output.hidden_states[0]
@@ -254,7 +254,7 @@ def prompt_ids(base_model: str | Path) -> dict[str, list[int]]:
     """Token ids of the prompt, as released: the texts alone, without what a tokenizer adds at their start or end."""
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(**source(base_model))
+            tokenizer = AutoTokenizer.from_pretrained(**pretrained_arguments(base_model))
             prefix, response = (tokenizer(text, add_special_tokens=False).input_ids for text in (PREFIX, RESPONSE))
     except Exception as error:  # tokenizers raise what they like
         raise UserError(f"--base_model {base_model}: its tokenizer cannot be read ({first_line(error)})") from error

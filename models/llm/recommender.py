@@ -81,7 +81,8 @@ class LLMRec(Recommender):
     "frozen" neither. `input_proj` and `score` always train; token embeddings and item table never.
     read_out: "response" or "item", see above. item_dropout, state_dropout: of the item vectors that are read, and of
     the states that `score` maps. input_map: `input_proj` is "linear" or an "mlp" of two layers. item_output, with
-    `item_rank`: see `ItemOutput`.
+    `item_rank`: see `ItemOutput`. UserError where the base is too short for prompt and history, or has
+    an attention that packed rows cannot follow.
     """
 
     fast = Fast()
@@ -197,7 +198,7 @@ class LLMRec(Recommender):
 
         histories (B, T), left-padded; target_mask (B, T) bool: after which items a user vector is wanted. Returns
         (N, len(boundaries), h), N = target_mask.sum(), row-major. Those of the top layer are after the final norm, as
-        transformers' `hidden_states` are.
+        transformers' `hidden_states` are. ValueError where T is above max_length.
         """
         T, fast = histories.shape[1], self.fast
         if self.max_length < T:

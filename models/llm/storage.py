@@ -69,7 +69,7 @@ def check_base(config: dict, found: str, base_model: str, folder: Path) -> None:
         )
 
 
-def kind(layer: nn.Module) -> str:
+def layer_signature(layer: nn.Module) -> str:
     """What tells layers apart beside their weights and their number."""
     parts = []
     for name, module in layer.named_modules():
@@ -89,7 +89,7 @@ def check_packing(
     """
     some: dict[str, list[int]] = {}
     for index, layer in enumerate(decoder.layers):
-        some.setdefault(kind(layer), []).append(index)
+        some.setdefault(layer_signature(layer), []).append(index)
     layers = sorted(index for alike in some.values() for index in alike[:2])
     embed, (P, R) = decoder.get_input_embeddings(), map(len, prompt.values())
     words = embed(torch.tensor([*prompt["prefix_ids"], *prompt["response_ids"]])).float()  # (P + R, h)

@@ -63,7 +63,7 @@ def teacher_states(folder: Path, fingerprint: str, examples: Examples, boundarie
                 states = states.float() if stored == np.float32 else states.bfloat16().view(torch.int16)
                 yield examples.target_rows(index), states
 
-    return kept("teacher states", folder, key, (len(boundaries), hidden), stored, parts, examples, run)
+    return load_or_compute("teacher states", folder, key, (len(boundaries), hidden), stored, parts, examples, run)
 
 
 def teacher_vectors(
@@ -98,7 +98,7 @@ def teacher_vectors(
                         yield index, teacher.user_vectors(batch["histories"], batch["users"]).float()
 
     shape, key = tuple(teacher.item_vectors().shape[1:]), [*key, run.config["dtype"], "user vectors"]
-    return kept("teacher vectors", folder, key, shape, np.dtype(np.float32), parts, examples, run)
+    return load_or_compute("teacher vectors", folder, key, shape, np.dtype(np.float32), parts, examples, run)
 
 
 def batches(examples: Examples, run: Run, title: str) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
@@ -108,7 +108,7 @@ def batches(examples: Examples, run: Run, title: str) -> Iterator[tuple[np.ndarr
         yield index, {name: value.to(run.accelerator.device) for name, value in examples.batch(index).items()}
 
 
-def kept(
+def load_or_compute(
     title: str,
     folder: Path,
     key: list,
@@ -124,7 +124,7 @@ def kept(
     """
     key = [{name: value for name, value in read_config(folder).items() if name not in NOT_COMPARED}, *key]
     visited = visited_examples(len(examples), run.config)
-    everything, path = place(folder, key, examples), place(folder, key, examples.only(visited))
+    everything, path = answers_file(folder, key, examples), answers_file(folder, key, examples.only(visited))
     wanted = stored, (int(examples.num_targets.sum()), *shape)
     # answers of all examples serve a short training too; the first process looks for all
     [whole] = broadcast_object_list([run.accelerator.is_main_process and is_whole(everything, *wanted)])
@@ -146,7 +146,7 @@ def kept(
     return Answers(read_array(path), rows)
 
 
-def place(folder: Path, key: list, examples: Examples) -> Path:
+def answers_file(folder: Path, key: list, examples: Examples) -> Path:
     """The file for answers that depend on `key` and the examples."""
     inputs = [np.ascontiguousarray(part) for part in (examples.start, examples.first, examples.end, examples.items)]
     whole = json.dumps([*key, [hashlib.sha256(part).hexdigest() for part in inputs]])

@@ -227,7 +227,7 @@ def untrained(config: dict, base: Base, source: Path, taught: dict, say: Callabl
     return OnlineSLMRec(student, teacher, **own, **terms)
 
 
-def start_of_student(config: dict, base: Base, source: Path, say: Callable[[str], None] = print) -> LLMRec:
+def start_of_student(config: dict, base: Base, source: Path, say: Callable[[str], None]) -> LLMRec:
     """The untrained student, with the item tables of the teacher in `source`, for the input and for the output."""
     heads = read_heads(source, config.get("item_dim"))
     student = build_llm_rec(config, base, heads["item_table"])

@@ -64,7 +64,7 @@ def main(
     asked = None if layers is None else asked_layers(run, layers)
     if output_dir is not None:
         config_to_replace(Path(output_dir), "layers", ["config.json", "metrics.json"])
-    config = run_config(run)  # all is checked by it before the model is loaded
+    config = run_config(run)  # what follows is checked before the model is loaded, which takes long
     data = Sequences.load(assets.dataset_folder(dataset or config["dataset"]))
     check_same_dataset(data, config, Path(run))
     if negatives > max(data.num_items, NUM_NEGATIVES):

@@ -134,7 +134,10 @@ def main(
     config |= {"num_items": data.num_items, "item_dim": table.shape[1], "zero_rows": zeros} | norm_summary(table)
     cli.print_config(config)
     if held not in (None, found[origin(found)]):
-        print(f"{folder} held a table made from {held}, which is replaced; --output_dir keeps both", file=sys.stderr)
+        print(
+            f"{folder} held a table made from {held}, which is replaced; another --output_dir keeps both",
+            file=sys.stderr,
+        )
     write_table(folder, table, config)
     of_zeros = f"; {zeros:,} items without {'a title' if text else 'numbers'} have rows of zeros" if zeros else ""
     print(f"{folder / TABLE_FILE}: {data.num_items:,} items, d = {table.shape[1]}{of_zeros}")

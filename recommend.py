@@ -3,6 +3,7 @@
 python recommend.py --history "Star Wars; Fargo"                          titles or ids, oldest first
 python recommend.py --input histories.jsonl --output top.csv              one history per line; - is standard input
 python recommend.py --run outputs/ml-100k/sasrec --history 50 --candidates candidates.txt
+python recommend.py --history 50 --base_model /models/smollm2             where the base model is, if it was moved
 
 JSONL: a list of items per line, or an object with such a list under `history`. CSV: one history per line, one
 item per cell; an empty line is an empty history.
@@ -152,7 +153,8 @@ def load(folder: str | Path, base_model: str | Path | None = None) -> Trained:
     """A trained recommender from its run folder: traditional, a language model, or a fusion of two.
 
     A relative path starts at the working folder, else at the checkout. base_model: where the base of the language model
-    is now, if it was moved. UserError where the folder holds no finished run, damaged files, or another base's run.
+    is now, if it was moved. UserError where the folder holds no finished run or damaged files, or
+    base_model is not the base of the run.
     """
     folder = run_folder(folder)
     config = run_config(folder)
@@ -185,7 +187,13 @@ def load_fusion(config: dict, items: int, base_model: str | Path | None) -> Fusi
     """The two runs that evaluate.py fused, over so many items, with the weight that it chose."""
     check_parts(config)
     folders = [cli.ROOT / config[name] for name in ("run", "fuse")]  # where `check_parts` has looked
-    parts = [load(folder, base_model if reads_base(run_config(folder)) else None) for folder in folders]
+    configs = [run_config(folder) for folder in folders]
+    bases = {of["base_model"] for of in configs if reads_base(of)}
+    if base_model is not None and len(bases) > 1:
+        raise UserError(
+            f"--base_model is one base, and the two runs have {' and '.join(bases)}: bring the moved one back"
+        )
+    parts = [load(folder, base_model if reads_base(of) else None) for folder, of in zip(folders, configs, strict=True)]
     if {len(part.catalogue) for part in parts} != {items}:
         raise UserError(f"{config['run']} and {config['fuse']} do not know the {items} items of the fusion; fuse again")
     lengths = [part.config["max_seq_length"] for part in parts]

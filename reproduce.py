@@ -62,7 +62,7 @@ PER_DATASET = {
 }
 WHOLE = {"data": data_table, "values": value_table, "claims": claim_table}
 TABLES = cli.ROOT / "results" / "TABLES.md"
-HEADER = """# The paper's tables, its figures beside ours
+HEADER = """# The paper's tables: its figures beside ours
 
 Made by `python reproduce.py record` from the records in `results/` alone; a dash is a cell without a run.
 `recipes/paper/` says what each row is. Protocol *strong*: the dataset's recipe, with every position as a target where a
@@ -71,11 +71,11 @@ by MRR. Sampled metrics are in percent, among 1 + 999 candidates, ties count aga
 seeds. Items that a user touched at the same time stand in the order of the file. Columns named *paper* are of the
 paper's data, with LLaMA-7B: its Cloth and Music have more than 30 times the users of `clothing2014` and `music2018`.
 Seconds of runs that were made apart say little; `docs/speed.md` has rows that were timed in turn. `rank` is over the
-seeds that all measured rows share. Intervals are over the users of the seeds that are there, and do not hold the noise
-of training: a verdict of one seed is of that seed alone. That one model is as good as another holds where its mean is
-at least 98 % of the other's. The figures that a claim quotes are of the sampled ranking. On Amazon's data the teachers
-of *strong* learn the logits of SASRec too. In its ablation the weights are cos 1, norm 0.01 and ms 0.1, summed over
-blocks; in the paper's table 8 norm has 0.1, and ms 0.01 to 1."""
+seeds that all measured rows share, a dash where they share none. Intervals are over the users of the seeds that are
+there, and do not hold the noise of training: a verdict of one seed is of that seed alone. That one model is as good as
+another holds where its mean is at least 98 % of the other's. The figures that claims quote are of the sampled ranking.
+On Amazon's data the teachers of *strong* learn SASRec's logits too. The ablation of *strong* has the weights cos 1,
+norm 0.01 and ms 0.1, summed over blocks; in the paper's table 8 norm has 0.1, and ms 0.01 to 1."""
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ THEIR_SASREC = {"hidden_size": 64, "inner_size": 64, "n_layers": 2, "n_heads": 2
 THEIR_SASREC |= {"hidden_dropout_prob": 0.5, "attn_dropout_prob": 0.5}
 SETTINGS = {  # our model and its flags, RecBole's
     "SASRec": ("sasrec", OURS, "SASRec", THEIR_SASREC),
-    "SASRec as its authors compute it": ("sasrec_original", OURS, "SASRec", THEIR_SASREC),
+    "SASRec as MTandHJ computes it": ("sasrec_original", OURS, "SASRec", THEIR_SASREC),
     "GRU4Rec": (
         "gru4rec",
         {"item_dim": 64, "hidden_dim": 64, "num_layers": 1, "dropout": 0.3},

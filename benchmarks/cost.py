@@ -112,7 +112,7 @@ def one_off(work: Workload, repeats: int) -> list[dict]:
     return found
 
 
-def measures_table(record: dict) -> str:
+def optimisations_table(record: dict) -> str:
     header = ["one optimisation off", "samples/s", "of everything on"]
     rows = [
         [f"{r['kind']}, {OFF[r['off']][1]}", f"{r['per_s']:.1f}", f"{r['of_everything']:.2f}"]
@@ -326,8 +326,8 @@ def main() -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     device, repeats = accelerator.device, args.repeats
     work = Workload(None, BATCH, device)
-    measures = one_off(work, repeats)
-    print(measures_table({"one_off": measures}), flush=True)
+    optimisations = one_off(work, repeats)
+    print(optimisations_table({"one_off": optimisations}), flush=True)
     micro = micro_batches(work, repeats)
     ratio = micro["shared"] / micro["each"]
     print(f"prefix once for four micro-batches of 8: {ratio:.2f} x the samples per second", flush=True)
@@ -350,7 +350,7 @@ def main() -> None:
         "items in the catalogue, ms a SASRec step": {n: catalogue(n, device) for n in CATALOGUES},
         "users, seconds": {n: users(n) for n in USERS},
     }
-    found = {"one_off": measures, "micro_batches": micro, "compile": compiling, "many_targets": targets}
+    found = {"one_off": optimisations, "micro_batches": micro, "compile": compiling, "many_targets": targets}
     found |= {"sasrec_groups": grouped, "teacher_states": states}
     write_json(found | {"panels": panels, "repeats": repeats, "environment": environment(accelerator)}, args.out)
     for title, sizes in panels.items():

@@ -61,9 +61,9 @@ BEAUTY_ITEMS, BEAUTY_LENGTHS = 12_101, (
 # --- the two computations ---
 
 
-def without(model: LLMRec, *measures: str) -> AbstractContextManager:
+def without(model: LLMRec, *optimisations: str) -> AbstractContextManager:
     """Measures of `Fast` switched off."""
-    return patch.object(model, "fast", replace(model.fast, **dict.fromkeys(measures, False)))
+    return patch.object(model, "fast", replace(model.fast, **dict.fromkeys(optimisations, False)))
 
 
 def released_output(model: LLMRec, histories: torch.Tensor, **options) -> ModelOutput:

@@ -134,7 +134,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "llm_step": lambda: llm_step.speed_table(record("llm_step")),
     "read-outs": lambda: read_outs.table(record("read_outs")),
     "hours of the paper": lambda: llm_step.paper_table(record("llm_step")),
-    "cost": lambda: cost.measures_table(record("cost")),
+    "cost": lambda: cost.optimisations_table(record("cost")),
     "single ratios": lambda: single_ratios(record("cost")),
     "efficiency": lambda: efficiency.table(record("efficiency")),
     "catalogue": lambda: large_catalogues(record("catalogue")),

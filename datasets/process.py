@@ -125,13 +125,13 @@ def by_name(inputs: list[Path]) -> dict[str, Path]:
 
 
 def check_titles(args: argparse.Namespace, found: Interactions, item_ids: list[str]) -> None:
-    """UserError where a file of titles has none of these items; one in which all titles are empty may be meant."""
+    """UserError where --meta has no title of these items, or --titles has titles of others alone."""
     meta, other = (getattr(args, name, None) for name in ("meta", "titles"))
     if (meta or (other and found.titles)) and not any(name in found.titles for name in item_ids):
-        raise UserError(
-            f"{meta or other} has a title of no item that is left, such as {item_ids[0]!r:.60}; give the file of these "
-            "items, or name its columns or fields (see --help)"
-        )
+        flag = next((f"--{name}" for name in ("meta_item", "titles_item") if hasattr(args, name)), None)
+        named = f", or name what holds their ids with {flag} and their titles with {flag[:-4]}title" if flag else ""
+        wrong = f"{meta or other} has a title of no item that is left, such as {item_ids[0]!r:.60}"
+        raise UserError(f"{wrong}; give the file of these items{named}")
 
 
 def describe(args: argparse.Namespace, found: Interactions, arrays: dict, item_ids: list[str], order: str) -> dict:

@@ -386,7 +386,9 @@ def test_an_imported_table_stands_in_a_folder_of_its_name(place, capsys):
     Path("other").mkdir()
     shutil.copy("mine.npy", "other/mine.npy")
     start(extract_emb, "--import_table", "other/mine.npy")
-    assert "held a table made from mine.npy, which is replaced; --output_dir keeps both" in capsys.readouterr().err
+    assert (
+        "held a table made from mine.npy, which is replaced; another --output_dir keeps both" in capsys.readouterr().err
+    )
     shutil.copy("mine.npy", "my table.npy")
     refused(capsys, "give one with --output_dir", extract_emb, "--import_table", "my table.npy")
     start(extract_emb, "--import_table", "my table.npy", "--output_dir", "outputs/kill/item_embeddings-spaces")

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -93,6 +94,14 @@ class Twin:
             logs = self.lm(ids).logits[0].double().log_softmax(-1)
             found.append(sum(logs[at - 1, ids[0, at]].item() for at in (-2, -1)))
         return np.array(found)
+
+
+@pytest.mark.parametrize(("positions", "fits"), [(9 + 2 * 5, False), (10 + 2 * 5, True)])
+def test_the_base_can_look_back_on_prompt_history_and_the_answers_first_token(positions, fits):
+    lm = AutoModelForCausalLM.from_config(LlamaConfig(max_position_embeddings=positions, **SIZES))
+    with nullcontext() if fits else pytest.raises(UserError, match="choose at most 4"):
+        tokens = sequential_index(part(11))
+        OpenP5(lm.model, lm.lm_head.weight, tokens, prefix_ids=[1] * 9, max_length=5, lora=LORA)
 
 
 def padded(histories: list[list[int]]) -> torch.Tensor:

@@ -296,7 +296,7 @@ def test_titles_of_other_items_are_refused(run, tmp_path):
     meta.write_text('{"id": "1", "name": "Tea"}\n')
     lines = '{"user_id": "7", "item_id": "1"}\n{"user_id": "7", "item_id": "2"}\n{"user_id": "7", "item_id": "3"}\n'
     code, _, err = run("jsonl", lines, "--meta", meta)
-    assert code == 2 and len(err) == 1 and "title" in err[0]
+    assert code == 2 and len(err) == 1 and "has a title of no item" in err[0] and "--meta_item" in err[0]
     code, made, err = run("jsonl", lines, "--meta", meta, "--meta_item", "id", "--meta_title", "name")
     assert code == 0 and made["info"]["items_with_title"] == 1
 

@@ -9,6 +9,7 @@ from conftest import LORA, make_sequences, tiny_llm_rec
 from models.llm.recommender import PLAIN, ItemOutput, LLMRec
 from models.slmrec import SLMRec
 from utils.data import split_examples, training_examples
+from utils.errors import UserError
 from utils.item_tables import normalized
 
 P = 11  # tokens of the tiny model's prefix
@@ -134,6 +135,15 @@ def test_normalized_rows_are_centred_and_of_length_one():
     for i in range(30):
         want = (rows[i] - mean) / np.linalg.norm(rows[i] - mean) if i in known else np.zeros(6)
         np.testing.assert_allclose(found[i].numpy(), want, atol=1e-6)
+
+
+def test_equal_rows_cannot_be_normalized():
+    table = torch.full((31, 6), 0.1)
+    table[0] = 0
+    with pytest.raises(UserError, match="--normalize_items leaves nothing"):
+        normalized(table)
+    table[1:] += 1e-3 * torch.randn(30, 6)
+    assert normalized(table)[1:].norm(dim=1).allclose(torch.ones(30))
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])

@@ -169,7 +169,7 @@ def test_what_is_refused(flags, words, runs, tmp_path, capsys, monkeypatch):
 
 def test_what_is_wrong_is_told_before_the_model_is_loaded(runs, tmp_path, capsys, monkeypatch):
     for module in (recommend, evaluate):
-        monkeypatch.setattr(module, "load", lambda run: pytest.fail("loaded"))
+        monkeypatch.setattr(module, "load", lambda *_: pytest.fail("loaded"))
     for script, flags, words in (
         (recommend, ["--input", tmp_path / "none.jsonl"], "No such file"),
         (recommend, ["--history", "id4", "--candidates", tmp_path / "none.txt"], "No such file"),
@@ -202,7 +202,9 @@ def test_a_base_that_was_moved_is_named(runs, sources, tmp_path, capsys):  # noq
     shutil.copytree(runs / "teacher", tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
     (tmp_path / "run/config.json").write_text(json.dumps(config | {"base_model": str(tmp_path / "gone")}))
-    with pytest.raises(UserError, match=r"no longer there; bring it back .or recommend\.py --base_model"):
+    with pytest.raises(
+        UserError, match=r"no longer there; bring it back, or name its new place .recommend\.py --base_model"
+    ):
         recommend.load(tmp_path / "run")
     said = [run(capsys, "--run", runs / "teacher", "--history", "id4").out]
     said += [run(capsys, "--run", tmp_path / "run", "--history", "id4", "--base_model", sources / "base").out]

@@ -30,7 +30,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """Of its message, or its kind where it has none."""
+    """The first line of its message; the name of its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

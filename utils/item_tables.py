@@ -81,10 +81,10 @@ def normalized(table: torch.Tensor) -> torch.Tensor:
     UserError where all rows are the same, so that nothing is left of them.
     """
     known = (table != 0).any(1, keepdim=True)
-    rows = F.normalize(table - (table * known).sum(0) / known.sum(), dim=1) * known
-    if not rows.any():
+    centred = (table - (table * known).sum(0) / known.sum()) * known
+    if centred.norm() <= 1e-5 * table.norm():  # of equal rows rounding is left
         raise UserError("--normalize_items leaves nothing of an item table whose rows are all the same; leave it out")
-    return rows
+    return F.normalize(centred, dim=1)
 
 
 def find_table(name: str, data: Sequences) -> Path:

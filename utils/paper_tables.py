@@ -1,4 +1,4 @@
-"""The paper's tables, its figures beside ours: what recipes/paper/<table>.yaml says, as Markdown from records."""
+"""The paper's tables: its figures beside ours, what recipes/paper/<table>.yaml says, as Markdown from records."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -183,7 +183,7 @@ def average_ranks(figures: dict[str, list[float]]) -> dict[str, str]:
 def metric_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
     """Sampled metrics of the paper and the full ranking, in percent, and the paper's own on its domains.
 
-    The average rank is over the seeds that all measured rows share.
+    The average rank is over the seeds that all measured rows share; a dash where they share none.
     """
     paper, domain = printed(table.paper), DOMAINS.get(dataset)
     runs = {name: measured(found, protocol, row) for name, row in table.rows.items()}

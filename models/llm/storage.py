@@ -167,7 +167,8 @@ def recorded_base(config: dict, base_model: str | Path | None = None) -> str:
         except UserError as error:
             reason = str(error).removeprefix("--base_model ")
             raise UserError(
-                f"the base model of this run is no longer there; bring it back (or recommend.py --base_model): {reason}"
+                "the base model of this run is no longer there; bring it back, or name its new place (recommend.py "
+                f"--base_model): {reason}"
             ) from error
     found = base_model_path(str(base_model))
     same = "@" in recorded and not Path(found).is_dir() and found.partition("@")[0] == recorded.partition("@")[0]

@@ -140,22 +140,23 @@ def test_a_claim_holds_by_the_interval_over_users(monkeypatch):
         ("as_good", "best", "mixed"): "holds",
         ("as_good", "mixed", "best"): "holds",
         ("as_good", "second", "first"): "does not hold",
-        ("better", "first", "missing"): "not measured yet",
     }
     claims = [{"claim": "c", "paper": "p", kind: pair, "datasets": ["here"]} for kind, *pair in judged]
     claims.append(
         {"claim": "c", "paper": "p", "share": ["seconds/train_epoch", "second", "first"], "datasets": ["here"]}
     )
+    claims += [{"claim": "missing", "paper": "p", "better": ["first", "missing"], "datasets": ["here"]}]
     claims += [{"claim": "everywhere", "paper": "p", "better": ["first", "second"]}, {"claim": "none", "paper": "p"}]
     table = Table("t", "t", {}, {"here": {"strong": [42]}, "elsewhere": {"strong": [42]}}, claims=claims)
     _, _, *cells = rows(paper_claims.claim_table(table))
     verdicts = {kind: [cell[-1].split(" (")[0] for cell in cells if cell[3] == kind] for kind in ("sampled", "full")}
     assert verdicts["full"][: len(judged)] == list(judged.values())
     of_kind = {"better": "within noise", "as_good": "holds"}
-    assert verdicts["sampled"][: len(judged) - 1] == [of_kind[kind] for kind, *_ in list(judged)[:-1]]
+    assert verdicts["sampled"][: len(judged)] == [of_kind[kind] for kind, *_ in judged]
     assert [cell[4] for cell in cells if cell[-1] == "a figure of this base model"] == [f"{1 / np.log2(3):.2f}"]
-    assert [cell[2:] for cell in cells if cell[0] == "everywhere"][3] == ["elsewhere", "full", "-", "not measured yet"]
+    assert [cell[2:] for cell in cells if cell[0] == "everywhere"][2] == ["elsewhere", "-", "-", "not measured yet"]
     assert cells[-1][2:] == ["-", "-", "-", "not tested here"] and len(cells) == 2 * len(judged) + 6
+    assert [cell[2:] for cell in cells if cell[0] == "missing"] == [["here", "-", "-", "not measured yet"]]
     gain = 1 - 1 / np.log2(3)
     assert cells[0][4] == "0.5000 beside 0.5000: +0.0000 (+0.0000 .. +0.0000), 1 seed"
     assert cells[1][4] == f"1.0000 beside {1 - gain:.4f}: {gain:+.4f} ({gain:+.4f} .. {gain:+.4f}), 1 seed"

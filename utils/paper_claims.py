@@ -9,6 +9,7 @@ from utils.paper_tables import JUDGED, Table, difference
 from utils.report import markdown_table
 
 ENOUGH = 0.98  # of NDCG@10, for a model that is to be as good as another
+MISSING = ("-", "not measured yet")  # ours, and the verdict
 
 
 def claim_table(table: Table) -> str:
@@ -30,6 +31,7 @@ def claim_table(table: Table) -> str:
                 lines = [("-", *share(claim[kind], found))]
             else:
                 lines = [(ranking, *judged(kind, claim[kind], ranking, found)) for ranking in ("sampled", "full")]
+                lines = lines if lines[0][1:] != MISSING else [("-", *MISSING)]
             cells += [[claim["claim"], str(claim["paper"]), dataset, *line] for line in lines]
         if not kind:
             cells.append([claim["claim"], str(claim["paper"]), "-", "-", "-", "not tested here"])
@@ -39,7 +41,7 @@ def claim_table(table: Table) -> str:
 def judged(kind: str, pair: list[str], ranking: str, found: dict) -> tuple[str, str]:
     seeds, values = difference(pair, "strong", ranking, found)
     if not seeds:
-        return "-", "not measured yet"
+        return MISSING
     means = [
         statistics.mean(found["strong", name, seed]["metrics"]["test"][ranking]["NDCG@10"] for seed in seeds)
         for name in pair
@@ -57,7 +59,7 @@ def share(wanted: list[str], found: dict) -> tuple[str, str]:
     part, name = measure.split("/")
     values = [[run["metrics"][part][name] for (_, row, _), run in found.items() if row == of] for of in pair]
     if not all(values):
-        return "-", "not measured yet"
+        return MISSING
     return f"{statistics.mean(values[0]) / statistics.mean(values[1]):.2f}", "a figure of this base model"
 
 
@@ -65,5 +67,5 @@ def timed(dataset: str, measure: str, slow: str, fast: str) -> tuple[str, str]:
     path = cli.ROOT / "results" / "benchmarks" / "efficiency.json"
     found = read_json(path, "") if path.exists() else None
     if found is None or found["settings"]["dataset"] != dataset:
-        return "-", "not measured yet"
+        return MISSING
     return f"{found['rows'][slow][measure] / found['rows'][fast][measure]:.2f}", "a figure of this base model"

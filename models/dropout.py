@@ -5,7 +5,7 @@ from torch import nn
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout with 16 random bits per number, where its CPU form draws a double for each (`benchmarks/cost.py`).
+    """nn.Dropout with 16 random bits per number, where its CPU form draws a double for each (docs/log.md, 2026-11-25).
 
     Four numbers share one draw. `p` is met to 2^-17; what is kept is divided by the share that is really kept, so
     the expectation is exact. On other devices than a CPU it is nn.Dropout.

@@ -65,7 +65,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "lora_r": ("rank of the adapters, and of item_output residual", ">= 1"),
     "lora_alpha": ("scale of the adapters", "> 0"),
     "lora_dropout": ("dropout before the adapters", "0..1"),
-    "lora_target_modules": ("comma-separated modules that get adapters", ""),
+    "lora_target_modules": ("comma-separated modules that get adapters, or all-linear for every linear map", ""),
     "read_out": ("user vectors are read after the response tokens (the paper), or at each item, without them", ""),
     "normalize_items": ("rows of the item table minus their mean, at length 1", ""),
     "input_map": ("what maps item vectors to the decoder's: one linear layer, or two with a GELU between", ""),

@@ -1,7 +1,7 @@
 """How many threads torch gets: as many as there are free cores. Import this before torch, which reads it once.
 
 OpenMP's threads spin while they wait for one another. Where another process holds one of two cores, a training step on
-two threads takes many times as long as on one (benchmarks/busy.py). A setting of the user's own goes before.
+two threads takes nearly twice as long as on one (benchmarks/busy.py). A setting of the user's own goes before.
 """
 
 import os

@@ -48,7 +48,7 @@ class Answers:
 def teacher_states(folder: Path, fingerprint: str, examples: Examples, boundaries: list[int], run: Run) -> Answers:
     """The frozen teacher's states that answer, after the layers `boundaries`: (targets, K, h), memory-mapped.
 
-    float32, or in a bfloat16 run and on request (--teacher_states bfloat16) the bits of bfloat16 as int16.
+    float32; in a bfloat16 run, or with --teacher_states bfloat16, the bits of bfloat16 as int16.
     fingerprint: of the base weights that the teacher keeps.
     """
     stored = np.dtype(np.int16 if "bfloat16" in (run.config["dtype"], run.config["teacher_states"]) else np.float32)

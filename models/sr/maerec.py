@@ -61,7 +61,7 @@ class MAERec(SASRec):
         graph_distance: int = flag(3, "how far apart in a sequence items are joined", ">= 1")
         mask_seeds: int = flag(50, "items at which masked paths begin", ">= 1")
         mask_depth: int = flag(3, "hops of a masked path", ">= 1")
-        path_prob: float = flag(0.5, "share of the items at hop i from which a path goes on, to the power i", "0..1")
+        path_prob: float = flag(0.5, "p: after hop i a path goes on from a share p^i of the items reached", "0..1")
         recon_edges: int = flag(512, "masked edges that are reconstructed per step", ">= 1")
         recon_negatives: int = flag(20, "drawn pairs per edge", ">= 1")
         recon_weight: float = flag(0.1, "weight lambda of L_recon", ">= 0")

@@ -40,7 +40,7 @@ from utils.catalogue import Catalogue
 from utils.checked import LONE_SURROGATE, check_file
 from utils.errors import RunError, UserError, cut_short
 from utils.files import atomic_file, check_writable
-from utils.report import check_parts
+from utils.report import parts_of
 from utils.run_files import finished_run
 
 HEADER = ["history", "rank", "id", "title", "score", "by_popularity"]  # of answers as CSV
@@ -178,15 +178,13 @@ def load(folder: str | Path, base_model: str | Path | None = None) -> Trained:
 def reads_base(config: dict) -> bool:
     """Whether a run, or a part of a fusion, is a language model."""
     if config.get("kind") == "fusion":
-        check_parts(config)
-        return any(reads_base(run_config(cli.ROOT / config[name])) for name in ("run", "fuse"))
+        return any(reads_base(run_config(folder)) for folder in parts_of(config))
     return config.get("kind") != "sr"
 
 
 def load_fusion(config: dict, items: int, base_model: str | Path | None) -> Fusion:
     """The two runs that evaluate.py fused, over so many items, with the weight that it chose."""
-    check_parts(config)
-    folders = [cli.ROOT / config[name] for name in ("run", "fuse")]  # where `check_parts` has looked
+    folders = parts_of(config)
     configs = [run_config(folder) for folder in folders]
     bases = {of["base_model"] for of in configs if reads_base(of)}
     if base_model is not None and len(bases) > 1:
@@ -211,12 +209,21 @@ def text_of(flag: str, path: str) -> str:
             return file.read()
     except UnicodeDecodeError as error:
         raise UserError(f"{flag} {path} is no UTF-8 text ({error})") from error
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}; give a file that is there and that you may read") from error
 
 
 def read_histories(path: str) -> Iterator[list[str]]:
-    """Histories of a .csv or .jsonl file; - is standard input, of either kind, told by its first character."""
+    """Histories of a .csv or .jsonl file; what a pipe or standard input (-) holds is told by its first character."""
     text = text_of("--input", path)
-    if path.endswith(".csv") or (path == "-" and text.lstrip()[:1] not in ("[", "{")):
+    ending = Path(path).suffix.lower()
+    if ending not in (".csv", ".jsonl"):
+        if path != "-" and Path(path).is_file():
+            raise UserError(
+                f"--input {path}: its name is expected to end with .csv or .jsonl, which says how it is read"
+            )
+        ending = ".jsonl" if text.lstrip()[:1] in ("[", "{") else ".csv"
+    if ending == ".csv":
         rows = csv.reader(io.StringIO(text, newline=""), strict=True)
         try:
             yield from ([cell.strip() for cell in row if cell.strip()] for row in rows)

@@ -24,10 +24,8 @@ from utils import assets, cli
 from utils.errors import Parser, RunError, UserError, cut_short, told_in_one_line
 from utils.experiments import (
     Experiment,
-    calibration,
     check_unchanged,
     execute,
-    expected_seconds,
     finished_experiments,
     read_record,
     record,
@@ -38,19 +36,18 @@ from utils.files import atomic_file, is_plain_name, write_json
 from utils.flags import suggest
 from utils.paper_claims import claim_table
 from utils.paper_figures import depth_figure, depth_table
+from utils.paper_recipes import Table, read_table, table_names
 from utils.paper_runs import protocols, recipe
 from utils.paper_tables import (
-    Table,
     data_table,
     difference_table,
     efficiency_table,
     measured,
     metric_table,
     published_table,
-    read_table,
-    table_names,
     value_table,
 )
+from utils.paper_times import calibration, expected_seconds
 from utils.report import compare_ranks, markdown_table
 
 DEFAULT_SEED = 42
@@ -65,17 +62,18 @@ TABLES = cli.ROOT / "results" / "TABLES.md"
 HEADER = """# The paper's tables: its figures beside ours
 
 Made by `python reproduce.py record` from the records in `results/` alone; a dash is a cell without a run.
-`recipes/paper/` says what each row is. Protocol *strong*: the dataset's recipe, with every position as a target where a
-row does not say otherwise. Protocol *released*: one target per user for every model, read after the response, weights
-by MRR. Sampled metrics are in percent, among 1 + 999 candidates, ties count against; mean ± standard deviation over
-seeds. Items that a user touched at the same time stand in the order of the file. Columns named *paper* are of the
+`recipes/paper/` says what each row is. Protocol *strong*: the dataset's recipe, with every position as a target where
+a row does not say otherwise. Protocol *released*: one target per user for every model, read after the response,
+weights by MRR. Sampled metrics are in percent, among 1 + 999 candidates, ties count against; mean ± standard deviation
+over seeds. Items that a user touched at the same time stand in the order of the file. Columns named *paper* are of the
 paper's data, with LLaMA-7B: its Cloth and Music have more than 30 times the users of `clothing2014` and `music2018`.
-Seconds of runs that were made apart say little; `docs/speed.md` has rows that were timed in turn. `rank` is over the
-seeds that all measured rows share, a dash where they share none. Intervals are over the users of the seeds that are
-there, and do not hold the noise of training: a verdict of one seed is of that seed alone. That one model is as good as
-another holds where its mean is at least 98 % of the other's. Claims quote the paper's NDCG@5 of the sampled ranking, in
-percent; ours are NDCG@10. On Amazon's data the teachers of *strong* learn SASRec's logits too. The ablation of *strong*
-has the weights cos 1, norm 0.01, ms 0.1, summed over blocks; in the paper's table 8 norm has 0.1, and ms 0.01 to 1."""
+Seconds of runs that were made apart say little; `docs/speed.md` has rows that were timed in turn. Peak memory is that
+of the whole process, with a student's that of its teacher's pass. `rank` is over the seeds that all measured rows
+share, a dash where they share none. Intervals are over the users of the seeds that are there, and do not hold the
+noise of training: a verdict of one seed is of that seed alone. That one model is as good as another holds where its
+mean is at least 98 % of the other's. Claims quote the paper's NDCG@5 of the sampled ranking, in percent; ours are
+NDCG@10. On Amazon's data the teachers of *strong* learn SASRec's logits too. The ablation of *strong* has the weights
+cos 1, norm 0.01, ms 0.1, summed over blocks; in the paper's table 8 norm has 0.1, and ms 0.01 to 1."""
 
 
 def main() -> None:
@@ -283,6 +281,7 @@ def render(table: Table, base_model: str | None = None) -> str:
 
 def write_records(args: argparse.Namespace) -> None:
     """results/runs/: one record per finished run; results/TABLES.md is made of all of them anew."""
+    tables = [read_table(name) for name in table_names()]  # what is wrong there is told before a record is replaced
     folders = sorted((cli.ROOT / "outputs").glob(f"{args.dataset or '*'}/paper"))
     if args.dataset and not folders:
         raise UserError(f"--dataset {args.dataset}: outputs/{args.dataset}/paper/ holds no run; `run` makes them")
@@ -296,7 +295,7 @@ def write_records(args: argparse.Namespace) -> None:
                 print(experiment.record_file.relative_to(cli.ROOT))
     with atomic_file(TABLES) as part:
         part.write_text(page(), encoding="utf-8")
-    for table in map(read_table, table_names()):
+    for table in tables:
         pairs = [(d, p) for d, of in table.seeds.items() for p in of if table.shape == "depth"]
         for dataset, protocol in pairs:
             path = TABLES.parent / "figures" / f"{table.name}-{dataset}-{protocol}.png"

@@ -31,7 +31,8 @@ from utils.cli import ROOT
 from utils.errors import UserError
 from utils.experiments import records
 from utils.files import atomic_file
-from utils.paper_tables import PRINTED, Table, difference_table, mean, measured, printed, read_table
+from utils.paper_recipes import Table, printed, read_table
+from utils.paper_tables import PRINTED, difference_table, mean, measured
 from utils.report import markdown_table
 
 RESULTS = ROOT / "results"

@@ -312,7 +312,11 @@ def failing(error: Exception):
     [
         (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 2, "No space left on device: /a/b; free space"),
         (OSError(errno.EFBIG, "File too large"), 2, "File too large; free space"),
-        (PermissionError(errno.EACCES, "Permission denied", "/a"), 2, "Permission denied: /a; choose a place that you"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/a"),
+            2,
+            "Permission denied: /a; ask its owner, or ch",
+        ),
         (OSError(errno.EROFS, "Read-only file system", "/a"), 2, "Read-only file system: /a; choose a place that you"),
         (OSError(errno.EMFILE, "Too many open files"), 2, "Too many open files; allow more open files"),
         (OSError(errno.EIO, "Input/output error", "/a"), 2, "Input/output error: /a\n"),

@@ -251,6 +251,12 @@ def test_a_fusion_of_runs_that_were_trained_anew_is_told(place, sources, capsys)
     with pytest.raises(SystemExit) as stop:
         run("--run", place / "llm-with-sasrec", "--dataset", sources / "data")
     assert stop.value.code == 2 and "fuse them again" in capsys.readouterr().err
+    for name in ("sasrec", "gone"):  # a part that is not there any more, and back
+        (place / name).rename(place / ("gone" if name == "sasrec" else "sasrec"))
+        if name == "sasrec":
+            with pytest.raises(SystemExit) as stop:
+                run("--run", place / "llm-with-sasrec", "--dataset", sources / "data")
+            assert stop.value.code == 2 and "sasrec, part of a fusion, is gone" in capsys.readouterr().err
     fused(place, sources)  # which replaces the earlier one
     assert (
         "+ SASRec" in closing_table(place, fingerprint(sources)).split("| test users")[1] and path.read_text() != text

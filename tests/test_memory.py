@@ -12,7 +12,7 @@ from test_train import Interrupted, Model, finish, same, train
 from utils import memory
 from utils.errors import RunError, UserError
 from utils.flags import Flag, coerce
-from utils.memory import MIB, examples_that_fit, free_memory
+from utils.memory import MIB, check_measured, examples_that_fit, free_memory
 from utils.run_files import CONFIG, TYPES
 
 CPU = torch.device("cpu")
@@ -112,7 +112,16 @@ def test_a_container_may_have_less_than_its_machine(group, files, expected, tmp_
 
 def test_memory_that_cannot_be_measured_is_told():
     with pytest.raises(UserError, match="cannot measure the memory of mps: give a number"):
-        free_memory(torch.device("mps"))
+        check_measured(torch.device("mps"))
+
+
+def test_it_is_told_before_an_earlier_run_is_replaced(tmp_path, monkeypatch):
+    train(tmp_path / "run")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(memory, "MEASURED", ("cuda",))
+    with pytest.raises(UserError, match="cannot measure the memory of cpu: give a number"):
+        train(tmp_path / "run", micro_batch_size="auto")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(("fits", "same_as"), [(16, None), (5, 5)])

@@ -99,6 +99,7 @@ def test_every_output_keeps_hostile_titles(runs, tmp_path, capsys):
     [
         ("h.jsonl", '["id4", "Film 5"]\n\n{"history": ["id6"], "user": 3}\n[]\n'),
         ("h.csv", "id4,Film 5\nid6\n\n"),
+        ("H.CSV", "id4,Film 5\nid6\n\n"),
         ("h.csv", '\ufeff"id4","Film 5"\r\nid6,\r\n""\r\n'),
     ],
 )
@@ -124,6 +125,7 @@ def test_histories_come_from_files_and_standard_input(name, text, piped, runs, t
         (["--history", "id4", "--output", "top.txt"], "ends in .csv or .jsonl"),
         (["--history", "id4", "--k", 0], ">= 1"),
         (["--input", "none.jsonl"], "No such file"),
+        (["--input", "h.txt"], "end with .csv or .jsonl"),
         (["--input", "bad.jsonl"], "line 2"),
         (["--input", "twice.jsonl"], "line 1: a name stands twice"),
         (["--input", "latin.csv"], "UTF-8"),
@@ -147,7 +149,8 @@ def test_what_is_refused(flags, words, runs, tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.jsonl").write_text('["id4"]\n{"items": []}\n')
     (tmp_path / "twice.jsonl").write_text('{"history": ["id4"], "history": ["id6"]}\n')
     (tmp_path / "latin.csv").write_bytes(b"caf\xe9\n")
-    (tmp_path / "h.csv").write_text("id4\n")
+    for name in ("h.csv", "h.txt"):
+        (tmp_path / name).write_text("id4\n")
     (tmp_path / "open.csv").write_text('id4,"Film 5\nid6,id7\n')  # its quote has no end
     for name in ("empty.csv", "empty.jsonl"):
         (tmp_path / name).touch()

@@ -21,7 +21,7 @@ from kills import contents
 from safetensors.torch import load_file, save_file
 
 import reproduce
-from utils import cli, experiments, paper_runs, paper_tables
+from utils import cli, experiments, paper_recipes, paper_runs, paper_tables, paper_times
 from utils.experiments import Experiment
 from utils.metrics import metrics_from_ranks, paired_bootstrap
 
@@ -41,6 +41,7 @@ runs:
   student: {script: distill, reads: [teacher]}
   cos: {script: distill, reads: [teacher, SASRec], terms: [cos]}
   student + SASRec: {script: evaluate, reads: [student, SASRec]}
+  layers: {script: evaluate, reads: [teacher], flags: {layers: all}}
 """
 TABLE = """
 title: A table
@@ -290,6 +291,33 @@ def test_records_of_two_versions_of_a_dataset_are_told(place, monkeypatch):
         call(monkeypatch, "show", "table2")
 
 
+def test_a_record_of_another_recipe_is_left_out_of_the_tables(place, monkeypatch, capsys):
+    process(monkeypatch, place)
+    call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1")
+    call(monkeypatch, "record")
+    call(monkeypatch, "show", "table2")
+    before = capsys.readouterr()
+    (place / "recipes" / "small.yaml").write_text("sr: {num_epochs: 3}\n")
+    forget()
+    call(monkeypatch, "show", "table2")
+    after = capsys.readouterr()
+    assert "left out" not in before.err and "3 records of small are left out: of other flags" in after.err
+    cells = [[line for line in said.out.splitlines() if line.startswith("| ours ")] for said in (before, after)]
+    assert cells[0] and cells[0] != cells[1]
+
+
+def test_a_record_of_a_run_that_has_no_name_any_more_is_told(place, monkeypatch):
+    process(monkeypatch, place)
+    call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1")
+    call(monkeypatch, "record")
+    runs, table = (place / "recipes" / "paper" / f"{name}.yaml" for name in ("runs", "table2"))
+    runs.write_text(RUNS.replace("[student, SASRec]", "[pupil, SASRec]").replace("  student:", "  pupil:"))
+    table.write_text(TABLE.replace("run: student", "run: pupil").replace("[[student,", "[[pupil,"))
+    forget()
+    with pytest.raises(reproduce.UserError, match=r"student-seed1\.json: runs\.yaml has no run 'student' in 'strong'"):
+        call(monkeypatch, "show", "table2")
+
+
 def test_records_of_base_models_of_the_same_name_do_not_replace_each_other(place, monkeypatch):
     process(monkeypatch, place)
     for base in ("one/base", "other/base"):
@@ -333,7 +361,7 @@ def test_another_recipe_makes_another_run(place, monkeypatch):
 
 def test_hours_come_from_a_calibration_where_no_other_seed_was_run(place, monkeypatch, capsys):
     """3 steps took 6 s of 40 s, an evaluation 4 s: 2 epochs of 10 steps take 34 s more, 3 more evaluations 12 s."""
-    short = experiments.calibration(Experiment("small", "strong", "SASRec", 1))
+    short = paper_times.calibration(Experiment("small", "strong", "SASRec", 1))
     folder = place / short.folder
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"num_epochs": 2, "eval_steps": 5}))
@@ -341,9 +369,9 @@ def test_hours_come_from_a_calibration_where_no_other_seed_was_run(place, monkey
     (folder / "metrics.json").write_text(json.dumps({"steps": 3, "steps_per_epoch": 10, "seconds": seconds}))
     kept = {"fingerprint": short.fingerprint(), "outcome": "finished", "seconds": 40.0}
     (place / f"{short.folder}.json").write_text(json.dumps(kept))
-    assert experiments.expected_seconds(Experiment("small", "released", "SASRec", 1)) is None
+    assert paper_times.expected_seconds(Experiment("small", "released", "SASRec", 1)) is None
     for seed in (1, 7):
-        assert experiments.expected_seconds(Experiment("small", "strong", "SASRec", seed)) == pytest.approx(
+        assert paper_times.expected_seconds(Experiment("small", "strong", "SASRec", seed)) == pytest.approx(
             40 + 34 + 12
         )
     call(monkeypatch, "plan", "table2", "--rows", "SASRec", "--seeds", "1", "--protocol", "strong")
@@ -353,10 +381,10 @@ def test_hours_come_from_a_calibration_where_no_other_seed_was_run(place, monkey
 def test_a_calibration_that_failed_tells_no_time(place, monkeypatch, capsys):
     """What reads it is not run, and the next plan tries again."""
     ran = process(monkeypatch, place, failing=("teacher-seed0",))
-    monkeypatch.setattr(experiments, "planned_steps", lambda config, per_epoch: 3)
-    monkeypatch.setattr(experiments, "read_config", lambda folder: {"eval_steps": 3})
+    monkeypatch.setattr(paper_times, "planned_steps", lambda config, per_epoch: 3)
+    monkeypatch.setattr(paper_times, "read_config", lambda folder: {"eval_steps": 3})
     report = {"steps": 3, "steps_per_epoch": 3, "seconds": {"train": 1.0, "score_test": 1.0}}
-    monkeypatch.setattr(experiments, "read_metrics", lambda folder: report)
+    monkeypatch.setattr(paper_times, "read_metrics", lambda folder: report)
     argv = ["plan", "table2", "--protocol", "strong", "--seeds", "1", "--rows", "ours", "--calibrate"]
     for _ in range(2):
         ran.commands.clear()
@@ -364,7 +392,7 @@ def test_a_calibration_that_failed_tells_no_time(place, monkeypatch, capsys):
             call(monkeypatch, *argv)
         assert ran.commands[-1][0] == "finetune.py"
     teacher = Experiment("small", "strong", "teacher", 1)
-    assert experiments.expected_seconds(teacher) is None
+    assert paper_times.expected_seconds(teacher) is None
     call(monkeypatch, *argv[:-1])
     assert "of which no time is known" in capsys.readouterr().out
 
@@ -375,9 +403,9 @@ def test_a_run_without_its_folder_is_planned_at_its_time(place, monkeypatch):
     sasrec = Experiment("small", "strong", "SASRec", 1)
     path = place / f"{sasrec.folder}.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 50.0}))
-    assert experiments.expected_seconds(sasrec) == 0
+    assert paper_times.expected_seconds(sasrec) == 0
     shutil.rmtree(place / sasrec.folder)
-    assert experiments.expected_seconds(sasrec) == 50
+    assert paper_times.expected_seconds(sasrec) == 50
 
 
 def test_all_that_a_run_needs_is_looked_for_before_it_begins(place, monkeypatch):
@@ -469,12 +497,12 @@ def test_ours_stands_beside_what_others_published():
 
     published = {"ndcg": 0.04, "loss": "ce", "source": "a paper"}
     names = {"near": (0.0376, 0.0384), "far": (0.0379,), "above": (0.05,), "ours alone": (0.02,)}
-    rows = {name: paper_tables.Row(name, published=None if name == "ours alone" else published) for name in names}
-    rows["to come"] = paper_tables.Row("to come", published=published)
+    rows = {name: paper_recipes.Row(name, published=None if name == "ours alone" else published) for name in names}
+    rows["to come"] = paper_recipes.Row("to come", published=published)
     found = {("strong", name, seed): run(v) for name, values in names.items() for seed, v in enumerate(values)}
     found |= {("strong", "elsewhere", seed): run(0.04, f"CPU {seed}") for seed in (0, 1)}
-    rows["elsewhere"] = paper_tables.Row("elsewhere", published=published)
-    table = paper_tables.Table("baselines", "", rows, {"beauty": {"strong": [0, 1]}}, shape="published")
+    rows["elsewhere"] = paper_recipes.Row("elsewhere", published=published)
+    table = paper_recipes.Table("baselines", "", rows, {"beauty": {"strong": [0, 1]}}, shape="published")
     lines = paper_tables.published_table(table, "beauty", "strong", found).splitlines()
     cells = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in (text.split("|") for text in lines[2:])}
     assert cells["near"] == [
@@ -610,6 +638,26 @@ def test_a_damaged_file_of_a_run_is_told(place, monkeypatch, entry):
         ("claims", CLAIMS.replace("better: [student, SASRec]", "better: 3"), "expected a claim"),
         ("claims", CLAIMS.replace("better: [student, SASRec]", "better: [student]"), "expected a claim"),
         ("table2", "just text", "expected name: value lines"),
+        (
+            "table2",
+            TABLE.replace("{run: student,", "{run: student, published: {ndcg: 1, loss: ce, source: 2024},"),
+            "expected ndcg, loss and source",
+        ),
+        ("claims", CLAIMS.replace("claim: the student beats SASRec", "claim: 13"), "expected a claim"),
+        ("claims", CLAIMS.replace("paper: 1", "paper: 1, datasets: [smal]"), "names 'smal', which `seeds` has not"),
+        ("table2", TABLE.replace("[table_2, table_3]", "[table_7]"), "paper .'table_7'.: keys of"),
+        ("table2", TABLE.replace("[table_2, table_3]", "[table_2]\nshape: efficiency"), "paper .'table_2'.: keys of"),
+        ("table2", TABLE.replace("paper: SASRec}", "paper: SASrec}"), "row 'SASRec' names 'SASrec', expected one of"),
+        (
+            "table2",
+            TABLE.replace("Caser: {", "Count: {baseline: SASRec, model: Popularty}, Caser: {"),
+            "row 'Count' names 'Popularty', expected one of Popularity, Transitions",
+        ),
+        (
+            "table2",
+            TABLE.replace("{run: student,", "{run: layers,"),
+            "row 'ours' measures every layer of a model; only shape depth",
+        ),
     ],
 )
 def test_recipes_that_do_not_fit_together_are_refused(place, monkeypatch, file, text, message):
@@ -630,8 +678,8 @@ def test_the_committed_recipes_name_flags_that_scripts_have():
 
     scripts = {m.__name__: m for m in (distill, evaluate, extract_emb, finetune, train_open_p5, train_sr_trad)}
     forget()
-    for table in paper_tables.table_names():
-        paper_tables.read_table(table)
+    for table in paper_recipes.table_names():
+        paper_recipes.read_table(table)
     for protocol in paper_runs.protocols():
         for name, spec in paper_runs.specs().items():
             command = Experiment("beauty", protocol, name, 42).command(lambda: 30)

@@ -9,10 +9,12 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import llm_step, tables
-from utils import cli, paper_claims, paper_tables
+from utils import cli, paper_claims, paper_recipes
 from utils.errors import UserError
 from utils.experiments import pack
-from utils.paper_tables import Row, Table, efficiency_table, metric_table
+from utils.paper_figures import depth_points
+from utils.paper_recipes import Row, Table
+from utils.paper_tables import efficiency_table, metric_table
 
 RECORDS = ROOT / "results"
 
@@ -108,6 +110,28 @@ def test_the_papers_hours_stand_beside_what_a_gpu_measured():
     training, inference = rows(llm_step.paper_table(record))[2:]
     assert training[1:] == ["3.95", "0.6", "6.6", "41.3, some GPU"]
     assert inference[1:] == ["0.415", "0.052", "8.0", "needs a GPU, not measured"]
+
+
+def test_a_depth_counts_a_seed_once():
+    """All layers of a base of 24 are those of the row of 24 layers."""
+
+    def run(layers: int, figure: float) -> dict:
+        return {"config": {"kind": "teacher", "num_layers": layers}, "metrics": {"test": figure}}
+
+    names = ["teacher, 24 layers", "teacher, full depth"]
+    table = Table("figure2", "", {name: Row(name) for name in names}, {"beauty": {"strong": [1, 2]}}, shape="depth")
+    found = {("strong", name, seed): run(24, seed / 10) for name in names for seed in (1, 2)}
+    found["released", names[0], 3] = run(24, 0.9)
+    assert depth_points(table, "strong", found) == ({24: [0.1, 0.2]}, {})
+
+
+def test_a_share_of_what_no_record_has_is_told():
+    found = {("strong", name, 1): {"metrics": {"parameters": {"total": 3}, "test": {"full": {}}}} for name in "ab"}
+    assert paper_claims.share(["parameters/total", "a", "b"], found)[0] == "1.00"
+    assert paper_claims.share(["parameters/total", "a", "c"], found) == paper_claims.MISSING
+    for measure in ("parameters/totl", "test/full", "parts/total"):
+        with pytest.raises(UserError, match=f"share: '{measure}' is no figure that records have"):
+            paper_claims.share([measure, "a", "b"], found)
 
 
 def test_a_claim_holds_by_the_interval_over_users(monkeypatch):
@@ -226,5 +250,5 @@ def test_a_speed_that_the_paper_claims_is_that_of_rows_timed_in_turn(tmp_path, m
 
 
 def test_tables_stand_in_the_order_of_their_numbers():
-    names = [name for name in paper_tables.table_names() if name.startswith("table")]
+    names = [name for name in paper_recipes.table_names() if name.startswith("table")]
     assert names == [f"table{n}" for n in (1, 2, 6, 7, 8, 9, 10)]

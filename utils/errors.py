@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space, or choose another place")
-ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may write to")
+ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM), "ask its owner, or choose a place that you may read and write")
+ADVICE |= {errno.EROFS: "choose a place that you may write to"}
 ADVICE |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is to be; choose another place")
 ADVICE |= {errno.EMFILE: "allow more open files (ulimit -n)", errno.ENAMETOOLONG: "choose a shorter name"}
 

@@ -24,15 +24,13 @@ import numpy as np
 
 from utils import cli
 from utils.checked import COUNT, DAMAGE, NUMBER, TEXT, Rule, load_tensors, maybe, read_json, unreadable
-from utils.data import planned_steps
 from utils.errors import UserError
 from utils.files import write_json
 from utils.metrics import RANKS_FILE
 from utils.paper_runs import READS, SECTIONS, Spec, protocols, recipe, specs
-from utils.run_files import METRICS, finished_run, read_config, read_metrics
+from utils.run_files import METRICS, finished_run
 
 TRAINING = ("train_sr_trad", "finetune", "distill", "train_open_p5")
-CALIBRATION_STEPS = 3
 STATES = ("finished", "recorded", "interrupted", "failed", "to run", "changed")
 PATIENCE = 120  # seconds that an interrupted run is given to end
 BEYOND = 255  # what a rank of 10 or more is recorded as: no metric at 10 tells it from others
@@ -224,47 +222,6 @@ def execute(experiment: Experiment, depth: Callable[[], int], seconds_left: floa
     return outcome
 
 
-def expected_seconds(experiment: Experiment) -> float | None:
-    """What it took with another seed, here or in a record; else by its calibration; None where neither is known."""
-    if experiment.state() == "finished":
-        return 0.0
-    others = [replace(experiment, seed=seed) for seed in seeds_seen(experiment.dataset)]
-    known = [kept["seconds"] for other in others if (kept := other.kept()).get("outcome") == "finished"]
-    recorded = [read_record(other.record_file) for other in others if other.record_file.exists()]
-    known += [run["seconds"] for run in recorded if "seconds" in run]  # those of an earlier version have none
-    return known[0] if known else by_calibration(experiment)
-
-
-def seeds_seen(dataset: str) -> set[int]:
-    folders = (cli.ROOT / "outputs" / dataset / "paper", cli.ROOT / "results" / "runs" / dataset)
-    names = [path.stem for folder in folders for path in folder.glob("*-seed*.json")]
-    return {int(found[1]) for name in names if (found := re.search(r"-seed(\d{1,18})$", name))}
-
-
-def by_calibration(experiment: Experiment) -> float | None:
-    """Seconds by a run of a few steps: steps and evaluations scale, the rest is taken as it was."""
-    short = calibration(experiment)
-    if short.state() != "finished":
-        return None
-    wall, folder = short.kept()["seconds"], cli.ROOT / short.folder
-    if experiment.spec.script not in TRAINING:
-        return wall
-    config, metrics = read_config(folder), read_metrics(folder)
-    values, own = recipe(experiment.dataset)["data"], experiment.of_recipe()
-    values = values | own | own.get(experiment.flags().get("model", "sasrec"), {}) | experiment.flags()
-    whole = config | {"max_steps": values.get("max_steps", -1)}
-    steps = planned_steps(whole, metrics["steps_per_epoch"])
-    train, score = metrics["seconds"]["train"], metrics["seconds"]["score_test"]
-    evaluations = int(np.ceil(steps / config["eval_steps"]))
-    steps += int(np.ceil(config.get("pretrain_epochs", 0) * metrics["steps_per_epoch"]))  # as --max_steps bounds both
-    return wall + train * (steps / metrics["steps"] - 1) + score * (evaluations - 1)
-
-
-def calibration(experiment: Experiment) -> Experiment:
-    """The same run with a few steps: one for all seeds."""
-    return replace(experiment, seed=0, max_steps=CALIBRATION_STEPS)
-
-
 # --- records ---
 
 
@@ -320,7 +277,12 @@ def read_record(path: Path) -> dict:
     again = "bring it back from version control"
     run = read_json(path, f"{path} is missing; {again}", RECORD)
     try:
-        from_entry(run["experiment"]).flags()  # of a run and a protocol that are known
+        name, protocol = (run["experiment"][key] for key in ("name", "protocol"))
+        if name not in specs() or protocol not in protocols():
+            raise UserError(
+                f"{path}: runs.yaml has no run {name!r} in {protocol!r}; name it there, or remove the record"
+            )
+        from_entry(run["experiment"])
         users = {len(unpack(text)) for text in run.get("ranks", {}).values()}
         known = run.get("metrics", {}).get("protocol", {}).get("users")
         if len(users | ({known} if users and known else set())) > 1:
@@ -333,7 +295,10 @@ def read_record(path: Path) -> dict:
 
 
 def records(dataset: str, base_model: str | None = None) -> dict[tuple[str, str, int], dict]:
-    """The committed records of a dataset by protocol, run and seed; also by the names of runs that compute the same."""
+    """The committed records of a dataset by protocol, run and seed; also by the names of runs that compute the same.
+
+    Those of other flags or of another recipe than today's are left out, which is told once.
+    """
     read = {path: read_record(path) for path in sorted((cli.ROOT / "results" / "runs" / dataset).glob("*.json"))}
     versions = {path: run.get("config", {}).get("dataset_fingerprint") for path, run in read.items()}
     if len(set(versions.values())) > 1:
@@ -342,8 +307,16 @@ def records(dataset: str, base_model: str | None = None) -> dict[tuple[str, str,
         raise UserError(f"{few} of {len(versions)} records of {dataset}, as {rare}, are of other data; remove these")
     pairs = [(from_entry(run["experiment"]), run) for run in read.values()]
     pairs = [(e, run) for e, run in pairs if e == replace(e, base_model=base_model)]
-    found = {(e.protocol, e.name, e.seed): run for e, run in pairs}
-    for experiment, run in pairs:
-        for other in experiment.equals() if run.get("fingerprint") == experiment.fingerprint() else []:
+    today = [(e, run) for e, run in pairs if run.get("fingerprint") == e.fingerprint()]
+    if len(today) < len(pairs):
+        tell_left_out(dataset, len(pairs) - len(today))
+    found = {(e.protocol, e.name, e.seed): run for e, run in today}
+    for experiment, run in today:
+        for other in experiment.equals():
             found.setdefault((other.protocol, other.name, other.seed), run)
     return found
+
+
+@cache
+def tell_left_out(dataset: str, count: int) -> None:
+    print(f"{count} records of {dataset} are left out: of other flags or another recipe than today's", file=sys.stderr)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from utils.catalogue import Catalogue
-from utils.checked import load_tensors
+from utils.checked import load_tensors, unreadable
 from utils.errors import UserError
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib")
@@ -61,6 +61,8 @@ def import_table(path: Path, order: str | None, catalogue: Catalogue) -> torch.T
 def read_npy(path: Path, catalogue: Catalogue) -> tuple[np.ndarray, None]:
     try:
         rows = np.load(path, allow_pickle=False)
+    except PermissionError as error:
+        raise unreadable(path, error) from error
     except Exception as error:  # a damaged header raises what it likes
         raise UserError(f"--import_table {path} is no array of numbers ({error}); write it with numpy.save") from error
     if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "fiu":
@@ -69,7 +71,7 @@ def read_npy(path: Path, catalogue: Catalogue) -> tuple[np.ndarray, None]:
 
 
 def read_safetensors(path: Path, catalogue: Catalogue) -> tuple[np.ndarray, list[str] | None]:
-    tensors = load_tensors(path)
+    tensors = load_tensors(path, "write it anew with safetensors")
     ids = tensors.pop("item_ids", None)
     if len(tensors) != 1:
         names = ", ".join(tensors) or "none"

@@ -18,10 +18,14 @@ MIB = 2**20
 MEASURED = ("cuda", "cpu")  # devices whose memory can be measured here
 
 
-def free_memory(device: torch.device, root: Path = Path("/")) -> int:
-    """Bytes that are free on a GPU, else this process's share of those of the machine."""
+def check_measured(device: torch.device) -> None:
+    """UserError where --micro_batch_size auto has nothing to go by."""
     if device.type not in MEASURED:
         raise UserError(f"--micro_batch_size auto cannot measure the memory of {device.type}: give a number")
+
+
+def free_memory(device: torch.device, root: Path = Path("/")) -> int:
+    """Bytes that are free on a GPU, else this process's share of those of the machine."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept

@@ -3,9 +3,11 @@
 import statistics
 
 from utils import cli
-from utils.checked import read_json
+from utils.checked import NUMBER, read_json
+from utils.errors import UserError
 from utils.experiments import records
-from utils.paper_tables import JUDGED, Table, difference
+from utils.paper_recipes import JUDGED, Table
+from utils.paper_tables import difference
 from utils.report import markdown_table
 
 ENOUGH = 0.98  # of NDCG@10, for a model that is to be as good as another
@@ -20,11 +22,13 @@ def claim_table(table: Table) -> str:
     `timed: [measure, a, b]`: of two rows that benchmarks/efficiency.py timed in turn; figures without a verdict, as
     they depend on the base model.
     """
-    cells = []
+    cells, strong = [], {}
+    for name in table.seeds:
+        strong[name] = {key: run for key, run in records(name).items() if key[0] == "strong"}
     for claim in table.claims:
         kind = next((name for name in JUDGED if name in claim), None)
         for dataset in (name for name in claim.get("datasets", table.seeds) if kind and name in table.seeds):
-            found = {key: run for key, run in records(dataset).items() if key[0] == "strong"}
+            found = strong[dataset]
             if kind == "timed":
                 lines = [("-", *timed(dataset, *claim[kind]))]
             elif kind == "share":
@@ -54,12 +58,18 @@ def judged(kind: str, pair: list[str], ranking: str, found: dict) -> tuple[str, 
     return ours, "holds" if low > 0 else "does not hold" if high < 0 else "within noise"
 
 
+def runs_of(found: dict, name: str) -> list[dict]:
+    return [run for (_, row, _), run in found.items() if row == name]
+
+
 def share(wanted: list[str], found: dict) -> tuple[str, str]:
     measure, *pair = wanted
     part, name = measure.split("/")
-    values = [[run["metrics"][part][name] for (_, row, _), run in found.items() if row == of] for of in pair]
-    if not all(values):
+    values = [[of_run["metrics"].get(part, {}).get(name) for of_run in runs_of(found, of)] for of in pair]
+    if not all(values):  # a run without a record
         return MISSING
+    if not all(NUMBER[1](value) for of_run in values for value in of_run):
+        raise UserError(f"share: {measure!r} is no figure that records have, as parameters/total is")
     return f"{statistics.mean(values[0]) / statistics.mean(values[1]):.2f}", "a figure of this base model"
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from utils.checked import read_json
 from utils.files import atomic_file
-from utils.paper_tables import PAPER, Table, mean, measured
+from utils.paper_recipes import PAPER, Table
+from utils.paper_tables import mean, measured
 from utils.report import markdown_table
 
 IN_FIGURE = ("HR@10", "NDCG@10", "MRR")
@@ -13,16 +14,16 @@ IN_FIGURE = ("HR@10", "NDCG@10", "MRR")
 
 def depth_points(table: Table, protocol: str, found: dict) -> tuple[dict[int, list[dict]], dict[int, dict]]:
     """Test metrics by depth: of teachers trained at it, one per seed; and of each layer of the full model."""
-    trained: dict[int, list[dict]] = {}
+    trained: dict[int, dict[int, dict]] = {}  # by depth and seed
     direct: dict[int, dict] = {}
     rows = table.rows.values()
     shown = {key: run for key, run in found.items() if key[0] == protocol and key[1] in {row.run for row in rows}}
-    for run in {id(run): run for _, run in sorted(shown.items(), key=lambda pair: pair[0])}.values():  # each once
-        if run["config"]["kind"] == "teacher":
-            trained.setdefault(run["config"]["num_layers"], []).append(run["metrics"]["test"])
+    for (_, _, seed), run in sorted(shown.items(), key=lambda pair: pair[0]):
+        if run["config"]["kind"] == "teacher":  # one per depth and seed: all layers of a small base may be 24
+            trained.setdefault(run["config"]["num_layers"], {}).setdefault(seed, run["metrics"]["test"])
         elif run["config"]["kind"] == "layers" and not direct:
             direct = {int(layer): metrics for layer, metrics in run["metrics"]["layers"].items()}
-    return dict(sorted(trained.items())), direct
+    return {depth: list(of_seeds.values()) for depth, of_seeds in sorted(trained.items())}, direct
 
 
 def depth_table(table: Table, dataset: str, protocol: str, found: dict) -> str:

@@ -1,17 +1,14 @@
-"""The paper's tables: its figures beside ours, what recipes/paper/<table>.yaml says, as Markdown from records."""
+"""The paper's tables, its figures beside ours: Markdown from records."""
 
 import statistics
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from utils import cli
-from utils.checked import COUNT, NUMBER, TEXT, Rule, check, maybe, read_json, read_yaml
+from utils.checked import read_json
 from utils.errors import UserError
-from utils.experiments import Experiment, records, unpack
-from utils.flags import suggest
+from utils.experiments import records, unpack
 from utils.metrics import paired_bootstrap
-from utils.paper_runs import protocols, specs
+from utils.paper_recipes import PAPER, Row, Table, printed
 from utils.report import markdown_table
 
 DOMAINS = {
@@ -20,120 +17,9 @@ DOMAINS = {
     **{d.lower(): d for d in ("Cloth", "Movie", "Music", "Sport")},
 }
 PRINTED = ("HR@1", "HR@5", "NDCG@5", "MRR")  # by the paper, in percent
-PAPER = cli.ROOT / "results" / "paper_tables.json"
-SHAPES = ("metrics", "published", "efficiency", "depth", "data", "values", "claims")
-OF_PAPER = ("efficiency", "depth", "data", "values")  # shapes of one table of the paper
-JUDGED = {"better": 2, "as_good": 2, "share": 3, "timed": 3}  # how a claim may be, and how many words that takes
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of a table: our run (or a model without training in its record), and the paper's; None shows a dash.
-
-    datasets: where it is run, None for all of the table's. published: what others report there: `ndcg`, its NDCG@10 of
-    the full ranking, the `loss` it was trained with, and the `source`.
-    """
-
-    run: str | None = None
-    baseline: str | None = None  # the run whose record has it
-    model: str = "Popularity"  # which one that is
-    paper: str | None = None
-    datasets: list[str] | None = None
-    published: dict | None = None
-
-    def on(self, dataset: str) -> bool:
-        return self.datasets is None or dataset in self.datasets
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: seeds[dataset][protocol] are those that it wants, pairs of runs are compared user by user."""
-
-    name: str
-    title: str
-    rows: dict[str, Row]
-    seeds: dict[str, dict[str, list[int]]]
-    paper: list[str] = field(default_factory=list)
-    pairs: list[list[str]] = field(default_factory=list)
-    claims: list[dict] = field(default_factory=list)
-    shape: str = "metrics"
-
-    def experiments(self, base_model: str | None = None) -> list[tuple[int, Experiment]]:
-        """Every run that the table shows, with its place among the seeds: the first of each come first."""
-        found = []
-        for dataset, of_protocols in self.seeds.items():
-            for protocol, seeds in of_protocols.items():
-                for place, seed in enumerate(seeds):
-                    for row in self.rows.values():
-                        if (name := row.run or row.baseline) and row.on(dataset):
-                            found.append((place, Experiment(dataset, protocol, name, seed, base_model).stand_in()))
-        return found
-
-
-def is_claim(value: object) -> bool:
-    """What it says and where the paper does, and at most one way to judge it: utils/paper_claims.py."""
-    if not isinstance(value, dict) or not {"claim", "paper"} <= set(value) <= {"claim", "paper", "datasets", *JUDGED}:
-        return False
-    lists = {name: value[name] for name in value if name in ("datasets", *JUDGED)}
-    if not all(isinstance(of, list) and all(map(TEXT[1], of)) for of in lists.values()):
-        return False
-    judged = [name for name in lists if name != "datasets"]
-    parts = lists["share"][0].count("/") == 1 if "share" in judged and lists["share"] else True
-    return len(judged) <= 1 and parts and all(len(lists[name]) == JUDGED[name] for name in judged)
-
-
-def is_published(value: object) -> bool:
-    whole = isinstance(value, dict) and set(value) == {"ndcg", "loss", "source"}
-    return value is None or (whole and NUMBER[1](value["ndcg"]) and value["ndcg"] > 0)
-
-
-SEEDS: Rule = ("a list of seeds", lambda value: isinstance(value, list) and value and all(map(COUNT[1], value)))
-NAMES: Rule = ("a list of names", lambda value: isinstance(value, list) and all(map(TEXT[1], value)))
-RULE: Rule = {
-    **{"title": TEXT, "shape": TEXT, "paper": [TEXT], "seeds": {"*": {"*": SEEDS}}},
-    "claims": [("a claim, what the paper says, and at most one of " + ", ".join(JUDGED), is_claim)],
-    "pairs": [("two runs", lambda pair: isinstance(pair, list) and len(pair) == 2 and all(map(TEXT[1], pair)))],
-}
-ROWS: Rule = {"*": dict.fromkeys(("run", "baseline", "paper"), maybe(TEXT)) | {"model": TEXT, "datasets": maybe(NAMES)}}
-ROWS["*"]["published"] = ("ndcg, loss and source", is_published)
-
-
-def table_names() -> list[str]:
-    found = [path.stem for path in (cli.ROOT / "recipes" / "paper").glob("*.yaml") if path.stem != "runs"]
-    return sorted(found, key=lambda name: (name.rstrip("0123456789"), len(name), name))  # table2 before table10
-
-
-def read_table(name: str) -> Table:
-    """recipes/paper/<name>.yaml; UserError where it names a run, protocol or key that is not there."""
-    if name not in table_names():
-        raise UserError(f"no table {name}{suggest(name, table_names(), '')}: it is one of {', '.join(table_names())}")
-    found = read_yaml(path := cli.ROOT / "recipes" / "paper" / f"{name}.yaml")
-    check(path, found, RULE, advice="mend it")
-    check(path, found.get("rows"), [TEXT] if isinstance(found.get("rows"), list) else ROWS, "rows", "mend it")
-    try:
-        rows = found.pop("rows")
-        rows = {row: {"run": row} for row in rows} if isinstance(rows, list) else rows
-        table = Table(name, rows={row: Row(**entry) for row, entry in rows.items()}, **found)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: {error}") from error
-    named = [run for row in table.rows.values() for run in (row.run, row.baseline) if run]
-    named += [run for pair in table.pairs for run in pair]
-    named += [run for claim in table.claims for kind in JUDGED if kind != "timed" for run in claim.get(kind, ())[-2:]]
-    for run in named:
-        if run not in specs():
-            raise UserError(f"{path}: runs.yaml has no run {run!r}{suggest(run, specs(), '')}")
-    for protocol in (protocol for of_protocols in table.seeds.values() for protocol in of_protocols):
-        if protocol not in protocols():
-            raise UserError(f"{path}: runs.yaml has no protocol {protocol!r}; it has {', '.join(protocols())}")
-    if table.shape not in SHAPES:
-        raise UserError(f"{path}: shape {table.shape!r} is none of {', '.join(SHAPES)}")
-    unknown = [key for key in table.paper if key not in read_json(PAPER, "")]
-    if unknown or (table.shape in OF_PAPER and not table.paper):
-        raise UserError(f"{path}: paper {unknown or 'is missing'}: keys of {PAPER.name} are expected, as in [table_7]")
-    return table
-
-
-# --- what was measured, what was printed ---
+# --- what was measured ---
 
 
 def measured(found: dict, protocol: str, row: Row) -> list[dict]:
@@ -144,13 +30,6 @@ def measured(found: dict, protocol: str, row: Row) -> list[dict]:
     if row.baseline:  # without training: the same for every seed
         return [run["baselines"][row.model] for run in runs if row.model in run["baselines"]][:1]
     return runs
-
-
-def printed(names: list[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """The paper's values: method, domain, metric in percent; several of its tables as one."""
-    tables = read_json(PAPER, "")
-    methods = list(dict.fromkeys(method for name in names for method in tables[name]))
-    return {method: {d: v for name in names for d, v in tables[name].get(method, {}).items()} for method in methods}
 
 
 def printed_value(of_domain: dict | None, metric: str) -> str:
@@ -225,7 +104,7 @@ def published_table(table: Table, dataset: str, protocol: str, found: dict) -> s
         line += [f"{trained[0]['parameters']['total'] / 1e6:.2f}" if trained else "-"]
         threads = sorted({str(run["environment"]["threads"]) for run in trained})
         alike = len({(run["environment"]["hardware"], run["environment"]["threads"]) for run in trained}) == 1
-        seconds = [run["seconds"]["train_epoch"] for run in trained]
+        seconds = [run["seconds"]["train_epoch"] for run in trained if "train_epoch" in run["seconds"]]
         line += [mean(seconds, digits=1) if alike else "-", ", ".join(threads) or "-"]
         cells.append([*line, theirs["source"] if theirs else "-"])
     header = [f"{dataset}, full NDCG@10", "published", "its loss", "seeds", "ours", "difference", "at least 95 %"]
@@ -278,7 +157,9 @@ def efficiency_table(table: Table, dataset: str, protocol: str, found: dict) -> 
 
     In brackets the ratio to the last row; of ours only where the records name the same hardware and threads.
     """
-    paper, domain, seed = read_json(PAPER, "")[table.paper[0]], DOMAINS.get(dataset), table.seeds[dataset][protocol][0]
+    paper, domain, wanted = read_json(PAPER, "")[table.paper[0]], DOMAINS.get(dataset), table.seeds[dataset][protocol]
+    there = [seed for of, name, seed in found if (of, name) == (protocol, list(table.rows.values())[-1].run)]
+    seed = min(there, key=lambda seed: wanted.index(seed) if seed in wanted else len(wanted), default=wanted[0])
     found, cells = {key: run for key, run in found.items() if key[-1] == seed}, []
     ours = {name: next(iter(measured(found, protocol, row)), None) for name, row in table.rows.items()}
     theirs = {name: paper["rows"].get(row.paper) for name, row in table.rows.items()}

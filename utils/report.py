@@ -245,6 +245,16 @@ def check_parts(config: dict) -> None:
             raise UserError(f"{config[flag]} was trained anew since they were fused; fuse them again: {again}")
 
 
+def parts_of(config: dict) -> list[Path]:
+    """The folders of the two runs that evaluate.py fused; UserError where one is gone or was trained anew."""
+    check_parts(config)
+    folders = [ROOT / config[name] for name in ("run", "fuse")]  # where `check_parts` has looked
+    for folder in folders:
+        if not folder.exists():
+            raise UserError(f"{folder}, part of a fusion, is gone: bring it back, or make it and fuse again")
+    return folders
+
+
 def finished_runs(folder: Path, fingerprint: str) -> tuple[list[dict], list[str]]:
     """{"config", "metrics"} of every finished run and fusion below a folder, on one dataset.
 

@@ -28,7 +28,7 @@ from utils.data import Sequences
 from utils.errors import UserError
 from utils.files import atomic_file, atomic_folder, check_writable, remove, remove_left_over, save_tensors, write_json
 from utils.flags import FORMER_DEFAULTS
-from utils.memory import check_sharded
+from utils.memory import check_measured, check_sharded
 from utils.metrics import RANKS_FILE, metrics_by_kind, rank_users, save_ranks
 from utils.report import card, flatten, git_commit, log_rows, peak_memory, plot_curve, protocol
 from utils.run_files import check_shapes, read_config, read_metrics, read_state, without
@@ -76,6 +76,8 @@ class Run:
         self.sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")  # set by `accelerate launch --use_fsdp`
         if self.sharded:
             check_sharded(config, self.accelerator.num_processes)
+        if config.get("micro_batch_size") == "auto":
+            check_measured(self.accelerator.device)
         self.finished = self._open_folder()
         if self.accelerator.is_main_process:
             if not self.finished:  # what is closed, or in use, is told before long work; `start` keeps the lock

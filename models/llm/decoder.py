@@ -75,6 +75,8 @@ def select_layers(num_layers: int, base_layers: int, layer_selection: str) -> li
         raise UserError(f"--num_layers {num_layers}: the base model has {base_layers} layers; choose 1..{base_layers}")
     if layer_selection == "first":
         return list(range(num_layers))
+    if layer_selection != "interval":
+        raise ValueError(f"{layer_selection} names no layers yet: explicit_selection makes a list of it")
     return [index * base_layers // num_layers for index in range(num_layers)]
 
 

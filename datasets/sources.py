@@ -46,7 +46,7 @@ def first_bytes(path: Path) -> bytes:
         with open(path, "rb") as file:
             return file.read(8)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a file that you may read") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); give one that may be read") from error
 
 
 def is_parquet(path: Path) -> bool:

@@ -18,7 +18,7 @@ from transformers import AutoModel, LlamaConfig, PreTrainedTokenizerFast
 from models.llm.decoder import keep_layers
 from models.llm.recommender import LLMRec
 from models.sr.sasrec import SASRec
-from utils import files, paper_runs
+from utils import experiments, files, paper_runs
 from utils.checked import attributes_fingerprint, fingerprint_of
 from utils.data import Sequences
 from utils.experiments import Experiment
@@ -63,7 +63,7 @@ def tiny_llm_rec(num_layers: int = 4, max_length: int = 30, seed: int = 0, **kwa
 def forget() -> None:
     """What reproduce.py has read of recipes/, where a test writes its own."""
     cached = (paper_runs.book, paper_runs.recipe, Experiment.fingerprint, Experiment.configuration, Experiment.equals)
-    for function in cached:
+    for function in (*cached, experiments.tell_left_out):
         function.cache_clear()
 
 

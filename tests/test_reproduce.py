@@ -645,18 +645,33 @@ def test_a_damaged_file_of_a_run_is_told(place, monkeypatch, entry):
         ),
         ("claims", CLAIMS.replace("claim: the student beats SASRec", "claim: 13"), "expected a claim"),
         ("claims", CLAIMS.replace("paper: 1", "paper: 1, datasets: [smal]"), "names 'smal', which `seeds` has not"),
-        ("table2", TABLE.replace("[table_2, table_3]", "[table_7]"), "paper .'table_7'.: keys of"),
-        ("table2", TABLE.replace("[table_2, table_3]", "[table_2]\nshape: efficiency"), "paper .'table_2'.: keys of"),
+        (
+            "table2",
+            TABLE.replace("[table_2, table_3]", "[table_7]"),
+            "metrics can show nothing of the paper's table_7",
+        ),
+        (
+            "table2",
+            TABLE.replace("[table_2, table_3]", "[table_2]\nshape: efficiency"),
+            "show nothing of the paper's table_2",
+        ),
         ("table2", TABLE.replace("paper: SASRec}", "paper: SASrec}"), "row 'SASRec' names 'SASrec', expected one of"),
         (
             "table2",
             TABLE.replace("Caser: {", "Count: {baseline: SASRec, model: Popularty}, Caser: {"),
             "row 'Count' names 'Popularty', expected one of Popularity, Transitions",
         ),
+        ("table2", TABLE.replace("[[student,", "[[layers,"), "'layers' measures every layer of a model"),
+        (
+            "table2",
+            TABLE.partition("rows")[0].replace("[table_2, table_3]", "[table_7]\nshape: efficiency")
+            + "rows: [student + SASRec]",
+            "row 'student . SASRec' trains nothing",
+        ),
         (
             "table2",
             TABLE.replace("{run: student,", "{run: layers,"),
-            "row 'ours' measures every layer of a model; only shape depth",
+            "'layers' measures every layer of a model; only rows of shape depth",
         ),
     ],
 )

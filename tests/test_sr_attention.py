@@ -44,7 +44,7 @@ def norm(w: Weights, name: str, x):
 
 def over_heads(attend):
     """attend (queries, keys, values) of each head, (T, d / heads) each, side by side."""
-    return lambda qkv: np.concatenate(
+    return lambda qkv, n=0: np.concatenate(
         [attend(h, *(part[:, h * D // HEADS : (h + 1) * D // HEADS] for part in qkv)) for h in range(HEADS)], 1
     )
 
@@ -69,12 +69,13 @@ def encode(w: Weights, vectors, attend, position: bool = True, norm_first: bool 
 
     x = [v + p for v, p in zip(vectors, w["positions.weight"][-len(vectors) :] * position, strict=True)]
     x = [after("norm", v) for v in x]
-    qkv = [linear(w, "blocks.0.qkv", before("blocks.0.norm1", v)) for v in x]
-    for t, found in enumerate(attend(np.split(np.stack(qkv), 3, 1))):
-        y = after("blocks.0.norm1", x[t] + linear(w, "blocks.0.out", found))
-        inner = gelu(linear(w, "blocks.0.feed.0", before("blocks.0.norm2", y)))
-        x[t] = before("norm", after("blocks.0.norm2", y + linear(w, "blocks.0.feed.3", inner)))
-    return np.stack(x)
+    for n in range(sum(name.endswith(".qkv.weight") for name in w)):
+        qkv = [linear(w, f"blocks.{n}.qkv", before(f"blocks.{n}.norm1", v)) for v in x]
+        for t, found in enumerate(attend(np.split(np.stack(qkv), 3, 1), n)):
+            y = after(f"blocks.{n}.norm1", x[t] + linear(w, f"blocks.{n}.out", found))
+            inner = gelu(linear(w, f"blocks.{n}.feed.0", before(f"blocks.{n}.norm2", y)))
+            x[t] = after(f"blocks.{n}.norm2", y + linear(w, f"blocks.{n}.feed.3", inner))
+    return np.stack([before("norm", v) for v in x])
 
 
 def read(w: Weights, ids):
@@ -99,13 +100,12 @@ def bert4rec(w: Weights, history):
 
 
 def lightsans(w: Weights, history):
-    positions = [norm(w, "blocks.0.position_norm", p) for p in w["positions.weight"][-len(history) :]]
-    of_positions = np.split(np.stack([linear(w, "blocks.0.position", p) for p in positions]), 2, 1)
-
-    def attend(qkv):
+    def attend(qkv, n):
+        positions = [norm(w, f"blocks.{n}.position_norm", p) for p in w["positions.weight"][-len(history) :]]
+        of_positions = np.split(np.stack([linear(w, f"blocks.{n}.position", p) for p in positions]), 2, 1)
         q, *kv = qkv
         interests = []
-        for theta, y in zip(w["blocks.0.theta"], kv, strict=True):
+        for theta, y in zip(w[f"blocks.{n}.theta"], kv, strict=True):
             interests.append(np.stack([softmax(y @ row) @ y for row in theta]))  # (k, d)
         items, places = seeing(False)([q, *interests]), seeing(False)([*of_positions, kv[1]])
         return items + places
@@ -310,6 +310,14 @@ def test_both_views_lead_to_the_same_target():
 # --- S3-Rec ---
 
 
+@pytest.mark.parametrize("train_targets", ["all", "last"])
+def test_pre_training_draws_every_prefix_whatever_targets_are_asked_for(train_targets):
+    _, examples, batches = drawn("s3rec", 200, None, train_targets, stage="pretrain")
+    row = int((examples.end - examples.start).argmax())
+    longest = min(int(examples.end[row] - examples.start[row]) + 1, 12)
+    assert {int((batch["items"][row] != 0).sum()) for batch in batches} == set(range(2, longest + 1))
+
+
 def test_pre_training_hides_items_and_segments():
     model, _, batches = drawn("s3rec", 300, stage="pretrain")
     share, lengths, starts, foreign = 0, set(), set(), set()
@@ -378,6 +386,7 @@ def test_a_dataset_without_attributes_goes_without_their_tasks():
     with_some = small("s3rec", data, noise=0.3)
     model.resize(with_some.state_dict())  # as `recommend.py` does, which has no dataset
     model.load_state_dict(with_some.state_dict())
+    model.stage = "train"
     assert torch.equal(model.scores(HISTORIES), with_some.scores(HISTORIES))
     for odd in (torch.rand(3), torch.rand(3, 4)):
         model.resize({"attribute_vectors": odd})

@@ -14,7 +14,7 @@ from models.sr.transitions import DECAY, REACH, Transitions
 from utils.data import Sequences, training_examples
 from utils.errors import UserError
 
-SMALL = {"max_seq_length": 12, "item_dim": 16, "hidden_dim": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.0}
+SMALL = {"max_seq_length": 12, "item_dim": 16, "hidden_dim": 16, "num_layers": 2, "num_heads": 2, "dropout": 0.0}
 SMALL |= {"mask_seeds": 1, "mask_depth": 1, "last_prob": 0.5}
 BOTH_WAYS = {"bert4rec", "lightsans"}  # the state of an item depends on later ones too
 HISTORIES = torch.tensor([[0, 0, 0, 0, 4, 9], [3, 1, 4, 1, 5, 9], [0, 2, 6, 5, 3, 5], [0, 0, 0, 0, 0, 7]])
@@ -104,6 +104,24 @@ def test_an_unknown_user_is_the_mean_of_all_and_a_window_fits_the_history(name):
         small(name, window=13)
 
 
+@pytest.mark.parametrize("name", ["caser", "hgn"])
+def test_a_user_without_a_training_example_is_the_mean_of_those_who_have_one(name):
+    data = make_sequences(users=40, low=3, high=5)
+    model = small(name, data)
+    trained = np.array([count > 3 for count in np.diff(data.offsets)])  # the newest two are of validation and test
+    assert trained.any() and not trained.all()
+    loss = sum(model(training_examples(data, "all", 12).batch(np.flatnonzero(trained[trained]))).values())
+    loss.backward()
+    reached = (model.users.weight.grad != 0).any(1).numpy()
+    assert (reached == trained).all() and ((model.users.weight == 0).all(1).numpy() == ~trained).all()
+    mean = torch.from_numpy(model.users.weight.detach().numpy()[trained].mean(0))
+    found = [model.user_vectors(HISTORIES, torch.full((4,), int(user))) for user in np.flatnonzero(~trained)]
+    with torch.no_grad():
+        model.users.weight[0] = mean
+    for vectors in [*found, model.user_vectors(HISTORIES, torch.zeros(4, dtype=torch.long))]:
+        torch.testing.assert_close(vectors, found[0])
+
+
 # --- the papers' equations, loop by loop ---
 
 
@@ -113,14 +131,16 @@ def sigma(x: np.ndarray) -> np.ndarray:
 
 def gru4rec(w: dict[str, np.ndarray], history: list[int], user: int, L: int) -> np.ndarray:
     """Hidasi et al., equations 1 to 4, with PyTorch's place of the reset gate."""
-    h = np.zeros(w["gru.weight_hh_l0"].shape[1])
-    for item in history:
-        reads, keeps = (
-            np.split(w[f"gru.weight_{way}_l0"] @ x + w[f"gru.bias_{way}_l0"], 3)
-            for way, x in (("ih", w["items.weight"][item]), ("hh", h))
-        )
-        reset, update = sigma(reads[0] + keeps[0]), sigma(reads[1] + keeps[1])
-        h = update * h + (1 - update) * np.tanh(reads[2] + reset * keeps[2])
+    states = [w["items.weight"][item] for item in history]
+    for layer in range(2):
+        h = np.zeros(w["gru.weight_hh_l0"].shape[1])
+        for t, x in enumerate(states):
+            reads, keeps = (
+                np.split(w[f"gru.weight_{way}_l{layer}"] @ of + w[f"gru.bias_{way}_l{layer}"], 3)
+                for way, of in (("ih", x), ("hh", h))
+            )
+            reset, update = sigma(reads[0] + keeps[0]), sigma(reads[1] + keeps[1])
+            states[t] = h = update * h + (1 - update) * np.tanh(reads[2] + reset * keeps[2])
     return w["items.weight"] @ (w["out.weight"] @ h + w["out.bias"])
 
 

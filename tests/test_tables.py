@@ -126,10 +126,13 @@ def test_a_depth_counts_a_seed_once():
 
 
 def test_a_share_of_what_no_record_has_is_told():
-    found = {("strong", name, 1): {"metrics": {"parameters": {"total": 3}, "test": {"full": {}}}} for name in "ab"}
+    found = {
+        ("strong", name, 1): {"metrics": {"parameters": {"total": 3}, "test": {"full": {}}, "steps": 3}}
+        for name in "ab"
+    }
     assert paper_claims.share(["parameters/total", "a", "b"], found)[0] == "1.00"
     assert paper_claims.share(["parameters/total", "a", "c"], found) == paper_claims.MISSING
-    for measure in ("parameters/totl", "test/full", "parts/total"):
+    for measure in ("parameters/totl", "test/full", "steps/total"):
         with pytest.raises(UserError, match=f"share: '{measure}' is no figure that records have"):
             paper_claims.share([measure, "a", "b"], found)
 
@@ -229,6 +232,11 @@ def test_times_are_compared_where_hardware_and_threads_are_the_same():
         ["1.88 (6.27)", "0.216 (7.20)"],
         ["0.3 (1.00)", "0.03 (1.00)"],
     ]
+    later = {("strong", name, 1): run(seconds, 1) for name, seconds in (("all", 10), ("student", 5))}
+    later["strong", "student", 42], wanted = run(4, 1), {"music2018": {"strong": [42, 1]}}
+    table = Table("t", "t", table_rows, wanted, paper=["table_9"])
+    _, _, *cells = rows(efficiency_table(table, "music2018", "strong", later))
+    assert [cells[1][1], cells[-1][1]] == ["10.0 (2.00)", "5.0 (1.00)"]  # of the seed that most rows have
 
 
 def test_a_speed_that_the_paper_claims_is_that_of_rows_timed_in_turn(tmp_path, monkeypatch):

@@ -65,11 +65,12 @@ def runs_of(found: dict, name: str) -> list[dict]:
 def share(wanted: list[str], found: dict) -> tuple[str, str]:
     measure, *pair = wanted
     part, name = measure.split("/")
-    values = [[of_run["metrics"].get(part, {}).get(name) for of_run in runs_of(found, of)] for of in pair]
-    if not all(values):  # a run without a record
+    parts = [[of_run["metrics"].get(part) for of_run in runs_of(found, of)] for of in pair]
+    if not all(parts):  # a run without a record
         return MISSING
+    values = [[of.get(name) if isinstance(of, dict) else None for of in of_run] for of_run in parts]
     if not all(NUMBER[1](value) for of_run in values for value in of_run):
-        raise UserError(f"share: {measure!r} is no figure that records have, as parameters/total is")
+        raise UserError(f"claims.yaml: share: {measure!r} is no figure that records have, as parameters/total is")
     return f"{statistics.mean(values[0]) / statistics.mean(values[1]):.2f}", "a figure of this base model"
 
 

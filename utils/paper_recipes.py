@@ -108,10 +108,7 @@ def read_table(name: str) -> Table:
         table = Table(name, rows={row: Row(**entry) for row, entry in rows.items()}, **found)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: {error}") from error
-    named = [run for row in table.rows.values() for run in (row.run, row.baseline) if run]
-    named += [run for pair in table.pairs for run in pair]
-    named += [run for claim in table.claims for kind in JUDGED if kind != "timed" for run in claim.get(kind, ())[-2:]]
-    for run in named:
+    for run in [*(row.run for row in table.rows.values() if row.run), *named_runs(table)]:
         if run not in specs():
             raise UserError(f"{path}: runs.yaml has no run {run!r}{suggest(run, specs(), '')}")
     for protocol in (protocol for of_protocols in table.seeds.values() for protocol in of_protocols):
@@ -119,11 +116,22 @@ def read_table(name: str) -> Table:
             raise UserError(f"{path}: runs.yaml has no protocol {protocol!r}; it has {', '.join(protocols())}")
     if table.shape not in SHAPES:
         raise UserError(f"{path}: shape {table.shape!r} is none of {', '.join(SHAPES)}")
-    unknown = [key for key in table.paper if not has_shape(read_json(PAPER, "").get(key), table.shape)]
+    unknown = [key for key in table.paper if key not in read_json(PAPER, "")]
     if unknown or (table.shape in OF_PAPER and not table.paper):
         raise UserError(f"{path}: paper {unknown or 'is missing'}: keys of {PAPER.name} are expected, as in [table_7]")
+    for key in table.paper:
+        if not has_shape(read_json(PAPER, "")[key], table.shape):
+            raise UserError(f"{path}: shape {table.shape} can show nothing of the paper's {key}; give another of them")
     check_rows(path, table)
     return table
+
+
+def named_runs(table: Table) -> list[str]:
+    """The runs that a table names beside its rows': of untrained models, pairs and claims."""
+    named = [row.baseline for row in table.rows.values() if row.baseline]
+    named += [run for pair in table.pairs for run in pair]
+    judged = [claim.get(kind, ()) for claim in table.claims for kind in JUDGED if kind != "timed"]
+    return named + [run for words in judged for run in words[-2:]]
 
 
 NEEDED = {"data": ["rows"], "efficiency": ["rows", "columns"], "depth": ["trained_at_depth"], "values": ["common"]}
@@ -131,11 +139,11 @@ NEEDED = {"data": ["rows"], "efficiency": ["rows", "columns"], "depth": ["traine
 
 def has_shape(of_paper: object, shape: str) -> bool:
     """Whether a table of the paper has what a table of this shape shows of it."""
-    if not isinstance(of_paper, dict):
+    if not isinstance(of_paper, dict) or not set(NEEDED.get(shape, ())) <= set(of_paper):
         return False
-    return set(NEEDED.get(shape, ())) <= set(of_paper) and (
-        shape in NEEDED or all(isinstance(of_method, dict) for of_method in of_paper.values())
-    )
+    if shape == "data":
+        return all(isinstance(counts, list) for counts in of_paper["rows"].values())
+    return shape in NEEDED or all(isinstance(of_method, dict) for of_method in of_paper.values())
 
 
 def check_rows(path: Path, table: Table) -> None:
@@ -147,8 +155,12 @@ def check_rows(path: Path, table: Table) -> None:
         for value, known in ((row.model, BASELINES), (row.paper, methods)):
             if value is not None and known and value not in known:
                 raise UserError(f"{path}: row {name!r} names {value!r}, expected one of {', '.join(known)}")
-        if row.run and table.shape != "depth" and "layers" in specs()[row.run].flags:
-            raise UserError(f"{path}: row {name!r} measures every layer of a model; only shape depth shows that")
+        if row.run and table.shape == "efficiency" and specs()[row.run].script == "evaluate":
+            raise UserError(f"{path}: row {name!r} trains nothing, so it has no time of training to show")
+    shown = [row.run for row in table.rows.values() if table.shape != "depth"]
+    for run in [*shown, *named_runs(table)]:
+        if run and "layers" in specs()[run].flags:
+            raise UserError(f"{path}: {run!r} measures every layer of a model; only rows of shape depth show that")
     for claim in table.claims:
         for dataset in claim.get("datasets", ()):
             if dataset not in table.seeds:

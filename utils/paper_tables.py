@@ -155,11 +155,12 @@ def data_table(table: Table) -> str:
 def efficiency_table(table: Table, dataset: str, protocol: str, found: dict) -> str:
     """Seconds, parameters and memory of each row, beside the paper's columns as printed.
 
-    In brackets the ratio to the last row; of ours only where the records name the same hardware and threads.
+    One seed of each, so that no mean is of two machines: of those that the table wants, the one with most rows. In
+    brackets the ratio to the last row; of ours only where the records name the same hardware and threads.
     """
     paper, domain, wanted = read_json(PAPER, "")[table.paper[0]], DOMAINS.get(dataset), table.seeds[dataset][protocol]
-    there = [seed for of, name, seed in found if (of, name) == (protocol, list(table.rows.values())[-1].run)]
-    seed = min(there, key=lambda seed: wanted.index(seed) if seed in wanted else len(wanted), default=wanted[0])
+    rows = {row.run for row in table.rows.values()}
+    seed = max(wanted, key=lambda seed: sum((protocol, run, seed) in found for run in rows))  # the first of equals
     found, cells = {key: run for key, run in found.items() if key[-1] == seed}, []
     ours = {name: next(iter(measured(found, protocol, row)), None) for name, row in table.rows.items()}
     theirs = {name: paper["rows"].get(row.paper) for name, row in table.rows.items()}

@@ -6,7 +6,8 @@ At inference the mask follows the history. Deviations: the output has no bias pe
 2; only items that --train_targets asks for are hidden, and the first of a sequence if its second is; a share of the
 sequences has the newest item hidden alone, as in the release, but drawn (`last_prob`); masks are drawn anew at each use
 of a sequence, where the release draws ten in advance; and a hidden item is always behind the mask, also where BERT
-swaps it. With --micro_batch_size a micro-batch counts by its targets, not by what is hidden of them.
+swaps it. Queries, keys and values start as BERT's (Xavier in RecBoard), and the mask's vector has no weight decay. With
+--micro_batch_size a micro-batch counts by its targets, not by what is hidden of them.
 """
 
 from dataclasses import dataclass, replace

@@ -1,12 +1,13 @@
 """DuoRec (Qiu et al., 2022): user vectors are pulled towards those of other histories with the same target.
 
 Of each example one target is drawn. Two views of it: h', its history read again with dropout of its own, and h's, a
-history of the training part, drawn from those of other users that lead to the same item. Both are close, views of other
-examples far: L_reg = mean over the 2 B views of -log(exp(s(z, z+)) / sum over the other views of exp(s)), with
+history of the training part, drawn from those of other users that lead to the same item. Both are close, views of
+other examples far: L_reg = mean over the 2 B views of -log(exp(s(z, z+)) / sum over the other views of exp(s)), with
 s(a, b) = a . b / tau, and L = L_rec + lambda L_reg. The encoder is BERT's, causal. Deviations: the loss of the next
-item is at every position that --train_targets asks for, and a view per example, not per prefix. As in the release an
-item that one user alone has met is its own pair, and examples with the same target are negatives of each other. With
---micro_batch_size, or several processes, the negatives are those of a part of the batch.
+item is at every position that --train_targets asks for, a view per example, not per prefix, and positives of other
+users first (of all other examples in the release). As in the release an item that one user alone has met is its own
+pair, and examples with the same target are negatives of each other. With --micro_batch_size, or several processes, the
+negatives are those of a part of the batch.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,9 @@
 """GRU4Rec (Hidasi et al., 2016): a recurrent network over the history, whose state meets the item vectors.
 
 With e_t the vector of item t: h_t = GRU(e_t, h_{t-1}), the user vector after t is W h_t + b. Deviations: the table is
-shared between input and output, a linear map leads back to its width (as in RecBole and RecBoard), histories are users'
-and not sessions, each position of one is a target in one pass, and the default loss is over all items.
+shared between input and output, a linear map leads back to its width (as in RecBole and RecBoard), histories are
+users' and not sessions, each position of one is a target in one pass, the gates have biases and start as PyTorch's
+(RecBole has none, and Xavier), and the default loss is over all items.
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,10 @@
 
 With s_l the vector of item l of L and u that of the user: the feature gate s'_l = s_l * sigma(W1 s_l + W2 u + b), the
 instance gate g_l = sigma(w3 . s'_l + u . w4_l), and x = u + sum of g_l s'_l / sum of g_l + sum of s_l: the score is
-q_j . x + b_j, as the paper's three products all meet q_j. Deviations: padding has no part in the sums, one target after
-each window (T = 1), and the default loss is over all items, not BPR. Means weighted by the gates, as released.
+q_j . x + b_j, as the paper's three products all meet q_j. Deviations: padding has no part in the sums, one target
+after each window (T = 1), and the default loss is over all items, not BPR. Means weighted by the gates, as released.
+There all weights have an L2 penalty (--optimizer adam --weight_decay), and those of the instance gate, which are no
+parameters, stay as drawn.
 """
 
 import torch

@@ -1,10 +1,10 @@
 """MAERec (Ye et al., 2023): a graph masked autoencoder of item transitions gives a transformer its item table.
 
 Graph: items at most `graph_distance` apart in a training sequence are joined. Encoder, without weights of its own:
-E_l = D^-1/2 (A + I) D^-1/2 E_(l-1) from the ids' vectors E_0, table = E_0 + ... + E_L. Each step masks paths: from the
-items with the largest gamma(v) + Gumbel noise, gamma(v) = mean cosine of v and its neighbours in E_0, all edges of the
-items met are masked, `mask_depth` hops far, after hop i from a share path_prob^i of the items reached. Decoder: an edge
-(u, v) is e = the concatenation of E_l[u] * E_m[v] over all l, m < L, its score s = sigma(MLP(e)), and
+E_l = D^-1/2 (A + I) D^-1/2 E_(l-1) from the ids' vectors E_0, table = E_0 + ... + E_L. Each micro-batch masks paths:
+from the items with the largest gamma(v) + Gumbel noise, gamma(v) = mean cosine of v and its neighbours in E_0, all
+edges of the items met are masked, `mask_depth` hops far, after hop i from a share path_prob^i of the items reached.
+Decoder: an edge (u, v) is e = the concatenation of E_l[u] * E_m[v] over all l, m < L, its score s = sigma(MLP(e)), and
 L_recon = -log(exp s / (exp s + sum over drawn pairs of exp s)), of drawn masked edges. L_mask = -mean gamma of all
 items, and L = L_rec + lambda L_recon + L_mask / 10, L_rec of a causal transformer that reads the table of what is left
 of the graph.

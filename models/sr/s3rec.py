@@ -80,7 +80,7 @@ class S3Rec(MaskedSASRec):
         """In pre-training, of items (B, T): hidden, where items are hidden, and context, segment, elsewhere (B, T)."""
         if self.stage != "pretrain":
             return examples.batch(index)
-        end = rng.integers(examples.first[index], examples.end[index] + 1)  # (B,): where a prefix ends
+        end = rng.integers(examples.start[index] + 1, examples.end[index] + 1)  # (B,): where a prefix ends
         prefixes = Examples(examples.items, examples.users[index], examples.start[index], end, end)
         batch = prefixes.batch(np.arange(len(index)))
         items = torch.cat([batch["histories"], batch["targets"][:, -1:]], 1)[:, -self.max_length :]  # (B, T)
@@ -88,11 +88,11 @@ class S3Rec(MaskedSASRec):
         hidden = present & (torch.from_numpy(rng.random(items.shape)) < self.mask_prob)
         hidden[:, -1] = True
         lengths = present.sum(1).numpy()
-        long = rng.integers(1, np.maximum(lengths // 2, 1) + 1)  # of the segments, (B,)
-        start = T - lengths + rng.integers(0, lengths - long + 1)  # the column where they begin, (B,)
-        other = rng.integers(0, len(self.known) - long + 1)  # where a segment from elsewhere begins, (B,)
+        of_segments = rng.integers(1, np.maximum(lengths // 2, 1) + 1)  # their lengths, (B,)
+        start = T - lengths + rng.integers(0, lengths - of_segments + 1)  # the column where they begin, (B,)
+        other = rng.integers(0, len(self.known) - of_segments + 1)  # where a segment from elsewhere begins, (B,)
         offset = np.arange(T) - start[:, None]  # (B, T)
-        inside = torch.from_numpy((offset >= 0) & (offset < long[:, None]))
+        inside = torch.from_numpy((offset >= 0) & (offset < of_segments[:, None]))
         elsewhere = torch.from_numpy(self.known.take(other[:, None] + offset, mode="clip").astype(np.int64))
         blank = torch.where(present, self.mask_id, 0)  # (B, T)
         parts = {"context": torch.where(inside, blank, items), "segment": torch.where(inside, items, blank)}

@@ -9,7 +9,7 @@ every history is padded to max_seq_length, and a padded position is a key and a 
 of their maps as its vectors. A user with few items thereby listens to them less. Its authors' code masks the padding,
 has no map after the attention, and starts the first residual from LN(x). Deviations from MTandHJ: all padding of a
 history is one key whose logit is raised by the logarithm of their number, which is the same sum, but dropout takes it
-whole; biases of the attention start as those of PyTorch's linear layers.
+whole; the attention's maps start as PyTorch's linear layers (Xavier there).
 """
 
 from dataclasses import dataclass

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,8 +16,8 @@ from utils.errors import UserError
 class WindowRecommender(SequentialRecommender):
     """Derive and write `window_vectors`. The score of item j is w_j . x + b_j, with output vectors w_j of their own.
 
-    Every position is a target, read after the L items before it, padded on the left. An unknown user counts as the mean
-    of all users. Step 2 gets the table that is read, `items`.
+    Every position is a target, read after the L items before it, padded on the left. A user without a training
+    example counts as the mean of those who have one. Step 2 gets the table that is read, `items`.
     """
 
     @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class WindowRecommender(SequentialRecommender):
             nn.init.normal_(table.weight, std=1 / table.embedding_dim)
         for table in (self.items, self.output):
             nn.init.zeros_(table.weight[0])
+        untrained = torch.from_numpy(np.bincount(data.users, minlength=data.num_users) < 2)  # without an example
+        self.users.weight.data[untrained] = 0  # and so it stays, as no gradient reaches it
 
     def window_vectors(self, windows: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
         """x (N, width) from the newest items (N, L), left-padded, and the users' vectors (N, d)."""
@@ -53,9 +56,13 @@ class WindowRecommender(SequentialRecommender):
         return self.objective(self.with_one(windows, self.users(users)), targets[targets != 0])
 
     def user_vectors(self, histories: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
-        mean = self.users.weight.mean(0).expand(len(histories), -1)  # (B, d)
+        table = self.users.weight
+        known = (table != 0).any(1)  # (users,)
+        found = (table.sum(0) / known.sum().clamp_min(1)).expand(len(histories), -1)  # (B, d)
+        if users is not None:
+            found = torch.where(known[users][:, None], table[users], found)
         windows = F.pad(histories, (self.window, 0))[:, -self.window :]  # (B, L)
-        return self.with_one(windows, mean if users is None else self.users(users))
+        return self.with_one(windows, found)
 
     def item_vectors(self) -> torch.Tensor:
         return torch.cat([self.output.weight, self.bias[:, None]], 1)  # (V + 1, width + 1)

@@ -37,6 +37,8 @@ def check_trained(table: torch.Tensor, drawn: torch.Tensor) -> None:
         raise UserError("the item table holds NaN or infinity: train_sr_trad.py diverged; lower --learning_rate")
     if (table - drawn).norm() < 1e-4 * drawn.norm():
         raise UserError("the item table is untrained: it is still as it was drawn; raise --learning_rate, train longer")
+    if same := int((table[1:] == drawn[1:]).all(dim=1).sum()):  # HGN and Caser train the rows of items that they read
+        print(f"{same:,} of {len(table) - 1:,} items were not trained: their rows are still as they were drawn")
 
 
 def from_recommender(data: Sequences, dataset: str, model: str | None, sr_dir: str | None) -> tuple[torch.Tensor, dict]:

@@ -124,6 +124,16 @@ def test_a_table_that_is_still_as_it_was_drawn_is_refused(model, sources, tmp_pa
     assert not table.exists()
 
 
+def test_rows_that_are_still_as_they_were_drawn_are_counted(capsys):
+    drawn = torch.randn(5, 3)
+    extract_emb.check_trained(drawn + 1, drawn)
+    assert capsys.readouterr().out == ""
+    table = drawn.clone()
+    table[[1, 3]] += 1
+    extract_emb.check_trained(table, drawn)
+    assert "2 of 4 items were not trained" in capsys.readouterr().out
+
+
 def test_the_model_of_the_test_is_short():
     assert len(inspect.getsource(GRU).splitlines()) < 40
 

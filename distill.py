@@ -21,7 +21,7 @@ from typing import Literal
 
 from models.llm.decoder import block_boundaries, layer_flags, listed_layers, select_layers
 from models.llm.influence import explicit_selection
-from models.llm.kl_teacher import find_kl_teacher, give_logits, weights_sha256
+from models.llm.kl_teacher import check_elsewhere, find_kl_teacher, give_logits, weights_sha256
 from models.llm.recommender import LLMRec
 from models.llm.storage import (
     Base,
@@ -242,8 +242,9 @@ def start_of_student(config: dict, base: Base, source: Path, say: Callable[[str]
 
 def train_student(run: Run, config: dict, source: Path, taught: dict, examples: Examples) -> None:
     """Train and save the student."""
-    if run.folder.resolve() == source.resolve():
-        raise UserError(f"--teacher {source} is where this run is written; choose another --output_dir")
+    check_elsewhere("teacher", source, run)
+    if config["kl_teacher"]:  # before the teacher's answers are computed
+        check_elsewhere("kl_teacher", cli.ROOT / config["kl_teacher"], run)
     base = recorded_base(taught)
     fingerprint = load_base(taught, base).fingerprint
     check_base(taught, fingerprint, base, source)

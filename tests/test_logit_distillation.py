@@ -304,7 +304,9 @@ def test_what_makes_no_sense_is_refused_in_one_line(flags, words, runs, sources,
 def test_a_run_is_not_written_over_its_own_teacher(runs, sources, capsys):  # noqa: F811
     student(runs, sources, "once", *ALONE)
     flags = ["--lambda_kl", 1, "--kl_teacher", runs / "once", "--output_dir", runs / "once"]
-    assert "is where this run is written" in refused(runs, sources, capsys, flags)
+    before = set(runs.rglob("*.npy"))
+    assert "is where this run is written" in refused(runs, sources, capsys, [*flags, "--lambda_cos", 1])
+    assert set(runs.rglob("*.npy")) == before, "no state of a teacher was computed for nothing"
     student(runs, sources, "twice", *ALONE, *flags[:4])  # a student teaches as well
 
 

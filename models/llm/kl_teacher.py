@@ -56,11 +56,16 @@ def find_kl_teacher(config: dict, default: Path | None, data: Sequences) -> None
     config |= {"kl_teacher": portable_path(source), "kl_teacher_sha256": weights_sha256(source)}
 
 
+def check_elsewhere(flag: str, source: Path, run: Run) -> None:
+    """UserError where a run that is read would be replaced by the run that reads it."""
+    if source.resolve() == run.folder.resolve():
+        raise UserError(f"--{flag} {source} is where this run is written; choose another --output_dir")
+
+
 def load_kl_teacher(config: dict, run: Run) -> tuple[Recommender, Path, list]:
     """The recommender whose logits are learned, its folder, and what tells its weights from others."""
     source = ROOT / config["kl_teacher"]
-    if source.resolve() == run.folder.resolve():
-        raise UserError(f"--kl_teacher {source} is where this run is written; choose another --output_dir")
+    check_elsewhere("kl_teacher", source, run)
     taught, _ = finished_run(source, f"--kl_teacher {source} holds no finished run any more")
     if taught["kind"] == "sr":
         teacher, base = load_recommender(source, taught, run.data.training_part()), None

@@ -22,6 +22,7 @@ from utils.flags import Models, choices, coerce, flags_of, suggest, without_choi
 from utils.recipes import RECIPE_SECTIONS, check_recipe, per_model, read_recipe, recipe_values
 
 ROOT = Path(__file__).resolve().parent.parent
+FLAG = re.compile(r"--?([A-Za-z][\w-]*)")
 
 
 def run(
@@ -47,6 +48,7 @@ def run(
             with cut_short():
                 print(help_text(main, section, script, argv, models))
             return
+        check_once(argv)
         try:
             main(**resolve(main, section, argv, inherits=inherits, models=models))
         except (MemoryError, RuntimeError) as error:
@@ -92,6 +94,14 @@ def resolve(
         return values
     own = {field.name: values.pop(field.name) for field in dataclasses.fields(models[model].Config)}
     return values | {"model_config": models[model].Config(**own)}
+
+
+def check_once(argv: list[str]) -> None:
+    """UserError for a flag that is given twice, of which fire would keep the last and drop the others."""
+    names = [flag[1].replace("-", "_") for flag in map(FLAG.match, argv) if flag]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"--{twice} is given twice")
 
 
 def of_another(name: str, models: Models) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 # tiny models are faster on one thread, and results do not depend on how busy the machine is
@@ -120,6 +121,17 @@ def tiny_sources(place: Path, layers: int = 2) -> Path:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(place / "base")
     return place
+
+
+def last_of_each(words: Iterable) -> list[str]:
+    """The words of a command line, each flag once with its last value: scripts refuse a flag that is given twice."""
+    flags: dict[str, list[str]] = {}
+    for word in map(str, words):
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            flags[name] = []
+        flags[name].append(word)
+    return [word for part in flags.values() for word in part]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest.mock import patch
 
+from conftest import last_of_each
 from matplotlib.figure import Figure
 
 import distill
@@ -145,7 +146,7 @@ def exit_code(name: str, sources: Path, place: Path, seed: int, resume: str) -> 
     script, section, words = command(name, sources, place, seed, resume)
     try:
         with undrawn():
-            cli.run(script.main, section, words, models=MODELS)
+            cli.run(script.main, section, last_of_each(words), models=MODELS)
     except SystemExit as stop:
         return stop.code
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences, tiny_llm_rec
+from conftest import last_of_each, make_sequences, tiny_llm_rec
 from kills import contents, step
 from test_kill import sources  # noqa: F401
 from test_losses import NONE, batch, make
@@ -261,7 +261,7 @@ def refused(runs, sources, capsys, flags: list) -> str:  # noqa: F811
     before = contents(runs)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        cli.run(distill.main, "student", [str(word) for word in argv], models=MODELS, inherits=distill.INHERITED)
+        cli.run(distill.main, "student", last_of_each(argv), models=MODELS, inherits=distill.INHERITED)
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and contents(runs) == before, lines
     return lines[0]

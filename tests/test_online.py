@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_llm_rec
+from conftest import last_of_each, tiny_llm_rec
 from kills import contents, outcome, step
 from test_kill import sources  # noqa: F401
 from test_losses import WEIGHTS, batch
@@ -234,6 +234,6 @@ def test_what_makes_no_sense_is_refused_in_one_line(flags, words, runs, sources,
     before = contents(runs)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        cli.run(distill.main, "student", [str(word) for word in argv], models=MODELS, inherits=distill.INHERITED)
+        cli.run(distill.main, "student", last_of_each(argv), models=MODELS, inherits=distill.INHERITED)
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and contents(runs) == before and words in lines[0], lines

@@ -24,7 +24,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, last_of_each
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, LlamaConfig, Qwen3NextConfig
 
@@ -45,7 +45,7 @@ FAST = ["--eval_steps", "4", "--warmup_steps", "2", "--seed", "1", "--max_steps"
 
 
 def start(script: str, *arguments: object, cwd: Path, **options) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / f"{script}.py"), *last_of_each(arguments)]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -58,7 +58,7 @@ def run(script: str, *arguments: object, cwd: Path, **options) -> str:
 
 def train(script: str, *arguments: object) -> None:
     """The same in the process of the tests, with the error line and the exit code of the shell."""
-    cli.run(importlib.import_module(script).main, SCRIPTS[script], list(map(str, arguments)), models=MODELS)
+    cli.run(importlib.import_module(script).main, SCRIPTS[script], last_of_each(arguments), models=MODELS)
 
 
 @pytest.fixture(scope="session")

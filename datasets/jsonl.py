@@ -9,13 +9,14 @@ from array import array
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import orjson
 import times
 from interactions import Interactions, add_titles, as_lines, check_roles
-from sources import in_parallel
+from sources import in_parallel, json_blocks
 from tqdm import tqdm
 
 from utils.errors import UserError
@@ -26,6 +27,7 @@ PRESETS = {  # user, item, timestamp and rating of a line; item and title of a l
     "yelp": ("user_id", "business_id", "date", "stars", "business_id", "name"),
     "steam": ("username", "product_id", "date", None, "id", "app_name"),
 }
+FIRST_LINES = 1000  # of which one must have a field, or its name is taken for wrong
 NO_PRESET = ("user_id", "item_id", None, None, "item_id", "title")
 FIELDS = ("user", "item", "timestamp", "rating", "meta_item", "meta_title")
 WHOLE = re.compile(r"-?[0-9]+")
@@ -133,6 +135,28 @@ def as_moment(value: object, name: str, line: bytes) -> tuple[str, int | Decimal
     return kind, int(exact) if exact == exact.to_integral_value() else exact
 
 
+def check_fields(path: Path, wanted: dict[str, str | None], named: bool) -> None:
+    """UserError where the first lines hold no object, or none with a field of this name: told before all are read.
+
+    wanted: flag -> name of its field, or None for one that is not read. named: whether the flags can name another.
+    """
+    rows, first = [], None
+    warnings.simplefilter("ignore", SyntaxWarning)
+    block = next(json_blocks(path), b"")
+    for number, line in enumerate(islice(lines_of(block), FIRST_LINES), 1):
+        try:
+            rows.append(load(line))
+        except ValueError as error:
+            first = first or (line.strip() and f"line {number}: {error}")
+    if first and (not rows or block.lstrip().startswith(b"[")):  # an array may be spread over lines
+        raise UserError(f"{path} is to hold a JSON object with fields in each line, and has none; {first}")
+    for flag, name in wanted.items():
+        if rows and name and not any(name in row for row in rows):
+            advice = f"name yours with --{flag}" if named else "give one of this kind, or name its fields with `jsonl`"
+            wrong = f"none of the first {len(rows)} lines has a field {name!r}; one has {', '.join(rows[0])}"
+            raise UserError(f"{path}: {wrong}: {advice}")
+
+
 def parse_rows(block: bytes, user: str, item: str, timestamp: str | None, rating: str | None) -> Parsed:
     lines = lines_of(block)
     part = Parsed(len(lines))
@@ -188,12 +212,16 @@ def read_jsonl(args: argparse.Namespace) -> Interactions:
     check_roles(names)
     if args.order == "time" and not names["timestamp"]:
         raise UserError("--order time needs times; name their field with --timestamp")
+    wanted = {flag: names[flag] for flag in ("user", "item", "timestamp", "rating")}
+    named = hasattr(args, "user")
+    check_fields(args.input, wanted, named)
+    if args.meta:
+        check_fields(args.meta, {flag: names[flag] for flag in ("meta_item", "meta_title")}, named)
     users: dict[str, int] = {}
     items: dict[str, int] = {}
     user, item, when, rating = array("i"), array("i"), array("q"), array("d")
     kind, fields = None, []
     bad = BadLines(args.input, args.max_bad_lines)
-    wanted = {flag: names[flag] for flag in ("user", "item", "timestamp", "rating")}
     with progress(args.input) as bar:
         for part in in_parallel(partial(parse_rows, **wanted), args.input):
             user.extend([users.setdefault(who, len(users)) for who in part.user])

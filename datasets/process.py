@@ -18,6 +18,7 @@ datasets/README.md describes what it reads and writes.
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -173,12 +174,13 @@ def write(folder: Path, arrays: dict[str, np.ndarray], texts: dict[str, list[str
 # --- flags ---
 
 
-def number_from(low: float, kind: type = float) -> Callable[[str], float]:
-    """A number of that kind, not below `low`, for a flag."""
+def number_from(low: float, kind: type = float, to: float = math.inf) -> Callable[[str], float]:
+    """A number of that kind, from `low` to `to`, for a flag."""
 
     def number(text: str) -> float:
-        if not kind(text) >= low:
-            raise argparse.ArgumentTypeError(f"{text}: expected a number >= {low}")
+        if not low <= kind(text) <= to:
+            wanted = f">= {low}" if to == math.inf else f"from {low} to {to}"
+            raise argparse.ArgumentTypeError(f"{text}: expected a number {wanted}")
         return kind(text)
 
     return number
@@ -224,7 +226,7 @@ def title_flags(one: Parser) -> None:
 def json_flags(one: Parser) -> None:
     one.add_argument("--meta", type=Path, help="JSON lines with titles")
     one.add_argument(
-        "--max_bad_lines", type=number_from(0), default=0.001, help="share of lines (default: %(default)s)"
+        "--max_bad_lines", type=number_from(0, to=1), default=0.001, help="share of lines (default: %(default)s)"
     )
 
 

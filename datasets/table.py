@@ -160,9 +160,11 @@ def read_text(
         if spare is None:
             raise UserError(f"{path} holds control characters beside the separator {separator!r}; convert it first")
         text, first, separator = text.replace(given, spare), first.replace(given, spare), spare
-    quoted = is_quoted(text, separator, first, path)
+    first = first.replace("\r", " ")
+    spaced = separator != " " and any(name[:1] == " " for name in next(csv.reader([first], delimiter=separator)))
+    quoted = is_quoted(text, separator, first, path, spaced)
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    names = next(csv.reader([first.replace("\r", " ")], delimiter=separator, quoting=quoting))
+    names = next(csv.reader([first], delimiter=separator, quoting=quoting, skipinitialspace=spaced))
     if layout.columns and len(names) != len(layout.columns):
         wrong = f"line {blank + 1} has {len(names)} values, --{layout.prefix}columns names {len(layout.columns)}"
         raise UserError(f"{path}, {wrong}; name each column (and see --{layout.prefix}separator)")
@@ -174,39 +176,44 @@ def read_text(
     check(list(layout.columns or names))
     skip = blank + (layout.columns is None)
     options = {"sep": separator, "quoting": quoting, "lineterminator": "\n", "skiprows": skip, "index_col": False}
+    options |= {"names": range(len(names)), "dtype": str, "keep_default_na": False, "skipinitialspace": spaced}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # more fields than columns: data would be lost
-            table = pd.read_csv(io.StringIO(text), names=range(len(names)), dtype=str, keep_default_na=False, **options)
+            table = pd.read_csv(io.StringIO(text), **options)
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{path} holds no row below its header") from error
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
         reason = f"{error}"
-        for start, _, fields in records(text, separator, quoted):
+        for start, _, fields in records(text, separator, quoted, spaced):
             if len(fields) > len(names):
                 reason = f"line {start} has {len(fields)} values, there are {len(names)} columns"
                 break
         raise UserError(f"{path} cannot be parsed: {reason}") from error
     if not text.endswith("\n") and len(table) and table.iloc[-1, -1] in ("", None, np.nan):
-        *_, (start, _, fields) = records(text, separator, quoted)
+        *_, (start, _, fields) = records(text, separator, quoted, spaced)
         if len(fields) < len(names):  # elsewhere empty values at the end of a line may be left out
             wrong = f"line {start}, the last, has {len(fields)} values and no end, there are {len(names)} columns"
             raise UserError(f"{path}, {wrong}: it was cut off; fetch it again, or end the line")
 
+    for at in table:  # a space on one side of all values belongs to the separator
+        if spaced or any(side(" ", na=True).all() for side in (table[at].str.startswith, table[at].str.endswith)):
+            table[at] = table[at].str.strip(" ")
+
     def where(row: int) -> str:
         """Read again: a file that is right need not keep its text."""
         lines = text_of(path, layout.encoding).replace(given, separator)
-        starts = (start for start, _, _ in records(lines, separator, quoted) if start > skip)
+        starts = (start for start, _, _ in records(lines, separator, quoted, spaced) if start > skip)
         return f"{path}, line {next(start for number, start in enumerate(starts) if number == row)}"
 
     return list(layout.columns or names), table, where
 
 
-def records(text: str, separator: str, quoted: bool) -> Iterator[tuple[int, int, list[str]]]:
+def records(text: str, separator: str, quoted: bool, spaced: bool) -> Iterator[tuple[int, int, list[str]]]:
     """(first line, last line, fields) of each record that is not blank; ValueError names the line of a wrong quote."""
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     lines = io.StringIO(text.replace("\r", " "))  # which csv takes for the end of a line
-    reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
+    reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True, skipinitialspace=spaced)
     while True:
         start = reader.line_num + 1
         try:
@@ -221,8 +228,8 @@ def records(text: str, separator: str, quoted: bool) -> Iterator[tuple[int, int,
             yield start, reader.line_num, fields
 
 
-def is_quoted(text: str, separator: str, header: str, path: Path) -> bool:
-    """Whether quotes enclose values here, or are characters like others.
+def is_quoted(text: str, separator: str, header: str, path: Path, spaced: bool) -> bool:
+    """Whether quotes enclose values here, or are characters like others. spaced: spaces may stand before a value.
 
     Commas and semicolons: they enclose, and UserError where they cannot. Other separators: they enclose if every value
     with a quote is written as pandas writes it, or all names of the header are quoted.
@@ -235,7 +242,7 @@ def is_quoted(text: str, separator: str, header: str, path: Path) -> bool:
     between = re.compile(re.escape(separator) + "(?! )")  # a comma in a sentence has a space behind it
     columns = len(between.findall(header))
     try:
-        for first, last, fields in records(text, separator, True):
+        for first, last, fields in records(text, separator, True, spaced):
             if always and first == last:
                 continue
             lines = lines or text.replace("\r", " ").split("\n")

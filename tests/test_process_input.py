@@ -295,10 +295,11 @@ def test_titles_of_other_items_are_refused(run, tmp_path):
     meta = tmp_path / "meta.jsonl"
     meta.write_text('{"id": "1", "name": "Tea"}\n')
     lines = '{"user_id": "7", "item_id": "1"}\n{"user_id": "7", "item_id": "2"}\n{"user_id": "7", "item_id": "3"}\n'
-    code, _, err = run("jsonl", lines, "--meta", meta)
-    assert code == 2 and len(err) == 1 and "has a title of no item" in err[0] and "--meta_item" in err[0]
     code, made, err = run("jsonl", lines, "--meta", meta, "--meta_item", "id", "--meta_title", "name")
     assert code == 0 and made["info"]["items_with_title"] == 1
+    meta.write_text('{"item_id": "9", "title": "Tea"}\n')
+    code, _, err = run("jsonl", lines, "--meta", meta)
+    assert code == 2 and len(err) == 1 and "has a title of no item" in err[0] and "--meta_item" in err[0]
 
 
 def test_what_is_written_as_a_path_is_one(module, run, monkeypatch, tmp_path, capsys):
@@ -703,6 +704,50 @@ def test_lines_that_cannot_be_used_are_counted_and_named(bad, words, run):
     assert made["info"]["bad_lines"] == 1 and made["info"]["interactions"] == 2
 
 
+LINE = '{"uid": "u", "iid": "i"}\n'
+META = '{"asin": "i", "name": "Tea"}\n'
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "field 'user_id'; one has uid, iid: name yours with --user"),
+        (["--user", "uid"], "field 'item_id'; one has uid, iid: name yours with --item"),
+        (["--user", "uid", "--item", "iid", "--timestamp", "t"], "name yours with --timestamp"),
+        (["--user", "uid", "--item", "iid", "--rating", "r"], "name yours with --rating"),
+        (
+            ["--user", "uid", "--item", "iid", "--meta"],
+            "field 'item_id'; one has asin, name: name yours with --meta_item",
+        ),
+        (["--user", "uid", "--item", "iid", "--meta_item", "asin", "--meta"], "name yours with --meta_title"),
+    ],
+)
+def test_fields_of_other_names_are_told_before_the_file_is_read(flags, told, run, tmp_path, monkeypatch, module):
+    read = []
+    in_parallel = sys.modules["jsonl"].in_parallel
+    monkeypatch.setattr(sys.modules["jsonl"], "in_parallel", lambda *args: read.append(args) or in_parallel(*args))
+    (tmp_path / "meta").write_text(META)
+    code, _, err = run("jsonl", LINE * 3, *flags, *[tmp_path / "meta"] * (flags[-1:] == ["--meta"]))
+    assert code == 2 and len(err) == 1 and told in err[0] and "max_bad_lines" not in err[0] and not read
+
+
+def test_a_preset_whose_fields_the_file_lacks_sends_to_jsonl(run):
+    code, _, err = run("amazon2018", LINE * 3)
+    assert code == 2 and len(err) == 1 and "field 'reviewerID'" in err[0] and "with `jsonl`" in err[0]
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"user_id": 1, "item_id": 2}]', '[\n{"user_id": 1},\n{"user_id": 2}\n', "1\n2\n", "x"]
+)
+@pytest.mark.parametrize("where", ["input", "meta"])
+def test_json_that_is_no_object_per_line_is_told(text, where, run, tmp_path):
+    (tmp_path / "meta").write_text(text if where == "meta" else META)
+    data = text if where == "input" else '{"user_id": 1, "item_id": 2}\n'
+    code, _, err = run("jsonl", data, "--meta", tmp_path / "meta", "--meta_item", "asin", "--meta_title", "name")
+    named = tmp_path / ("source" if where == "input" else "meta")
+    assert code == 2 and len(err) == 1 and f"{named} is to hold a JSON object" in err[0] and "line 1: " in err[0]
+
+
 def test_json_lines_that_mix_numbers_and_dates_are_refused(run):
     lines = [f'{{"user_id": "u", "item_id": 1, "t": {time}}}\n' for time in ("5", "", "6", '"2020-05-05"')]
     code, _, err = run("jsonl", "".join(lines), "--timestamp", "t", "--max_bad_lines", 0.9)
@@ -732,7 +777,9 @@ def test_a_field_is_not_the_user_and_the_item(run):
     assert code == 2 and "--user and --item are both item_id" in err[0]
 
 
-@pytest.mark.parametrize("flags", [["--k", 0], ["--k", "x"], ["--max_bad_lines", "nan"], ["--max_bad_lines", -1]])
+@pytest.mark.parametrize(
+    "flags", [["--k", 0], ["--k", "x"], ["--max_bad_lines", "nan"], ["--max_bad_lines", -1], ["--max_bad_lines", 10]]
+)
 def test_numbers_that_mean_nothing_are_refused(flags, run):
     code, _, err = run("jsonl", '{"user_id": 1, "item_id": 2}\n', *flags)
     assert code == 2 and len(err) == 1 and flags[0] in err[0]

@@ -98,6 +98,7 @@ class Process:
             return 1
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"run_id": folder.name, "kind": "sr"}))
+        save_file({"weight": torch.ones(2)}, folder / "model.safetensors")
         if words[0] == "extract_emb.py" or folder.name in self.endless:
             return 0
         rng = np.random.default_rng(len(self.commands))
@@ -255,6 +256,18 @@ def test_other_data_under_the_same_name_are_another_run(place, monkeypatch):
         dataset.write_text(json.dumps({"fingerprint": data}))
         states[data].append(sasrec.state())
     assert states == {"a": ["finished", "recorded"], "b": ["changed", "to run"]}
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
+def test_lost_weights_are_told_before_what_reads_them_is_run(damage, place, monkeypatch):
+    ran, words = process(monkeypatch, place), ("run", "table2", "--protocol", "strong", "--seeds", "1", "--rows")
+    call(monkeypatch, *words, "SASRec")
+    ran.commands.clear()
+    damage(place / "outputs" / "small" / "paper" / "sasrec-seed1" / "model.safetensors")
+    call(monkeypatch, *words, "SASRec")  # nothing reads them
+    with pytest.raises(reproduce.UserError, match=r"model\.safetensors is .*, or move .*sasrec-seed1\.json away"):
+        call(monkeypatch, *words, "ours")
+    assert not ran.commands
 
 
 def test_a_base_model_in_the_working_folder_is_found_from_the_checkout(place, tmp_path_factory, monkeypatch):

@@ -479,6 +479,21 @@ def test_damaged_weights_of_the_best_step_are_told_before_more_is_trained(damage
         train(tmp_path / "a", {"raise_at": 1}, resume="auto")
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-8]), Path.unlink])
+def test_a_finished_run_that_lost_its_weights_is_not_left_as_finished(damage, tmp_path):
+    finish(*train(tmp_path / "a"))
+    damage(tmp_path / "a" / "model.safetensors")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    config = CONFIG | {"output_dir": str(tmp_path / "a")}
+    with pytest.raises(UserError, match=r"model\.safetensors is .*--resume never"):
+        Run(config | {"resume": "auto"}, make_sequences(users=80), "unused")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    (tmp_path / "a" / "metrics.json").write_text("{")
+    with pytest.raises(UserError, match=r"metrics\.json cannot be read .*--resume never"):
+        Run(config | {"resume": "auto"}, make_sequences(users=80), "unused")
+    assert not Run(config, make_sequences(users=80), "unused").finished
+
+
 def test_every_term_is_logged_by_name_with_its_share_of_the_gradient(tmp_path):
     train(tmp_path / "a")
     rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]

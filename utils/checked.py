@@ -206,6 +206,20 @@ def ids_fingerprint(ids: list[str]) -> str:
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
+def check_tensors(path: Path, advice: str) -> None:
+    """UserError unless `path` holds safetensors as long as its header says; the values are not read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        check_file(path)
+        with safe_open(path, "numpy"):
+            pass
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; {advice}") from error
+    except (SafetensorError, OSError, *DAMAGE) as error:
+        raise unreadable(path, error, advice, "is damaged") from error
+
+
 def load_tensors(path: Path, advice: str = AGAIN) -> dict[str, "torch.Tensor"]:
     """Read safetensors; UserError where the file is missing or damaged, or holds NaN or infinity."""
     from safetensors import SafetensorError

@@ -28,7 +28,7 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.metrics import RANKS_FILE
 from utils.paper_runs import READS, SECTIONS, Spec, protocols, recipe, specs
-from utils.run_files import METRICS, finished_run
+from utils.run_files import METRICS, check_complete, finished_run, read_config
 
 TRAINING = ("train_sr_trad", "finetune", "distill", "train_open_p5")
 STATES = ("finished", "recorded", "interrupted", "failed", "to run", "changed")
@@ -176,8 +176,10 @@ def with_parents(wanted: list[Experiment]) -> Iterator[Experiment]:
     seen: set[Experiment] = set()
 
     def visit(experiment: Experiment, folder_needed: bool) -> Iterator[Experiment]:
-        done = ("finished",) if folder_needed else ("finished", "recorded")
-        if experiment in seen or experiment.state() in done:
+        state, folder = experiment.state(), cli.ROOT / experiment.folder
+        if state == "finished" and folder_needed:
+            check_complete(folder, read_config(folder), f"bring it back, or move {folder} and {folder.name}.json away")
+        if experiment in seen or state == "finished" or (state == "recorded" and not folder_needed):
             return
         seen.add(experiment)
         for parent in experiment.parents():

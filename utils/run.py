@@ -31,7 +31,7 @@ from utils.flags import FORMER_DEFAULTS
 from utils.memory import check_measured, check_sharded
 from utils.metrics import RANKS_FILE, metrics_by_kind, rank_users, save_ranks
 from utils.report import card, flatten, git_commit, log_rows, peak_memory, plot_curve, protocol
-from utils.run_files import check_shapes, read_config, read_metrics, read_state, without
+from utils.run_files import check_shapes, is_finished, read_config, read_metrics, read_state, without
 
 # beside config.json
 RUN_FILES = ("metrics.json", "checkpoints", "log.jsonl", "curve.png", "README.md", CATALOGUE_FILE, RANKS_FILE)
@@ -116,8 +116,7 @@ class Run:
             )
         if old.get("run_id") is None and list(self.checkpoints.glob("step-*")):
             raise UserError(f"{earlier} has no run_id, so its checkpoints are of no run: pass --resume never")
-        there = (self.folder / "metrics.json").exists()
-        return there and read_metrics(self.folder).get("run_id") == old.get("run_id")
+        return is_finished(self.folder, old, "bring it back, or pass --resume never to train it again")
 
     def _take_lock(self) -> None:
         try:

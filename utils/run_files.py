@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Union
 
-from utils.checked import COUNT, FLAG, NUMBER, REPLACED, SIZE, TEXT, Rule, maybe, read_json
+from utils.checked import COUNT, FLAG, NUMBER, REPLACED, SIZE, TEXT, Rule, check_tensors, maybe, read_json
 from utils.errors import UserError
 from utils.files import check_replaceable
 from utils.flags import FLAGS, alternatives, choices, within
@@ -112,6 +112,24 @@ def finished_run(folder: Path, missing: str) -> tuple[dict, dict]:
     if metrics.get("run_id") != config.get("run_id"):  # metrics of the run that this one replaces
         raise UserError(missing)
     return config, metrics
+
+
+def is_finished(folder: Path, config: dict, advice: str) -> bool:
+    """Whether `folder` holds metrics of the run of `config`; UserError, with `advice`, where parts of it are lost."""
+    path = folder / "metrics.json"
+    if not path.exists() or read_json(path, "", METRICS, advice).get("run_id") != config.get("run_id"):
+        return False
+    check_complete(folder, config, advice)
+    return True
+
+
+def check_complete(folder: Path, config: dict, advice: str) -> None:
+    """UserError where a weight file of a finished run, or of an item table, is gone or cut off."""
+    names = {"sr": ["model"], "item_embeddings": ["item_embeddings"]}.get(config.get("kind"), ["rec_heads"])
+    if names == ["rec_heads"]:
+        names += {"lora": ["adapter/adapter_model"], "full": ["decoder"]}.get(config.get("train_strategy"), [])
+    for name in names:
+        check_tensors(folder / f"{name}.safetensors", advice)
 
 
 def check_shapes(folder: Path, saved: dict, wanted: dict) -> None:

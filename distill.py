@@ -39,13 +39,14 @@ from models.online import OnlineSLMRec
 from models.slmrec import SLMRec
 from models.sr import MODELS
 from utils import assets, cli
+from utils.checked import AGAIN
 from utils.data import Examples, Sequences, check_same_dataset, training_examples
 from utils.errors import UserError
 from utils.flags import FORMER_DEFAULTS, alternatives
 from utils.metrics import DEFAULT_SELECTION, SelectBy
 from utils.report import closing_table
 from utils.run import Run
-from utils.run_files import TYPES, finished_run
+from utils.run_files import TYPES, check_complete, finished_run, read_config
 from utils.train import fit
 
 INHERITED = ["base_model", "layer_selection", "train_strategy", "lora_r", "lora_alpha", "lora_dropout"]
@@ -245,6 +246,8 @@ def train_student(run: Run, config: dict, source: Path, taught: dict, examples: 
     check_elsewhere("teacher", source, run)
     if config["kl_teacher"]:  # before the teacher's answers are computed
         check_elsewhere("kl_teacher", cli.ROOT / config["kl_teacher"], run)
+        check_complete(cli.ROOT / config["kl_teacher"], read_config(cli.ROOT / config["kl_teacher"]), AGAIN)
+    check_complete(source, taught, AGAIN)
     base = recorded_base(taught)
     fingerprint = load_base(taught, base).fingerprint
     check_base(taught, fingerprint, base, source)

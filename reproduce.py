@@ -16,6 +16,7 @@ import utils.threads  # noqa: F401  before torch is imported
 import argparse
 import re
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -88,7 +89,8 @@ def main() -> None:
     if base and base != assets.EMBEDDED_MODEL and Path(base).is_dir():  # the scripts run in the checkout
         args.base_model = cli.portable_path(Path(base).resolve())
     verb = {"list": show_list, "plan": show_plan, "run": run, "show": show, "record": write_records, "compare": compare}
-    verb[args.verb](args)
+    with nullcontext() if args.verb in ("run", "record") else cut_short():
+        verb[args.verb](args)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -323,5 +325,5 @@ def compare(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line("reproduce.py", "the same command goes on"), cut_short():
+    with told_in_one_line("reproduce.py", "the same command goes on"):
         main()

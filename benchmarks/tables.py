@@ -60,6 +60,8 @@ def beside_paper(dataset: str) -> str:
     table, found = read_table("table2"), records(dataset)
     paper = printed(table.paper)
     of_rows = {name: measured(found, "strong", table.rows[name]) for name in BESIDE}
+    if missing := [name for name, runs in of_rows.items() if not runs]:
+        raise UserError(f"{dataset} has no record of {missing[0]} with today's recipe: reproduce.py run table2, record")
 
     def mean(name: str, kind: str, metric: str) -> float:
         return statistics.mean(run["test"][kind][metric] for run in of_rows[name])

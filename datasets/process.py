@@ -23,7 +23,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -287,10 +287,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
         stream.reconfigure(encoding="utf-8")  # whatever the locale
-    with told_in_one_line("process.py", "nothing was changed"), cut_short():
-        args = parse(argv)
+    with told_in_one_line("process.py", "no dataset was changed; give the same command again"):
+        with cut_short():
+            args = parse(argv)
         try:
-            args.do(args)
+            with cut_short() if args.do in (stats, export) else nullcontext():
+                args.do(args)
         except (BrokenProcessPool, MemoryError):
             raise UserError("memory ran out, or a process that parses was killed") from None
 

@@ -102,6 +102,14 @@ def test_values_arrive_with_their_annotated_types():
     assert got["resume"] == "never"
 
 
+def test_a_path_below_the_home_folder_may_follow_an_equals_sign(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text, path in {"~/run": f"{tmp_path}/run", "~": f"{tmp_path}", "a~/b": "a~/b", "~x": "~x"}.items():
+        assert cli.resolve(main, None, [f"--output_dir={text}"])["output_dir"] == path
+    tables = cli.resolve(finetune.main, None, ["--item_embeddings=~/one,~/two,x,a~/b"])["item_embeddings"]
+    assert tables == f"{tmp_path}/one,{tmp_path}/two,x,a~/b"
+
+
 def got(values: dict, name: str) -> object:
     return values[name] if name in values else getattr(values["model_config"], name)
 

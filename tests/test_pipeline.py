@@ -468,6 +468,12 @@ BAD = {
         lambda p: cut(p / "teacher/adapter/adapter_model.safetensors"),
         "damaged",
     ),
+    "truncated teacher of logits": (
+        "distill",
+        ["--lambda_kl", 1, "--kl_teacher", "sasrec"],
+        lambda p: cut(p / "sasrec/model.safetensors"),
+        "sasrec/model.safetensors is damaged",
+    ),
     "damaged config": ("distill", [], lambda p: cut(p / "teacher/config.json"), "cannot be read"),
     "teacher of another dataset": (
         "distill",

@@ -852,6 +852,41 @@ def test_nothing_of_the_command_line_is_dropped(module, words, told, tmp_path, c
     assert ended.value.code == 2 and told in line and {path.name for path in Path().iterdir()} == {"a.txt", "b.txt"}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "user_id, item_id, time\nu 1, a b, 5\nu 1, c, 6\nu 1, d, 7\n",
+        "user_id,item_id,time\nu 1, a b, 5\nu 1, c, 6\nu 1, d, 7\n",
+        'user_id, item_id, time\n"u 1", "a b", 5\n"u 1", "c", 6\n"u 1", "d", 7\n',
+        "user_id | item_id | time\nu 1 | a b | 5\nu 1 | c | 6\nu 1 | d | 7\n",
+        "user_id;  item_id;time\nu 1  ;a b;5\nu 1;  c ;6\nu 1 ;d;7\n",
+    ],
+)
+def test_spaces_beside_separators_are_no_part_of_ids(text, run):
+    code, made, err = run("interactions", text, "--timestamp", "time")
+    assert code == 0 and err == [] and made["users"] == {"u 1": [("a b", 5), ("c", 6), ("d", 7)]}
+
+
+def test_a_space_in_front_of_some_ids_is_a_part_of_them(run):
+    code, made, _ = run("interactions", "user_id,item_id\nu,a\nu, a\nu,b\n")
+    assert code == 0 and len(made["titles"]) == 3
+
+
+def test_a_path_below_the_home_folder_may_follow_an_equals_sign(module, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.csv").write_text("user_id,item_id\n1,1\n1,2\n1,3\n")
+    module.main(["interactions", "--input=~/a.csv", "--output=~", "--name", "made"])
+    assert (tmp_path / "made" / "dataset.json").exists() and not Path("~").exists()
+
+
+def test_a_pipe_that_closes_early_does_not_hide_that_no_dataset_was_made(tmp_path):
+    (tmp_path / "a.csv").write_text("user_id,item_id\n1,1\n1,2\n1,3\n")
+    words = ["interactions", "--input", tmp_path / "a.csv", "--output", tmp_path, "--name", "made"]
+    script = shlex.join([sys.executable, "-u", "datasets/process.py", *map(str, words)])
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {script} | true"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode == 0) == (tmp_path / "made").exists() and len(done.stderr.splitlines()) <= 1
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize(("redirect", "code"), [(">/dev/full", 2), ("| true", 0), (">&-", None)])
 def test_output_that_nobody_takes_gives_one_line(redirect, code, run, tmp_path):

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +269,37 @@ def test_lost_weights_are_told_before_what_reads_them_is_run(damage, place, monk
     with pytest.raises(reproduce.UserError, match=r"model\.safetensors is .*, or move .*sasrec-seed1\.json away"):
         call(monkeypatch, *words, "ours")
     assert not ran.commands
+
+
+@pytest.mark.parametrize("verb", ["list", "run"])
+def test_a_pipe_that_closes_early_ends_in_silence_what_is_only_shown(verb, place, monkeypatch):
+    def broken(args) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(reproduce, {"list": "show_list", "run": "run"}[verb], broken)
+    with nullcontext() if verb == "list" else pytest.raises(BrokenPipeError):
+        call(monkeypatch, verb)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": 5},
+        {"config": {"num_layers": "many"}},
+        {"metrics": {"peak_memory_bytes": "much"}},
+        {"metrics": {"protocol": {"interactions": "many"}}},
+        {"metrics": {"layers": [1]}},
+        {"metrics": {"environment": {"threads": "two"}}},
+    ],
+)
+def test_a_record_of_another_shape_is_told(changes, place, monkeypatch):
+    process(monkeypatch, place)
+    call(monkeypatch, "run", "table2", "--protocol", "strong", "--seeds", "1")
+    call(monkeypatch, "record")
+    path = place / "results" / "runs" / "small" / "teacher-seed1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(reproduce.UserError, match=r"teacher-seed1\.json: (config|metrics)"):
+        call(monkeypatch, "show", "table2")
 
 
 def test_a_base_model_in_the_working_folder_is_found_from_the_checkout(place, tmp_path_factory, monkeypatch):

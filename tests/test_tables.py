@@ -92,6 +92,12 @@ def test_the_papers_figures_stand_beside_ours_with_their_share_of_sasrecs():
                 assert float(found) == value and float(share) == pytest.approx(value / base, abs=0.0051)
 
 
+def test_a_row_without_a_record_is_told(monkeypatch):
+    monkeypatch.setattr(tables, "records", lambda dataset: {})
+    with pytest.raises(UserError, match="ml-100k has no record of Popularity"):
+        tables.beside_paper("ml-100k")
+
+
 def test_pairs_are_compared_by_their_ratios():
     record = {"micro_batches": {"shared": 6.0, "each": 4.0}, "sasrec_groups": {"groups": 9.0, "one_piece": 3.0}}
     record |= {"compile": {"compiled": 1.1, "plain": 1.0, "first_seconds": 54.2}}

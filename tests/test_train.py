@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -20,6 +21,7 @@ from models import losses
 from models.slmrec import SLMRec
 from models.sr.sasrec import SASRec
 from utils.candidates import draw_negatives
+from utils.catalogue import Catalogue
 from utils.checked import load_tensors
 from utils.data import training_examples
 from utils.errors import RunError, UserError
@@ -75,8 +77,8 @@ class Model(SASRec):
         return {"ce": terms["ce"], "other": terms["ce"] * (torch.nan if self.calls == self.spoil_at else 0.5)}
 
 
-def train(folder, model_options=None, **changes):
-    data = make_sequences(users=80)
+def train(folder, model_options=None, data=None, **changes):
+    data = data or make_sequences(users=80)
     run = Run(CONFIG | {"output_dir": str(folder)} | changes, data, "unused")
     model = Model(**(model_options or {}))
     state = fit(run, model, training_examples(data, "all", 8))
@@ -492,6 +494,19 @@ def test_a_finished_run_that_lost_its_weights_is_not_left_as_finished(damage, tm
     with pytest.raises(UserError, match=r"metrics\.json cannot be read .*--resume never"):
         Run(config | {"resume": "auto"}, make_sequences(users=80), "unused")
     assert not Run(config, make_sequences(users=80), "unused").finished
+
+
+def test_a_run_keeps_the_catalogue_that_it_was_trained_on(tmp_path):
+    data = replace(make_sequences(users=80), folder=tmp_path / "data")
+    data.folder.mkdir()
+    (data.folder / "dataset.json").write_text("{}")
+    ids = [str(item) for item in range(data.num_items)]
+    (data.folder / "items.tsv").write_text("\n".join(["item_id\ttitle", *(f"{name}\told" for name in ids), ""]))
+    trained = train(tmp_path / "a", data=data)
+    (data.folder / "items.tsv").write_text("item_id\ttitle\n0\tnew\n")
+    finish(*trained)
+    kept = Catalogue.load(tmp_path / "a")
+    assert kept.ids == ids and set(kept.titles) == {"old"}
 
 
 def test_every_term_is_logged_by_name_with_its_share_of_the_gradient(tmp_path):

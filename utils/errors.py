@@ -3,9 +3,11 @@
 import argparse
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space, or choose another place")
@@ -42,6 +44,11 @@ def describe_error(error: OSError) -> str:
     return f"{error.strerror or error}{file}{advice}"
 
 
+def at_home(text: str) -> str:
+    """A path, or several with commas between, with ~ expanded: a shell does it in --name VALUE, not in --name=VALUE."""
+    return re.sub("(^|,)~(?=/|$)", lambda found: found[1] + str(Path.home()), text)
+
+
 class Once(argparse.Action):
     """Keep the value of a flag that is given once; argparse itself would keep the last and drop the others."""
 
@@ -63,6 +70,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.register("action", None, Once)
         self.register("action", "store", Once)
+        self.register("type", Path, lambda text: Path(at_home(text)))
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: object = None) -> tuple:
         args = sys.argv[1:] if args is None else args

@@ -28,7 +28,7 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.metrics import RANKS_FILE
 from utils.paper_runs import READS, SECTIONS, Spec, protocols, recipe, specs
-from utils.run_files import METRICS, check_complete, finished_run, read_config
+from utils.run_files import CONFIG, METRICS, check_complete, finished_run, read_config
 
 TRAINING = ("train_sr_trad", "finetune", "distill", "train_open_p5")
 STATES = ("finished", "recorded", "interrupted", "failed", "to run", "changed")
@@ -270,7 +270,8 @@ def unpack(text: str) -> np.ndarray:
 
 RECORD: Rule = {
     "experiment": {**dict.fromkeys(("dataset", "protocol", "name"), TEXT), "seed": COUNT, "base_model": maybe(TEXT)},
-    **{"fingerprint": TEXT, "seconds": NUMBER, "outcome": TEXT, "ranks": {"*": TEXT}, "metrics": METRICS},
+    **{"fingerprint": TEXT, "seconds": NUMBER, "outcome": TEXT, "ranks": {"*": TEXT}},
+    **{"config": CONFIG, "metrics": METRICS},
 }
 
 

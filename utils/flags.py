@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from utils.checked import LONE_SURROGATE
-from utils.errors import UserError
+from utils.errors import UserError, at_home
 
 Models = Mapping[str, type] | None  # a registry: the classes by the names that --model takes
 
@@ -199,7 +199,7 @@ def coerce(source: str, value: object, flag: Flag) -> object:
             raise UserError(f"{source} holds a character that no path or name can")
         if LONE_SURROGATE.search(str(value)):  # as Python reads bytes that are no UTF-8
             raise UserError(f"{source} is no text in UTF-8")
-        return str(value)
+        return at_home(str(value))
     if wanted is bool:
         if str(value).lower() not in ("true", "false"):
             raise UserError(f"{source} {value}: expected true or false")

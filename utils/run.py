@@ -55,7 +55,7 @@ class Run:
         self.folder = Path(config["output_dir"] or ROOT / "outputs" / data.name / default_dir).absolute()
         self.config = config | {"output_dir": portable_path(self.folder), "dataset_fingerprint": data.fingerprint}
         self.config["num_users"] = len(data.offsets) - 1
-        self.data = data
+        self.data, self.catalogue = data, Catalogue.of(data)  # the dataset may be made anew while this trains
         self.negatives = {split: Negatives(data, split) for split in SPLITS}
         self.checkpoints = self.folder / "checkpoints"
         self.lock = FileLock(self.folder / LOCK)
@@ -314,7 +314,7 @@ class Run:
         if self.accelerator.is_main_process:
             save(self.folder)
             save_ranks(ranks, self.folder)
-            Catalogue.of(self.data).save(self.folder)
+            self.catalogue.save(self.folder)
         below = {}
         for name, other in (baselines or {}).items():
             measured = {split: self.evaluate(other, split) for split in SPLITS}

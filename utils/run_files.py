@@ -72,8 +72,9 @@ METRICS: Rule = {
     "baselines": {"*": {"valid": OF_SPLIT, "test": OF_SPLIT, "score_test_seconds": NUMBER}},
     "seconds": ("numbers by name, or a number", lambda value: all(map(NUMBER[1], numbers(value)))),
     "parameters": {"*": COUNT},
-    "protocol": {"users": SIZE, "items": SIZE, "sampled": TEXT},
-    "environment": {"git_commit": TEXT, "command": TEXT},
+    "protocol": {**dict.fromkeys(("users", "items", "interactions"), SIZE), "sampled": TEXT},
+    "environment": {"git_commit": TEXT, "command": TEXT, "threads": COUNT},
+    **{"peak_memory_bytes": COUNT, "layers": {"*": OF_SPLIT}},
 }
 
 STATE: Rule = dict.fromkeys(("step", "evaluated", "best_step"), COUNT) | {

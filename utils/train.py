@@ -17,7 +17,6 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 
-from utils.catalogue import Catalogue
 from utils.data import Examples, planned_steps, shuffled_batches, visited_examples
 from utils.errors import RunError, UserError, is_out_of_memory
 from utils.memory import MEASURED, MIB, examples_that_fit
@@ -32,7 +31,6 @@ def fit(run: Run, model: nn.Module, examples: Examples) -> dict:
     """
     if not len(examples):
         raise UserError(f"dataset {run.data.name} gives no training example: every user has too few interactions")
-    Catalogue.of(run.data)  # the run will need it when it has trained
     if run.sharded:
         model.shard(run.accelerator.device)
     try:

@@ -10,6 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -269,6 +270,43 @@ def test_lost_weights_are_told_before_what_reads_them_is_run(damage, place, monk
     with pytest.raises(reproduce.UserError, match=r"model\.safetensors is .*, or move .*sasrec-seed1\.json away"):
         call(monkeypatch, *words, "ours")
     assert not ran.commands
+
+
+COUNTS = """
+import signal, sys, time
+got = []
+signal.signal(signal.SIGINT, lambda *args: got.append(1))
+open(sys.argv[1], "w").write("0")
+while not got:
+    time.sleep(0.01)
+time.sleep(0.5)
+open(sys.argv[1], "w").write(str(len(got)))
+"""
+
+
+@pytest.mark.parametrize("reaches", ["both", "parent"])
+def test_one_ctrl_c_interrupts_a_run_once(reaches, place, monkeypatch):
+    """A terminal sends it to the run too."""
+    begin, file = subprocess.Popen, place / "count"
+    child = []
+
+    def start(command, cwd):
+        child.append(begin([sys.executable, "-c", COUNTS, str(file)]))
+        threading.Thread(target=press).start()
+        return child[0]
+
+    def press():
+        while not (file.exists() and file.read_text()):
+            time.sleep(0.01)
+        if reaches == "both":
+            child[0].send_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(experiments.subprocess, "Popen", start)
+    monkeypatch.setattr(experiments, "ALONE", 2)
+    with pytest.raises(KeyboardInterrupt):
+        experiments.execute(Experiment("small", "strong", "SASRec", 1), lambda: 30, float("inf"))
+    assert child[0].returncode == 0 and file.read_text() == "1"
 
 
 @pytest.mark.parametrize("verb", ["list", "run"])

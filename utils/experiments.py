@@ -16,6 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,7 @@ from utils.run_files import CONFIG, METRICS, check_complete, finished_run, read_
 TRAINING = ("train_sr_trad", "finetune", "distill", "train_open_p5")
 STATES = ("finished", "recorded", "interrupted", "failed", "to run", "changed")
 PATIENCE = 120  # seconds that an interrupted run is given to end
+ALONE = 10  # of them before it is interrupted once more
 BEYOND = 255  # what a rank of 10 or more is recorded as: no metric at 10 tells it from others
 
 
@@ -209,6 +211,9 @@ def execute(experiment: Experiment, depth: Callable[[], int], seconds_left: floa
     try:
         code = process.wait(max(0.0, seconds_left))
     except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
+        if isinstance(stopped, KeyboardInterrupt):  # Ctrl-C reaches both; a second one would disturb how it ends
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(ALONE)
         process.send_signal(signal.SIGINT)
         try:
             process.wait(PATIENCE)

@@ -148,12 +148,12 @@ def check_fields(path: Path, wanted: dict[str, str | None], named: bool) -> None
             rows.append(load(line))
         except ValueError as error:
             first = first or (line.strip() and f"line {number}: {error}")
-    if first and (not rows or block.lstrip().startswith(b"[")):  # an array may be spread over lines
+    if first and (not rows or block.split(maxsplit=1)[0] == b"["):  # an array may be spread over lines
         raise UserError(f"{path} is to hold a JSON object with fields in each line, and has none; {first}")
     for flag, name in wanted.items():
         if rows and name and not any(name in row for row in rows):
             advice = f"name yours with --{flag}" if named else "give one of this kind, or name its fields with `jsonl`"
-            wrong = f"none of the first {len(rows)} lines has a field {name!r}; one has {', '.join(rows[0])}"
+            wrong = f"none of the first {len(rows)} lines has a field {name!r}; one has {', '.join(map(str, rows[0]))}"
             raise UserError(f"{path}: {wrong}: {advice}")
 
 

@@ -731,6 +731,11 @@ def test_fields_of_other_names_are_told_before_the_file_is_read(flags, told, run
     assert code == 2 and len(err) == 1 and told in err[0] and "max_bad_lines" not in err[0] and not read
 
 
+def test_names_of_fields_that_are_no_text_are_told_too(run):
+    code, _, err = run("jsonl", "{1: 2, 'user_id': 3}\n" * 3)
+    assert code == 2 and len(err) == 1 and "field 'item_id'; one has 1, user_id: name yours with --item" in err[0]
+
+
 def test_a_preset_whose_fields_the_file_lacks_sends_to_jsonl(run):
     code, _, err = run("amazon2018", LINE * 3)
     assert code == 2 and len(err) == 1 and "field 'reviewerID'" in err[0] and "with `jsonl`" in err[0]

@@ -196,17 +196,19 @@ def read_text(
             wrong = f"line {start}, the last, has {len(fields)} values and no end, there are {len(names)} columns"
             raise UserError(f"{path}, {wrong}: it was cut off; fetch it again, or end the line")
 
-    for at in table:  # a space on one side of all values belongs to the separator
-        if spaced or any(side(" ", na=True).all() for side in (table[at].str.startswith, table[at].str.endswith)):
-            table[at] = table[at].str.strip(" ")
-
     def where(row: int) -> str:
         """Read again: a file that is right need not keep its text."""
         lines = text_of(path, layout.encoding).replace(given, separator)
         starts = (start for start, _, _ in records(lines, separator, quoted, spaced) if start > skip)
         return f"{path}, line {next(start for number, start in enumerate(starts) if number == row)}"
 
-    return list(layout.columns or names), table, where
+    return list(layout.columns or names), table.apply(without_padding, spaced=spaced), where
+
+
+def without_padding(column: pd.Series, spaced: bool) -> pd.Series:
+    """A space on one side of all values belongs to the separator; spaced: one stands behind each separator."""
+    padded = spaced or any(side(" ", na=True).all() for side in (column.str.startswith, column.str.endswith))
+    return column.str.strip(" ") if padded else column
 
 
 def records(text: str, separator: str, quoted: bool, spaced: bool) -> Iterator[tuple[int, int, list[str]]]:

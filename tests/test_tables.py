@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import llm_step, tables
-from utils import cli, paper_claims, paper_recipes
+from utils import cli, paper_claims, paper_recipes, paper_tables
 from utils.errors import UserError
 from utils.experiments import pack
 from utils.paper_figures import depth_points
@@ -90,6 +90,24 @@ def test_the_papers_figures_stand_beside_ours_with_their_share_of_sasrecs():
                 value, base = (paper[table][of][name]["NDCG@5"] for of in (method, "SASRec"))
                 found, share = re.fullmatch(r"([\d.]+) \(([\d.]+)\)", cells[f"paper, {name}"]).groups()
                 assert float(found) == value and float(share) == pytest.approx(value / base, abs=0.0051)
+
+
+def test_pairs_on_different_item_tables_are_counted():
+    """A recommender has no item table of another run: None."""
+    tables_read = {"a": [1, 2, 3], "b": [1, 5, 6], "SASRec": [None] * 3}
+    ranks = {"test_full": pack(np.zeros(5, int)), "test_sampled": pack(np.zeros(5, int))}
+    metrics = {"test": {key: {"NDCG@10": 1.0} for key in ("full", "sampled")}}
+    found = {
+        ("strong", name, seed): {"config": {"table_sha256": table and f"{table}"}, "ranks": ranks, "metrics": metrics}
+        for name, read in tables_read.items()
+        for seed, table in enumerate(read)
+    }
+    told = paper_claims.judged("better", ["a", "b"], "full", found)[0]
+    assert told.endswith("3 seeds, 2 on different item tables")
+    assert paper_claims.judged("better", ["a", "SASRec"], "full", found)[0].endswith("3 seeds")
+    table = Table("t", "t", {}, {}, pairs=[["a", "b"], ["b", "SASRec"]])
+    body = rows(paper_tables.difference_table(table, "strong", found))[2:]
+    assert [row[-1] for row in body] == ["2", "2", "0", "0"]
 
 
 def test_a_row_without_a_record_is_told(monkeypatch):

@@ -7,7 +7,7 @@ from utils.checked import NUMBER, read_json
 from utils.errors import UserError
 from utils.experiments import records
 from utils.paper_recipes import JUDGED, Table
-from utils.paper_tables import difference
+from utils.paper_tables import difference, on_other_tables
 from utils.report import markdown_table
 
 ENOUGH = 0.98  # of NDCG@10, for a model that is to be as good as another
@@ -53,6 +53,8 @@ def judged(kind: str, pair: list[str], ranking: str, found: dict) -> tuple[str, 
     gain, low, high = values
     ours = f"{means[0]:.4f} beside {means[1]:.4f}: {gain:+.4f} ({low:+.4f} .. {high:+.4f}), {len(seeds)} seed"
     ours += "s" if len(seeds) > 1 else ""
+    if other := on_other_tables(pair, "strong", seeds, found):
+        ours += f", {other} on different item tables"
     if kind == "as_good":
         return ours, f"{'holds' if means[0] >= ENOUGH * means[1] else 'does not hold'} ({means[0] / means[1]:.1%})"
     return ours, "holds" if low > 0 else "does not hold" if high < 0 else "within noise"

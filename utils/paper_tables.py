@@ -125,6 +125,12 @@ def difference(pair: list[str], protocol: str, kind: str, found: dict) -> tuple[
     return seeds, paired_bootstrap(ours, theirs, clusters=len(seeds))
 
 
+def on_other_tables(pair: list[str], protocol: str, seeds: list[int], found: dict) -> int:
+    """Of how many seeds the two runs read different item tables: a part of their difference is that of the tables."""
+    read = [{found[protocol, name, seed].get("config", {}).get("table_sha256") for name in pair} for seed in seeds]
+    return sum(len(tables) > 1 and None not in tables for tables in read)
+
+
 def difference_table(table: Table, protocol: str, found: dict) -> str:
     """Mean differences of NDCG@10 between pairs of runs, over the users of all seeds that both have, with interval."""
     cells = []
@@ -133,8 +139,10 @@ def difference_table(table: Table, protocol: str, found: dict) -> str:
             seeds, (mean, low, high) = difference(pair, protocol, kind, found)
             if seeds:
                 interval = f"{low:+.4f} .. {high:+.4f}"
-                cells.append([" - ".join(pair), kind, str(len(seeds)), f"{mean:+.4f}", interval])
-    return markdown_table(["test NDCG@10", "ranking", "seeds", "difference", "95 % interval"], cells) if cells else ""
+                other = str(on_other_tables(pair, protocol, seeds, found))
+                cells.append([" - ".join(pair), kind, str(len(seeds)), f"{mean:+.4f}", interval, other])
+    header = ["test NDCG@10", "ranking", "seeds", "difference", "95 % interval", "on different item tables"]
+    return markdown_table(header, cells) if cells else ""
 
 
 def data_table(table: Table) -> str:

@@ -241,7 +241,7 @@ def is_quoted(text: str, separator: str, header: str, path: Path, spaced: bool) 
     strict = separator in ALWAYS_QUOTED
     always = strict or all(re.fullmatch('"[^"]*"', name) for name in header.split(separator))
     lines: list[str] = []
-    between = re.compile(re.escape(separator) + "(?! )")  # a comma in a sentence has a space behind it
+    between = re.compile(re.escape(separator) + ("" if spaced else "(?! )"))  # a comma in a sentence has a space behind
     columns = len(between.findall(header))
     try:
         for first, last, fields in records(text, separator, True, spaced):

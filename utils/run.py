@@ -55,7 +55,7 @@ class Run:
         self.folder = Path(config["output_dir"] or ROOT / "outputs" / data.name / default_dir).absolute()
         self.config = config | {"output_dir": portable_path(self.folder), "dataset_fingerprint": data.fingerprint}
         self.config["num_users"] = len(data.offsets) - 1
-        self.data = data
+        self.data, self.catalogue = data, Catalogue.of(data)  # the dataset may be made anew while this trains
         self.negatives = {split: Negatives(data, split) for split in SPLITS}
         self.checkpoints = self.folder / "checkpoints"
         self.lock = FileLock(self.folder / LOCK)
@@ -79,7 +79,6 @@ class Run:
         if config.get("micro_batch_size") == "auto":
             check_measured(self.accelerator.device)
         self.finished = self._open_folder()
-        self.catalogue = None if self.finished else Catalogue.of(data)  # the dataset may change while this trains
         if self.accelerator.is_main_process:
             if not self.finished:  # what is closed, or in use, is told before long work; `start` keeps the lock
                 check_writable(self.folder, "--output_dir")
